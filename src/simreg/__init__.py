@@ -1,0 +1,6 @@
+"""SimReg: embedding similarity regularization for language-model pretraining."""
+
+from simreg.loss import SimRegLoss, simreg_loss
+
+__all__ = ["SimRegLoss", "simreg_loss"]
+__version__ = "0.1.0.dev0"
