@@ -1,0 +1,225 @@
+"""The SimReg loss: the function, the module, and the checks on what they are given."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simreg.kernels.blockwise import blockwise
+from simreg.kernels.reference import reference
+
+VARIANTS = ("out", "in", "decoupled")
+BACKENDS = ("auto", "blockwise", "reference")
+REDUCTIONS = ("mean", "sum", "none")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def simreg_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    variant: str = "out",
+    segments: Tensor | None = None,
+    chunk_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Pull embeddings with the same next-token label together, push those of others apart.
+
+    With :math:`s_{ij} = \cos(h_i, h_j) / τ`, candidates A(i) = the other tokens of the same segment
+    whose label is not ignored, and positives P(i) = those of A(i) with the label of i:
+
+    - ``"out"``: logsumexp_{A(i)} s_ij − mean_{P(i)} s_ip
+    - ``"in"``: logsumexp_{A(i)} s_ij − logsumexp_{P(i)} s_ip + log |P(i)|
+    - ``"decoupled"``: mean_{P(i)} log(1 + Σ_{A(i)∖P(i)} exp(s_in − s_ip))
+
+    and 0 for a token without a positive. A reconstruction of the regularizer of arXiv 2605.08809;
+    "out" and "in" are L_out and L_in of SupCon (Khosla et al., arXiv 2004.11362).
+
+    Args:
+        hidden: ``[B, L, d]`` or ``[T, d]``: the input of the LM head. float32, bfloat16, float16
+            or float64. Positions whose label is ignored are never read.
+        labels: ``[B, L]`` or ``[T]`` int64, already shifted: the token that follows each position.
+            ``ignore_index`` and negative labels are ignored.
+        temperature: τ > 0.
+        variant: ``"out"``, ``"in"`` or ``"decoupled"``.
+        segments: shape of ``labels``, integer: tokens interact only within equal ids of a row
+            (documents packed into it). Equal ids need not be contiguous.
+        chunk_size: tokens also interact only within chunks of so many positions of the row.
+        ignore_index: the label that means "no label".
+        reduction: ``"mean"`` divides the sum by the number of valid labels (as cross-entropy
+            does, so tokens without a positive count as 0); ``"sum"``; ``"none"`` is per token.
+        backend: ``"auto"``, ``"blockwise"`` (tiles, O(block² + L·d) memory) or ``"reference"``
+            (the whole L×L matrix, for tests).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or the shape of ``labels`` for ``"none"``.
+        NaN or infinity in gives NaN out; no valid label gives 0.
+
+    Raises:
+        ValueError: for arguments of a wrong shape, dtype, device or value. Double backward raises
+            RuntimeError (the reference backend supports it).
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    loss, _, _, valid = per_token(
+        hidden, labels, segments, temperature, variant, chunk_size, ignore_index, backend
+    )
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / valid.sum().clamp_min(1)
+
+
+class SimRegLoss(nn.Module):
+    """λ × SimReg and what it did, in the form that trainers take (`objectives.Objective`).
+
+    Args:
+        weight: λ ≥ 0. At 0 the loss is 0 without gradient, and the metrics are still computed.
+        temperature, variant, chunk_size, ignore_index, backend: as in `simreg_loss`.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.3,
+        temperature: float = 0.1,
+        variant: str = "out",
+        chunk_size: int | None = None,
+        ignore_index: int = -100,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
+        _check_options(temperature, variant, chunk_size, backend)
+        self.weight = weight
+        self.temperature = temperature
+        self.variant = variant
+        self.chunk_size = chunk_size
+        self.ignore_index = ignore_index
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss and its metrics.
+
+        Args:
+            hidden, labels, segments: as in `simreg_loss` (labels already shifted).
+            num_items: the divisor of the summed loss; None: the valid labels of this call. Give the
+                global count under gradient accumulation or data parallelism.
+
+        Returns:
+            The scalar λ Σ_i ℓ_i / num_items, and detached scalars: ``loss`` (Σ_i ℓ_i over the valid
+            labels of this call, without λ), ``pos_fraction`` (share of valid tokens with a
+            positive), ``pos_cos`` (mean over tokens with a positive of the mean cosine to their
+            positives) and ``neg_cos`` (the same for negatives).
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
+            loss, pos_cos, neg_cos, valid = per_token(
+                hidden,
+                labels,
+                segments,
+                self.temperature,
+                self.variant,
+                self.chunk_size,
+                self.ignore_index,
+                self.backend,
+            )
+            total, count = loss.sum(), valid.sum().clamp_min(1)
+            weighted = self.weight * (total / (count if num_items is None else num_items))
+        positives, negatives = ~pos_cos.isnan(), ~neg_cos.isnan()
+        metrics = {
+            "loss": total.detach() / count,
+            "pos_fraction": positives.sum() / count,
+            "pos_cos": pos_cos.nansum() / positives.sum().clamp_min(1),
+            "neg_cos": neg_cos.nansum() / negatives.sum().clamp_min(1),
+        }
+        return weighted, metrics
+
+    def extra_repr(self) -> str:
+        """The settings, for `print(model)`."""
+        return (
+            f"weight={self.weight}, temperature={self.temperature}, variant={self.variant!r}, "
+            f"chunk_size={self.chunk_size}"
+        )
+
+
+def per_token(
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    temperature: float,
+    variant: str,
+    chunk_size: int | None,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checked arguments to ``(loss, pos_cos, neg_cos, valid)``, each in the shape of ``labels``.
+
+    The cosines are means over a token's positives and negatives, NaN where it has none.
+    """
+    _check_options(temperature, variant, chunk_size, backend)
+    _check_tensors(hidden, labels, segments)
+    valid = (labels != ignore_index) & (labels >= 0)
+    h, y, g = hidden, labels.masked_fill(~valid, -1), segments
+    if hidden.ndim == 2:
+        h, y, g = h[None], y[None], None if g is None else g[None]
+    batch, length = y.shape
+    chunk = length if chunk_size is None else min(chunk_size, length)
+    if chunk < length:  # a chunk is a shorter row; the last one is filled with ignored tokens
+        pad = -length % chunk
+        h = F.pad(h, (0, 0, 0, pad)).reshape(-1, chunk, h.shape[-1])
+        y = F.pad(y, (0, pad), value=-1).reshape(-1, chunk)
+        g = None if g is None else F.pad(g, (0, pad)).reshape(-1, chunk)
+    kernel = reference if backend == "reference" else blockwise
+    results = kernel(h, y, g, temperature, variant)[:3]
+    loss, pos_cos, neg_cos = (
+        r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in results
+    )
+    return loss, pos_cos, neg_cos, valid
+
+
+def _check_options(temperature: float, variant: str, chunk_size: int | None, backend: str) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+
+
+def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> None:
+    if hidden.ndim not in (2, 3) or hidden.dtype not in _FLOATS:
+        raise ValueError(
+            "hidden: expected [B, L, d] or [T, d] in float32, bfloat16, float16 or float64, "
+            f"got {list(hidden.shape)} in {hidden.dtype}"
+        )
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels: expected {list(hidden.shape[:-1])} in torch.int64 to go with hidden, "
+            f"got {list(labels.shape)} in {labels.dtype}"
+        )
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected on {hidden.device} like hidden, got {labels.device}")
+    if segments is None:
+        return
+    if segments.shape != labels.shape or segments.is_floating_point() or segments.is_complex():
+        raise ValueError(
+            f"segments: expected {list(labels.shape)} of an integer dtype, "
+            f"got {list(segments.shape)} in {segments.dtype}"
+        )
+    if segments.device != hidden.device:
+        raise ValueError(
+            f"segments: expected on {hidden.device} like hidden, got {segments.device}"
+        )

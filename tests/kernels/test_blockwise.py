@@ -1,0 +1,173 @@
+"""What blockwise promises beyond being right: tiles, memory, compile, precision."""
+
+import gc
+import threading
+
+import psutil
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from simreg import simreg_loss
+from simreg.kernels import blockwise as module
+from simreg.kernels.blockwise import blockwise
+from simreg.loss import VARIANTS
+from tests.test_loss import per_token, value_and_grad
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def problem(batch, length, dim, classes, segments=0, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, length, dim, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, classes, (batch, length), generator=generator)
+    labels = labels.masked_fill(torch.rand(labels.shape, generator=generator) < 0.1, -100)
+    ids = torch.randint(0, segments, labels.shape, generator=generator) if segments else None
+    return hidden, labels, ids
+
+
+@each_variant
+@pytest.mark.parametrize("segments", [0, 3])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 33, 64, 129])
+@pytest.mark.parametrize("classes", [1, 7, 10**6])
+def test_many_tiles_equal_the_reference(monkeypatch, variant, length, classes, segments):
+    monkeypatch.setattr(module, "_block", lambda device: 16)
+    hidden, labels, ids = problem(3, length, 5, classes, segments)
+    options = {"variant": variant, "segments": ids}
+    truth = value_and_grad(per_token, hidden, labels, backend="reference", **options)
+    ours = value_and_grad(per_token, hidden, labels, backend="blockwise", **options)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("length", [127, 1100])
+def test_as_accurate_as_the_naive_loss(variant, dtype, temperature, length):
+    hidden, labels, _ = problem(1, length, 65, 40, dtype=dtype)
+    options = {"variant": variant, "temperature": temperature}
+    truth = value_and_grad(per_token, hidden.double(), labels, backend="reference", **options)
+    naive = value_and_grad(per_token, hidden, labels, backend="reference", **options)
+    ours = value_and_grad(per_token, hidden, labels, backend="blockwise", **options)
+    for value, plain, exact in zip(ours, naive, truth, strict=True):
+        error, allowed = (value - exact).abs().max(), (plain - exact).abs().max()
+        assert error <= 2 * allowed + 1e-6 * exact.abs().max()
+
+
+def test_tiles_outside_a_segment_are_not_visited():
+    length, documents, block = 256, 8, 16
+    labels = torch.randint(0, 50, (1, length))
+    contiguous = (torch.arange(length) * documents // length)[None]
+    scattered = contiguous[:, torch.randperm(length)]
+
+    def visited(ids, labels=labels):
+        order = module.describe(module.sort_tokens(labels, ids), labels, ids)
+        return list(module.tiles(order, block))
+
+    whole = visited(None)
+    assert len(whole) == 16 * 17 // 2
+    for ids in (contiguous, scattered):  # 8 documents of 2 blocks: 3 tiles each
+        assert len(visited(ids)) == documents * 3
+    assert len(visited(None, labels.masked_fill(torch.arange(length) >= 64, -100))) == 4 * 5 // 2
+    covered = torch.zeros(length, length, dtype=torch.int64)
+    for tile in whole:
+        covered[tile.rows, tile.cols] += 1
+        if tile.rows != tile.cols:
+            covered[tile.cols, tile.rows] += 1
+    assert (covered == 1).all()
+
+
+@each_variant
+def test_storage_saved_for_backward_is_linear(variant):
+    batch, length, dim = 2, 1024, 16
+    hidden, labels, ids = problem(batch, length, dim, 30, 2, dtype=torch.float32)
+    hidden.requires_grad_()
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = simreg_loss(hidden, labels, segments=ids, variant=variant)
+    loss.backward()
+    tokens = batch * length
+    # hidden itself, labels, segments, the permutation (int64), and a few floats a token
+    assert sum(saved.values()) <= tokens * (4 * dim + 3 * 8 + 8 * 4)
+    assert sum(saved.values()) >= tokens * 4 * dim  # the hook does see what is saved
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process(), "memory_info"), reason="no memory reading")
+def test_peak_memory_at_long_sequences():
+    length, dim = 16_384, 512  # the naive loss needs over 4 GiB here
+    hidden = torch.randn(1, length, dim, requires_grad=True)
+    labels = torch.randint(0, 4096, (1, length))
+    simreg_loss(hidden[:, :600], labels[:, :600]).backward()  # load what loads once
+    hidden.grad = None
+    gc.collect()
+    process, done = psutil.Process(), threading.Event()
+    start = peak = process.memory_info().rss
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    simreg_loss(hidden, labels).backward()
+    done.set()
+    watcher.join()
+    assert 32 * 2**20 <= peak - start  # at least the gradient: the watch does see memory
+    assert peak - start < 400 * 2**20
+
+
+@each_variant
+def test_custom_op_is_well_formed(variant):
+    hidden = torch.randn(2, 20, 4, dtype=torch.float64, requires_grad=True)
+    labels, ids = torch.arange(20).expand(2, 20) % 3, torch.arange(20).expand(2, 20) // 10
+    # Every token has positives and negatives: opcheck takes NaN (a mean of none) for a difference.
+    torch.library.opcheck(blockwise, (hidden, labels.contiguous(), ids.contiguous(), 0.1, variant))
+
+
+def test_compiles_without_graph_break():
+    hidden, labels, _ = problem(2, 40, 8, 5, dtype=torch.float32)
+    compiled = torch.compile(per_token, fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(
+        value_and_grad(compiled, hidden, labels),
+        value_and_grad(per_token, hidden, labels),
+        strict=True,
+    ):
+        assert torch.equal(ours, plain)
+
+
+def test_autocast_and_checkpointing_change_nothing():
+    hidden, labels, _ = problem(2, 40, 8, 5, dtype=torch.float32)
+
+    def under_autocast(h, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return per_token(h, y)
+
+    def checkpointed(h, y):
+        return checkpoint(per_token, h, y, use_reentrant=False)
+
+    plain = value_and_grad(per_token, hidden, labels)
+    for changed in (under_autocast, checkpointed):
+        for a, b in zip(value_and_grad(changed, hidden, labels), plain, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_double_backward_is_refused():
+    hidden, labels, _ = problem(1, 9, 4, 3)
+    hidden.requires_grad_()
+    (grad,) = torch.autograd.grad(simreg_loss(hidden, labels), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_two_runs_are_bitwise_equal():
+    hidden, labels, _ = problem(2, 700, 33, 20, dtype=torch.float32)
+    first, second = (value_and_grad(per_token, hidden, labels) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,317 @@
+"""The loss against its definition, its invariances, and its contract."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from simreg import SimRegLoss, simreg_loss
+from simreg.loss import VARIANTS
+from tests.truth import brute_force
+
+KERNELS = ("reference", "blockwise")
+each_kernel = pytest.mark.parametrize("backend", KERNELS)
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def value_and_grad(loss_fn, hidden: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Per-token losses and the gradient of a fixed random combination of them."""
+    hidden = hidden.detach().requires_grad_()
+    loss = loss_fn(hidden, labels, **options)
+    weights = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+    (grad,) = torch.autograd.grad((loss * weights).sum(), hidden, allow_unused=True)
+    return loss.detach(), torch.zeros_like(hidden) if grad is None else grad
+
+
+def per_token(hidden: Tensor, labels: Tensor, **options) -> Tensor:
+    return simreg_loss(hidden, labels, reduction="none", **options)
+
+
+@st.composite
+def problems(draw):
+    """Hidden states, labels and options: ragged shapes, ignored labels, non-contiguous segments."""
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = (batch, length)
+    hidden = torch.randn(*shape, draw(st.integers(1, 5)), generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, draw(st.integers(1, 6)), shape, generator=generator)
+    ignored = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    labels = labels.masked_fill(ignored, -100)
+    segments = None
+    if draw(st.booleans()):
+        segments = torch.randint(-2, draw(st.integers(-1, 3)), shape, generator=generator)
+    options = {
+        "variant": draw(st.sampled_from(VARIANTS)),
+        "temperature": draw(st.sampled_from([0.01, 0.1, 1.0])),
+        "chunk_size": draw(st.sampled_from([None, 1, 2, 3, 100])),
+        "segments": segments,
+    }
+    return hidden, labels, options
+
+
+@each_kernel
+@settings(max_examples=120, deadline=None)
+@given(problem=problems())
+def test_equals_the_definition(backend, problem):
+    hidden, labels, options = problem
+    truth, truth_grad = value_and_grad(brute_force, hidden, labels, **options)
+    loss, grad = value_and_grad(per_token, hidden, labels, backend=backend, **options)
+    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-9)
+    scale = 1 / options["temperature"]
+    torch.testing.assert_close(grad, truth_grad, rtol=1e-9, atol=1e-9 * scale)
+    assert (grad[labels == -100] == 0).all()
+
+
+@each_kernel
+@each_variant
+def test_antipodal_at_low_temperature(backend, variant):
+    # s spans 200 nats: any shift but the running maximum of the very set underflows to log 0.
+    e = torch.tensor([1.0, 0.0])
+    hidden = torch.stack([e, -e, e, -e, e])[None]
+    labels = torch.tensor([[0, 0, 1, 1, 1]])
+    options = {"temperature": 0.01, "variant": variant}
+    truth, truth_grad = value_and_grad(brute_force, hidden.double(), labels, **options)
+    loss, grad = value_and_grad(per_token, hidden, labels, backend=backend, **options)
+    assert truth.max() > 100
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(grad.double(), truth_grad, rtol=1e-5, atol=1e-3)
+
+
+@each_kernel
+@each_variant
+def test_zero_and_tiny_vectors(backend, variant):
+    hidden = torch.randn(1, 6, 4, dtype=torch.float64)
+    hidden[0, 0] = 0
+    hidden[0, 1] *= 1e-7 / hidden[0, 1].norm()  # under ε: the gradient is (dL/de)/ε
+    labels = torch.tensor([[0, 0, 1, 1, 0, 2]])
+    truth, truth_grad = value_and_grad(brute_force, hidden, labels, variant=variant)
+    loss, grad = value_and_grad(per_token, hidden, labels, variant=variant, backend=backend)
+    assert truth_grad[0, 0].norm() > 1e4
+    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grad, truth_grad, rtol=1e-9, atol=1e-9)
+
+
+@each_variant
+def test_gradcheck(variant):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 7))
+    labels[0, 2] = -100
+    segments = torch.tensor([[0, 0, 1, 1, 0, 1, 0], [3] * 7])
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda h, r=reduction: simreg_loss(
+                h, labels, variant=variant, segments=segments, reduction=r, temperature=0.5
+            ),
+            hidden,
+        )
+
+
+@each_kernel
+@each_variant
+def test_invariances(backend, variant):
+    torch.manual_seed(1)
+    hidden = torch.randn(2, 40, 8, dtype=torch.float64)
+    labels = torch.randint(0, 9, (2, 40))
+    labels[1, :7] = -100
+
+    def loss(h: Tensor, y: Tensor, **options) -> Tensor:
+        return simreg_loss(h, y, variant=variant, backend=backend, **options)
+
+    plain = loss(hidden, labels)
+    scaled = loss(hidden * torch.rand(2, 40, 1).add(0.1), labels)
+    shuffle = torch.randperm(40)
+    shuffled = loss(hidden[:, shuffle], labels[:, shuffle])
+    relabel = torch.randperm(1000)
+    relabelled = loss(hidden, torch.where(labels < 0, labels, relabel[labels.clamp_min(0)]))
+    doubled = loss(torch.cat([hidden, hidden]), torch.cat([labels, labels]))
+    for other in (scaled, shuffled, relabelled, doubled):
+        torch.testing.assert_close(other, plain, rtol=1e-12, atol=0)
+
+
+@each_kernel
+@each_variant
+def test_packed_rows_equal_separate_rows(backend, variant):
+    torch.manual_seed(2)
+    hidden, labels = torch.randn(1, 30, 4, dtype=torch.float64), torch.randint(0, 5, (1, 30))
+    ends = [0, 4, 5, 17, 30]
+    segments = torch.zeros(1, 30, dtype=torch.int32)
+    for k, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        segments[:, start:end] = 7 - k
+    options = {"variant": variant, "backend": backend}
+    packed = per_token(hidden, labels, segments=segments, **options)
+    separate = [
+        per_token(hidden[:, a:b], labels[:, a:b], **options)
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    torch.testing.assert_close(packed, torch.cat(separate, 1), rtol=1e-12, atol=1e-12)
+
+
+@each_kernel
+@each_variant
+@pytest.mark.parametrize("chunk", [1, 4, 5, 10, 30, 31])
+def test_chunked_equals_calls_a_chunk(backend, variant, chunk):
+    torch.manual_seed(3)
+    hidden, labels = torch.randn(2, 30, 4, dtype=torch.float64), torch.randint(0, 5, (2, 30))
+    segments = torch.randint(0, 2, (2, 30))
+    options = {"variant": variant, "backend": backend}
+    whole = per_token(hidden, labels, segments=segments, chunk_size=chunk, **options)
+    parts = [
+        per_token(h, y, segments=g, **options)
+        for h, y, g in zip(
+            hidden.split(chunk, 1), labels.split(chunk, 1), segments.split(chunk, 1), strict=True
+        )
+    ]
+    torch.testing.assert_close(whole, torch.cat(parts, 1), rtol=1e-12, atol=1e-12)
+
+
+@each_kernel
+@each_variant
+def test_ignored_tokens_are_never_read(backend, variant):
+    torch.manual_seed(4)
+    hidden, labels = torch.randn(2, 20, 4), torch.randint(0, 4, (2, 20))
+    labels[:, ::3] = -100
+    options = {"variant": variant, "backend": backend}
+    loss, grad = value_and_grad(per_token, hidden, labels, **options)
+    poisoned = hidden.masked_fill((labels < 0)[..., None], torch.nan)
+    loss2, grad2 = value_and_grad(per_token, poisoned, labels, **options)
+    assert torch.equal(loss, loss2)
+    assert torch.equal(grad, grad2)
+    assert (grad[labels < 0] == 0).all()
+    assert loss.abs().sum() > 0
+
+
+@each_kernel
+@each_variant
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("labels", [[0, 0, 1, 2], [0, 1, 2, 3]], ids=["positives", "none"])
+def test_nan_in_nan_out(backend, variant, bad, labels):
+    hidden = torch.randn(1, 4, 3)
+    hidden[0, 3, 1] = bad
+    assert simreg_loss(hidden, torch.tensor([labels]), variant=variant, backend=backend).isnan()
+
+
+@each_kernel
+@each_variant
+def test_nothing_to_compare_is_zero(backend, variant):
+    hidden = torch.randn(2, 5, 3, requires_grad=True)
+    nothing = [torch.full((2, 5), -100), torch.arange(10).view(2, 5)]
+    for labels in nothing:
+        loss = simreg_loss(hidden, labels, variant=variant, backend=backend)
+        (grad,) = torch.autograd.grad(loss, hidden)
+        assert loss == 0
+        assert (grad == 0).all()
+
+
+def test_variants_agree_with_one_positive():
+    torch.manual_seed(5)
+    hidden = torch.randn(1, 4, 3, dtype=torch.float64)
+    labels = torch.tensor([[0, 0, 1, 1]])
+    out, inside, decoupled = (per_token(hidden, labels, variant=v) for v in VARIANTS)
+    torch.testing.assert_close(out, inside)
+    torch.testing.assert_close(out, decoupled)
+
+
+def test_mean_counts_every_valid_label():
+    torch.manual_seed(6)
+    hidden, labels = torch.randn(2, 12, 3), torch.randint(0, 8, (2, 12))
+    labels[0, :5] = -100
+    loss = per_token(hidden, labels)
+    assert 0 < (loss > 0).sum() < (labels >= 0).sum()
+    torch.testing.assert_close(simreg_loss(hidden, labels), loss.sum() / (labels >= 0).sum())
+    torch.testing.assert_close(simreg_loss(hidden, labels, reduction="sum"), loss.sum())
+    flat = simreg_loss(hidden[0], labels[0], reduction="none")
+    torch.testing.assert_close(flat, loss[0])
+    shifted = labels.masked_fill(labels == -100, -7)
+    torch.testing.assert_close(per_token(hidden, shifted, ignore_index=-7), loss)
+    torch.testing.assert_close(per_token(hidden, shifted), loss)  # negative labels are never valid
+    assert simreg_loss(hidden, shifted) == simreg_loss(hidden, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_result_dtype_and_gradient_dtype(dtype):
+    hidden = torch.randn(1, 9, 4).to(dtype).requires_grad_()
+    loss = simreg_loss(hidden, torch.randint(0, 3, (1, 9)))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == dtype
+
+
+def test_module_is_the_weighted_function():
+    torch.manual_seed(7)
+    hidden, labels = torch.randn(2, 30, 6), torch.randint(0, 9, (2, 30))
+    labels[0, :9] = -100
+    loss, metrics = SimRegLoss(0.25, temperature=0.2, chunk_size=10)(hidden, labels)
+    mean = simreg_loss(hidden, labels, temperature=0.2, chunk_size=10)
+    torch.testing.assert_close(loss, 0.25 * mean)
+    torch.testing.assert_close(metrics["loss"], mean)
+    doubled, _ = SimRegLoss(0.25, temperature=0.2, chunk_size=10)(
+        hidden, labels, num_items=2 * (labels >= 0).sum()
+    )
+    torch.testing.assert_close(doubled, loss / 2)
+    silent, metrics = SimRegLoss(0.0)(hidden.requires_grad_(), labels)
+    assert silent == 0
+    assert not silent.requires_grad
+    assert metrics["loss"] > 0
+
+
+@each_kernel
+@pytest.mark.parametrize("segmented", [False, True])
+def test_metrics_are_mean_cosines(backend, segmented):
+    torch.manual_seed(8)
+    hidden, labels = torch.randn(2, 15, 4), torch.randint(0, 6, (2, 15))
+    labels[1, 3:6] = -100
+    segments = torch.randint(0, 2, (2, 15)) if segmented else None
+    _, metrics = SimRegLoss(backend=backend)(hidden, labels, segments)
+    cosines: dict[bool, list[float]] = {True: [], False: []}
+    for b in range(2):
+        for i in range(15):
+            of_token: dict[bool, list[float]] = {True: [], False: []}
+            for j in range(15):
+                same = segments is None or segments[b, i] == segments[b, j]
+                if i != j and same and labels[b, i] >= 0 and labels[b, j] >= 0:
+                    cosine = torch.cosine_similarity(hidden[b, i], hidden[b, j], dim=0)
+                    of_token[bool(labels[b, i] == labels[b, j])].append(cosine.item())
+            for kind, values in of_token.items():
+                if values:
+                    cosines[kind].append(sum(values) / len(values))
+    valid = int((labels >= 0).sum())
+    assert metrics["pos_fraction"].item() == pytest.approx(len(cosines[True]) / valid)
+    for name, kind in (("pos_cos", True), ("neg_cos", False)):
+        expected = sum(cosines[kind]) / len(cosines[kind])
+        assert metrics[name].item() == pytest.approx(expected, abs=1e-5)
+
+
+H, Y = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "named"),
+    [
+        ((H[0, 0], Y), {}, "hidden"),
+        ((H.int(), Y), {}, "hidden"),
+        ((H, Y[:, :3]), {}, "labels"),
+        ((H, Y.int()), {}, "labels"),
+        ((H, Y.to("meta")), {}, "labels"),
+        ((H, Y), {"segments": Y[:1]}, "segments"),
+        ((H, Y), {"segments": Y.float()}, "segments"),
+        ((H, Y), {"segments": Y.to("meta")}, "segments"),
+        ((H, Y), {"temperature": 0.0}, "temperature"),
+        ((H, Y), {"temperature": float("nan")}, "temperature"),
+        ((H, Y), {"variant": "both"}, "variant"),
+        ((H, Y), {"chunk_size": 0}, "chunk_size"),
+        ((H, Y), {"reduction": "max"}, "reduction"),
+        ((H, Y), {"backend": "fast"}, "backend"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, named):
+    with pytest.raises(ValueError, match=f"^{named}: expected .* got "):
+        simreg_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_bad_weight(weight):
+    with pytest.raises(ValueError, match="^weight: expected"):
+        SimRegLoss(weight)
