@@ -1,0 +1,257 @@
+"""A `transformers.Trainer` that adds an objective on the final hidden states to cross-entropy.
+
+trainer = SimRegTrainer(model, args, train_dataset=rows, objective=SimRegLoss(weight=0.3))
+trainer.train()
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from simreg.capture import IGNORE_INDEX, Attached, attach, shift_left
+from simreg.integrations.window import Window, wide
+from simreg.objectives import Objective
+
+SEGMENTS = "segments"
+
+
+class SimRegTrainer(Trainer):
+    """`Trainer` with `objective` added to the loss, for causal language models.
+
+    Batches hold `input_ids`, `labels` and optionally `segments` (`[B, L]` document ids, which only
+    the objective sees). Both terms have the divisor that the Trainer gives cross-entropy, so
+    gradient accumulation and data parallelism equal one large batch; so has the router loss of
+    mixture-of-experts models, which plain `Trainer` adds up over micro-batches. Evaluation is
+    without the objective. `objective=None`, or one whose `weight` is 0, is the plain Trainer.
+
+    Training records gain, averaged over the tokens since the last record and over processes: `ce`
+    (cross-entropy alone), `router_loss` (without its coefficient), the objective's metrics (its
+    `loss`, unweighted, as `simreg`), and `clipped`, the fraction of steps whose gradient norm
+    exceeded `max_grad_norm`. Evaluation gains `eval_ce`: cross-entropy alone per token of the whole
+    set, each row counted once, summed in float64.
+
+    Training checkpoints keep the model's own parameter names, so that resuming is exact for models
+    whose published layout differs; `save_model` writes the published layout, as in `Trainer`.
+
+    Raises:
+        ValueError: under `torch.nn.DataParallel`, or with sequences sharded over processes.
+    """
+
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        idle = objective is None or getattr(objective, "weight", None) == 0
+        self._objective = None if idle else objective
+        self._reg: Attached | None = None
+        self._window = Window()
+        self._evaluated: list[Tensor] | None = None
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args: DataParallel over {self.args.n_gpu} GPUs is not supported; launch with "
+                "torchrun or leave one device visible"
+            )
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "args: context and sequence parallelism are not supported; set both to 1"
+            )
+        self._attach(_module(self.model))
+
+    def _attach(self, model: nn.Module) -> None:
+        if self._reg is not None:
+            self._reg.detach()
+        self._reg = None if self._objective is None else attach(model, self._objective)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model by `model_init`, with the objective attached."""
+        model = super().call_model_init(trial)
+        self._attach(model)
+        return model
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`."""
+        self._window = Window()
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """`Trainer`'s loss; in training the router loss is rescaled and the objective added."""
+        inputs = dict(inputs)
+        segments = inputs.pop(SEGMENTS, None)
+        targets = _targets(inputs)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if targets is None and self._reg is not None and model.training:
+            raise ValueError("inputs: expected `labels` in every training batch, for the objective")
+        if targets is not None and model.training:
+            loss = self._training_loss(loss, outputs, targets, segments, num_items_in_batch)
+        elif targets is not None and self._evaluated is not None:
+            self._record_rows(outputs, targets)
+        return (loss, outputs) if return_outputs else loss
+
+    def _training_loss(
+        self,
+        loss: Tensor,
+        outputs: Any,
+        targets: Tensor,
+        segments: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """The Trainer's loss of a micro-batch, completed; its parts go into the logging window."""
+        scale = self._loss_scale(num_items)
+        tokens = targets.ne(IGNORE_INDEX).sum()
+        if self.label_smoother is None and self.compute_loss_func is None:
+            cross_entropy = loss.detach() / scale
+            router = _router_loss(_module(self.model), outputs)
+            if router is not None:
+                coefficient, balance = router
+                cross_entropy = cross_entropy - coefficient * balance.detach()
+                self._window.add("router_loss", balance, tokens)
+                if num_items is not None and self.model_accepts_loss_kwargs:
+                    # The model adds it undivided in each micro-batch: weigh by the share of tokens.
+                    loss = loss + scale * (tokens / num_items - 1) * coefficient * balance
+            divisor = tokens if num_items is None else num_items
+            self._window.add("ce", cross_entropy * divisor / tokens.clamp_min(1), tokens)
+        if self._reg is not None:
+            loss = loss + scale * self._reg(targets, segments, num_items=num_items, shift=False)
+            metrics = self._reg.metrics
+            for name, value in metrics.items():
+                # A cosine is a mean over the tokens that have one, the others over all tokens.
+                share = metrics.get(name.replace("_cos", "_fraction"), 1) if "_cos" in name else 1
+                self._window.add("simreg" if name == "loss" else name, value, tokens * share)
+        return loss
+
+    def _loss_scale(self, num_items: Tensor | int | None) -> int:
+        """What `Trainer.compute_loss` multiplies by to undo the mean over data-parallel ranks."""
+        divides = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if num_items is None or not divides or not self.args.average_tokens_across_devices:
+            return 1
+        return int(self.accelerator.num_processes // self.get_tp_size())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        limit = self.args.max_grad_norm or math.inf  # 0: no clipping
+        clipped = torch.as_tensor(whole, device=self.args.device) > limit
+        self._window.add("clipped", clipped, torch.ones_like(clipped))
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; training records gain the means of the logging window."""
+        if "loss" in logs:
+            logs = {**logs, **self._window.means(self.accelerator)}
+            self._window = Window()
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, with `<prefix>_ce` among the metrics."""
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if self._evaluated and output.metrics is not None:
+                total, tokens = torch.cat(self._evaluated).sum(0).tolist()
+                output.metrics[f"{metric_key_prefix}_ce"] = total / tokens if tokens else math.nan
+        finally:
+            self._evaluated = None
+        return output
+
+    def _record_rows(self, outputs: Any, targets: Tensor) -> None:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        losses = F.cross_entropy(
+            logits.detach().float().transpose(1, 2),
+            targets,
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+        )
+        rows = torch.stack([losses, targets.ne(IGNORE_INDEX)]).sum(2, dtype=wide(losses)).T
+        # Every process gets all rows, without those that padded the last round.
+        assert self._evaluated is not None
+        self._evaluated.append(self.accelerator.gather_for_metrics(rows).cpu().double())
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As `Trainer.prediction_step`; the model never sees `segments`."""
+        inputs = {name: value for name, value in inputs.items() if name != SEGMENTS}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            columns.append(SEGMENTS)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; training checkpoints keep the model's own parameter names."""
+        if not _internal_call:
+            super().save_model(output_dir)
+            return
+        # Resuming loads by the model's names: parameters that the published layout renames would
+        # silently keep their initial values.
+        with _own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super().save_model(output_dir, _internal_call=True)
+
+
+def _module(model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise ValueError("model: expected a model or model_init")
+    return model
+
+
+def _targets(inputs: dict[str, Any]) -> Tensor | None:
+    """The token that follows each position, `[B, L]`; padding-free collators give it themselves."""
+    shifted: Tensor | None = inputs.get("shift_labels")
+    if shifted is not None or inputs.get("labels") is None:
+        return shifted
+    return shift_left(inputs["labels"])
+
+
+def _router_loss(model: nn.Module, outputs: Any) -> tuple[float, Tensor] | None:
+    """The coefficient and value of the load-balancing loss that is part of the model's loss."""
+    balance = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+    if not isinstance(balance, Tensor):
+        return None
+    config: Any = getattr(model, "config", None)
+    for owner in (model, config, getattr(config, "text_config", None)):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(coefficient := getattr(owner, name, None), (int, float)):
+                return float(coefficient), balance
+    raise ValueError(
+        f"model: {type(model).__name__} returned an aux_loss, but neither it nor its config has a "
+        "router_aux_loss_coef, so its share of the loss is unknown"
+    )
+
+
+@contextmanager
+def _own_names(model: nn.Module) -> Iterator[None]:
+    """Make `save_pretrained` of this one instance keep the names and shapes of its state dict."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    vars(model)["save_pretrained"] = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del vars(model)["save_pretrained"]
