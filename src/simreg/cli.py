@@ -1,0 +1,98 @@
+"""The `simreg` command: parses, calls, and turns the user's mistakes into one line. No logic."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from simreg.recipe.errors import UserError
+
+_TRAIN = """Train a language model, with SimReg or (--simreg.weight 0) without.
+
+simreg train [CONFIG.yaml] [flags]: flags override the file, the file overrides the defaults shown.
+The same command again continues a run that was stopped. `simreg train --list-models` prints the
+presets. After a run, its folder (--out) holds config.yaml, metrics.jsonl, result.json, model/,
+checkpoints/ and tensorboard/."""
+_HELP = {
+    "train": "train a language model, with SimReg or without",
+    "compare": "say how many tokens and how much time SimReg saves",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        verb, rest = _verb(sys.argv[1:] if arguments is None else list(arguments))
+        _VERBS[verb](rest)
+    except UserError as error:
+        print(f"simreg: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"simreg: {error}" if str(error) else "simreg: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _verb(arguments: list[str]) -> tuple[str, list[str]]:
+    parser = argparse.ArgumentParser(
+        "simreg", description="Embedding similarity regularization for language-model pretraining."
+    )
+    parser.add_argument("--version", action=_Version)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in _HELP.items():
+        verbs.add_parser(name, help=text, add_help=False)
+    known = parser.parse_args(arguments[:1])  # the rest belongs to the verb
+    return known.verb, arguments[1:]
+
+
+class _Version(argparse.Action):
+    """`--version`, without importing torch to answer."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"simreg {version('simreg')}")
+        parser.exit()
+
+
+def _train(arguments: list[str]) -> None:
+    if "--list-models" in arguments:
+        from simreg.recipe import models
+
+        print(models.table())
+        return
+    import tyro
+
+    from simreg.recipe import config
+
+    in_file = bool(arguments) and not arguments[0].startswith("-")
+    options = tyro.cli(
+        config.RunConfig,
+        prog="simreg train",
+        description=_TRAIN,
+        default=config.load(arguments[0]) if in_file else config.RunConfig(),
+        args=arguments[in_file:],
+    )
+    from simreg.recipe.train import train
+
+    train(options)
+
+
+def _compare(arguments: list[str]) -> None:
+    import tyro
+
+    from simreg.study import plan
+
+    options = tyro.cli(plan.CompareOptions, prog="simreg compare", args=arguments)
+    from simreg.study import run
+
+    run.main(options)
+
+
+_VERBS = {"train": _train, "compare": _compare}
+
+if __name__ == "__main__":
+    sys.exit(main())

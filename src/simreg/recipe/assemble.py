@@ -1,0 +1,141 @@
+"""The parts of a run, built from its config."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
+
+from simreg.loss import SimRegLoss
+from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig, SimRegConfig
+from simreg.recipe.errors import UserError
+
+
+def objective(config: SimRegConfig) -> SimRegLoss | None:
+    """The auxiliary loss, or None where its weight is 0."""
+    if config.weight == 0:
+        return None
+    return SimRegLoss(
+        weight=config.weight,
+        temperature=config.temperature,
+        variant=config.variant,
+        chunk_size=config.chunk_size,
+    )
+
+
+def collator(config: SimRegConfig) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+    """Rows to a batch; it carries document ids only if the loss is to stay within documents."""
+    keys = ["input_ids", "labels"]
+    if config.weight > 0 and config.scope == "document":
+        keys.append("segments")
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: torch.stack([row[key] for row in rows]) for key in keys}
+
+    return collate
+
+
+def micro_batch(config: RunConfig) -> int:
+    """Rows a forward pass of one process; UserError if the batch does not divide evenly."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows, parts = config.train.batch_rows, config.train.accumulate * processes
+    if rows % parts:
+        raise UserError(
+            f"train.batch_rows={rows} must be a multiple of "
+            f"train.accumulate={config.train.accumulate} times the {processes} processes"
+        )
+    return rows // parts
+
+
+def use_bf16(precision: str) -> bool:
+    """Whether to run under bfloat16 autocast."""
+    cuda = torch.cuda.is_available()
+    supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and cuda and not supported:
+        raise UserError(
+            f"train.precision=bf16, but {torch.cuda.get_device_name()} has no bfloat16: use fp32"
+        )
+    return supported if precision == "auto" else precision == "bf16"
+
+
+def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
+    """transformers' arguments; when to log, evaluate and save is the run's own callback's."""
+    train, optim = config.train, config.optim
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=config.steps,
+        per_device_train_batch_size=micro_batch(config),
+        per_device_eval_batch_size=micro_batch(config),
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=optim.lr,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.clip,
+        warmup_steps=round(optim.warmup * config.steps),
+        **_schedule(optim, config.steps),
+        seed=train.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=use_bf16(train.precision),
+        torch_compile=train.compile,
+        **_activation_checkpointing(train.gradient_checkpointing),
+        train_sampling_strategy="sequential",  # the data set comes in its order
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    # Several GPUs need a process each (torchrun): nn.DataParallel would split the rows unasked.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _schedule(optim: OptimConfig, steps: int) -> dict[str, Any]:
+    if optim.schedule == "cosine":
+        kwargs: dict[str, Any] = {"min_lr_rate": optim.min_lr_ratio}
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
+    warmup = round(optim.warmup * steps)
+    decay = min(round(WSD_DECAY * steps), steps - warmup)
+    kwargs = {
+        "num_decay_steps": decay,
+        "decay_type": "linear",
+        "min_lr_ratio": optim.min_lr_ratio,
+    }
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
+
+
+def _activation_checkpointing(on: bool) -> dict[str, Any]:
+    """transformers 5.23 renamed the argument and deprecates the old name."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    return {name if name in fields else "gradient_checkpointing": on}
+
+
+def reporter(name: str, folder: Path, step: int) -> list[TrainerCallback]:
+    """The callback that sends the logs to a tracker; a run resumed at `step` goes on from there."""
+    if name == "none":
+        return []
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"train.report_to={name}, but {name} is not installed: pip install {name}")
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder), purge_step=step + 1)
+        return [TensorBoardCallback(writer)]  # type: ignore[no-untyped-call]
+    callback: Any = WandbCallback if name == "wandb" else TrackioCallback
+    return [callback()]

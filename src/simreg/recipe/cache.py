@@ -1,0 +1,102 @@
+"""Cache entries that are either whole or absent: crash-safe, and shared between processes."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from simreg.recipe.errors import UserError
+
+_log = logging.getLogger(__name__)
+_MANIFEST = "entry.json"
+_HASHED = 1 << 26  # files up to this many bytes are verified by content, larger ones by size
+
+
+def entry(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Make sure that the cache entry `folder` is there; return the facts that `build` gave.
+
+    `build` writes files into the folder it is given and returns facts (JSON). It runs only if there
+    is no whole entry, in one process at a time, in a temporary folder that is renamed at the end.
+    Raises UserError if the cache cannot be written.
+    """
+    facts = _verified(folder)
+    if facts is not None:
+        return facts
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            facts = _verified(folder)  # another process may have made it meanwhile
+            if facts is None:
+                if folder.exists():
+                    _log.warning("the cache entry %s is damaged: making it again", folder)
+                    shutil.rmtree(folder)
+                facts = _make(folder, build)
+            return facts
+    except OSError as error:  # what the sources raise is a UserError already
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise UserError(
+            f"cannot write the cache in {folder.parent}: {error.strerror or error}; "
+            f"{'free some space or ' if full else ''}set data.cache_dir to another folder"
+        ) from None
+
+
+def _make(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    try:
+        partial.mkdir()
+        facts = build(partial)
+        files = {path.name: _measure(path) for path in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps({"files": files, "facts": facts}))
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return facts
+
+
+def _verified(folder: Path) -> dict[str, Any] | None:
+    """The facts of a whole entry, or None."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if all(_measure(folder / name) == value for name, value in manifest["files"].items()):
+            facts: dict[str, Any] = manifest["facts"]
+            return facts
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _measure(path: Path) -> list[Any]:
+    size = path.stat().st_size
+    return [size, hashlib.blake2b(path.read_bytes()).hexdigest()[:32] if size <= _HASHED else ""]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("waiting for another process that is writing %s", path.with_suffix(""))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(path: Path) -> None:
+    """Push a file or folder to the disk, so that the rename never precedes the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

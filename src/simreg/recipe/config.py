@@ -1,0 +1,251 @@
+"""The configuration of one training run: typed, validated, saved with the run as YAML.
+
+Values come from the defaults here, then a YAML file, then command-line flags (later ones win).
+"""
+
+import functools
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from simreg.recipe.errors import UserError
+
+T = TypeVar("T")
+_STRICT = ConfigDict(extra="forbid")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+
+WSD_DECAY = 0.2
+"""Share of the steps over which the `wsd` schedule decays."""
+
+
+def _checked(section: type[T]) -> type[T]:
+    """Let construction, by hand or by tyro, report a wrong value as UserError."""
+    validate = section.__init__
+    name = section.__name__.removesuffix("Config").lower()
+    prefix = "" if name == "run" else f"{name}."
+
+    @functools.wraps(validate)
+    def init(self: T, *args: Any, **kwargs: Any) -> None:
+        try:
+            validate(self, *args, **kwargs)
+        except ValidationError as error:
+            raise UserError(describe(error, prefix)) from None
+
+    section.__init__ = init  # type: ignore[method-assign, assignment]
+    return section
+
+
+@_checked
+@dataclass(config=_STRICT, frozen=True)
+class ModelConfig:
+    """The network, trained from scratch."""
+
+    preset: str = "llama-tiny"
+    """One of the presets that `simreg train --list-models` prints."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the LM head."""
+    vocab_size: Count | None = None
+    """Rows of the embedding, at least the tokenizer's size; None: just that size."""
+
+
+@_checked
+@dataclass(config=_STRICT, frozen=True)
+class DataConfig:
+    """The text and how it becomes rows of tokens."""
+
+    source: str | list[str] = "python-stdlib"
+    """`python-stdlib`, a file, a glob, a Hugging Face dataset id (`hf:owner/name[:config]`), or a
+    list of these."""
+    validation: str | list[str] | None = None
+    """Where validation text comes from; None: documents held out of `source`."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents held out for validation, if `validation` is None."""
+    text_field: str = "text"
+    """The field of JSON lines, parquet and datasets that holds the text."""
+    tokenizer: str = "bpe:4096"
+    """`bpe:SIZE` trains a byte-level BPE on the source (cached); anything else is a local folder or
+    a Hub id."""
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    """Tokens a row."""
+    max_tokens: Count | None = None
+    """Stop reading the training source after this many tokens (rounded up to a document)."""
+    cache_dir: str = "~/.cache/simreg"
+    """Where tokenised text and trained tokenizers are kept."""
+
+
+@_checked
+@dataclass(config=_STRICT, frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: Positive = 3e-3
+    """Peak learning rate."""
+    warmup: Fraction = 0.1
+    """Warm-up as a fraction of all steps."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Cosine decay, or warm-up, stable, decay over the last fifth."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate as a fraction of the peak."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay (matrices only)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    clip: NonNegative = 1.0
+    """Maximal gradient norm; 0: no clipping."""
+
+
+@_checked
+@dataclass(config=_STRICT, frozen=True)
+class SimRegConfig:
+    """The regularizer; `weight` 0 is plain cross-entropy."""
+
+    weight: NonNegative = 0.3
+    """λ, the weight beside cross-entropy."""
+    temperature: Positive = 0.1
+    """τ, the divisor of cosines."""
+    variant: Literal["out", "in", "decoupled"] = "out"
+    """Which of the three formulas (README)."""
+    chunk_size: Count | None = None
+    """Compare only tokens in the same chunk of this many positions; None: the whole row."""
+    scope: Literal["row", "document"] = "row"
+    """Compare tokens of a whole row, or only those of the same document in it."""
+
+
+@_checked
+@dataclass(config=_STRICT, frozen=True)
+class TrainConfig:
+    """How long, how much at once, how often to look."""
+
+    tokens: Count = 1_000_000
+    """Training tokens (rounded up to whole steps)."""
+    batch_rows: Count = 16
+    """Rows an optimizer step, over all processes and accumulation steps."""
+    accumulate: Count = 1
+    """Micro-batches an optimizer step; must divide `batch_rows`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes initialisation and the order of the data."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 autocast where an accelerator supports it, else fp32."""
+    compile: bool = False
+    """torch.compile the model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    log_every: Count = 10
+    """Steps between log lines."""
+    evals: Count = 10
+    """Validation passes over the run, evenly spread; the last one is at the end."""
+    eval_tokens: Count | None = None
+    """Tokens of a validation pass; None: the whole validation split."""
+    save_every: Count | None = None
+    """Steps between checkpoints; None: at each validation pass."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept (at least two, so that a corrupt one has a predecessor)."""
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where curves are sent, besides metrics.jsonl."""
+
+
+@_checked
+@dataclass(config=_STRICT, frozen=True)
+class RunConfig:
+    """One training run."""
+
+    out: str = "runs/train"
+    """Folder of the run; the same command again resumes it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    simreg: SimRegConfig = field(default_factory=SimRegConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_rows % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate} does not divide "
+                f"train.batch_rows={self.train.batch_rows}"
+            )
+        if self.optim.schedule == "wsd" and self.optim.warmup + WSD_DECAY > 1:
+            raise ValueError(
+                f"optim.warmup={self.optim.warmup} leaves no room for the decay of the wsd "
+                f"schedule, which takes the last {WSD_DECAY:.0%} of the steps"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.train.tokens // (self.train.batch_rows * self.data.seq_len))
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """Build a validated config from nested plain values; UserError names every wrong field."""
+    try:
+        return TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        raise UserError(describe(error)) from None
+
+
+def describe(error: ValidationError, prefix: str = "") -> str:
+    """Pydantic's findings in one line: `optim.lr: Input should be greater than 0 (got -1)`."""
+    return "; ".join(_finding(item, prefix) for item in error.errors())
+
+
+def _finding(item: Any, prefix: str) -> str:
+    if item["type"] == "value_error":  # our own check, whose text says it all
+        return str(item["ctx"]["error"])
+    where = ".".join(map(str, item["loc"])) or "config"
+    return f"{prefix}{where}: {item['msg']} (got {item['input']!r})"
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values, as saved in `config.yaml`."""
+    return asdict(config)
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `overrides` laid over it, section by section; neither is changed."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = (
+            merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return merged
+
+
+def load(path: str | Path) -> RunConfig:
+    """Read a YAML file of any subset of the fields."""
+    return from_dict(read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping (an empty file is an empty one)."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
+    return values
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The text of `config.yaml`, which `load` reads."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def with_overrides(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    """A validated copy with nested overrides, such as `{"optim": {"lr": 1e-3}}`."""
+    return from_dict(merge(to_dict(config), overrides))

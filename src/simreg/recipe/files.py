@@ -1,0 +1,270 @@
+"""Local files as streams of documents: .txt, .jsonl and .parquet, each also .gz, .xz or .zst."""
+
+import codecs
+import hashlib
+import io
+import json
+import lzma
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from simreg.recipe.errors import UserError
+
+FORMATS = (".txt", ".jsonl", ".parquet")
+DECODERS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".xz": lzma.LZMADecompressor,
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+}
+_UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+_BLOCK = 1 << 14  # small, since a block of zeros may expand a thousandfold
+_PROBE = 1 << 22
+_DOCUMENT = 1 << 16  # characters after which a text file is cut at the next blank line
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of documents; `whole` keeps a text file in one piece however long it is."""
+
+    path: Path
+    field: str = "text"
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS and not self.whole:
+            raise UserError(
+                f"cannot tell the format of {self.path}: its name must end in one of "
+                f"{', '.join(FORMATS)}, optionally followed by one of {', '.join(DECODERS)}"
+            )
+
+    @property
+    def compression(self) -> str | None:
+        """The last suffix if it is a known compression."""
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in DECODERS else None
+
+    @property
+    def format(self) -> str:
+        """The suffix that names the format, without the compression."""
+        return Path(self.path.stem if self.compression else self.path.name).suffix.lower()
+
+    @cached_property
+    def key(self) -> str:
+        """Identity by content (and format), wherever the file lies and whatever its name."""
+        digest = hashlib.blake2b(f"{self.format}{self.compression}{self.whole}".encode())
+        try:
+            with open(self.path, "rb") as raw:
+                while block := raw.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def weight(self) -> int:
+        """Estimated bytes of text (uncompressed): the file's share of the mixture."""
+        if self.format == ".parquet":
+            with self._parquet() as table:
+                groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+                return sum(g.column(self._column(table)).total_uncompressed_size for g in groups)
+        size = self.path.stat().st_size
+        if self.compression is None:
+            return size
+        taken = given = 0
+        with _explained(self.path), open(self.path, "rb") as raw:
+            decoder = DECODERS[self.compression]()
+            while given < _PROBE and not decoder.eof and (block := raw.read(_BLOCK)):
+                given += len(decoder.decompress(block))
+                taken += len(block)
+        return size * given // max(taken, 1)
+
+    def read(self) -> Iterator[str]:
+        """Its documents in order; UserError with the place of whatever is wrong."""
+        if self.format == ".parquet":
+            return self._read_parquet()
+        return self._read_json() if self.format == ".jsonl" else self._read_text()
+
+    def _read_text(self) -> Iterator[str]:
+        """One document, or if it is long several of 64 to 128 Ki characters, cut at blank lines."""
+        with _explained(self.path), self._open() as stream:
+            pending = ""
+            for piece in _decoded(stream, self.path):
+                pending += piece
+                while len(pending) >= 2 * _DOCUMENT and not self.whole:
+                    cut = _cut(pending)
+                    yield pending[:cut]
+                    pending = pending[cut:]
+            yield pending
+
+    def _read_json(self) -> Iterator[str]:
+        with _explained(self.path), self._open() as stream:
+            for number, line in enumerate(stream, 1):
+                where = f"{self.path}:{number}"
+                if line.isspace():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{where}: invalid UTF-8 at byte {error.start} of the line; "
+                        "convert the file to UTF-8"
+                    ) from None
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{where}: not a JSON object on one line ({error})") from None
+                yield text_of(record, self.field, where)
+
+    def _read_parquet(self) -> Iterator[str]:
+        number = 0
+        with self._parquet() as table:
+            column = table.schema_arrow.names[self._column(table)]
+            for batch in table.iter_batches(batch_size=64, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    yield text_of({self.field: text}, self.field, f"{self.path}, row {number}")
+
+    def _column(self, table: Any) -> int:
+        names: list[str] = table.schema_arrow.names
+        if self.field not in names:
+            raise UserError(_no_field(self.field, str(self.path), names))
+        return names.index(self.field)
+
+    @contextmanager
+    def _parquet(self) -> Iterator[Any]:
+        """The opened table; a compressed file is unpacked first, since parquet needs seeking."""
+        import pyarrow
+        import pyarrow.parquet
+
+        with _explained(self.path), tempfile.TemporaryFile() as unpacked, self._open() as stream:
+            if self.compression:
+                shutil.copyfileobj(stream, unpacked, 1 << 20)
+                unpacked.seek(0)
+            try:
+                yield pyarrow.parquet.ParquetFile(unpacked if self.compression else stream)
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{self.path} is not a whole parquet file: {one_line(error)}"
+                ) from None
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        with open(self.path, "rb") as raw:
+            if self.compression is None:
+                yield raw
+            else:
+                yield io.BufferedReader(_Decompressed(raw, DECODERS[self.compression]), 1 << 18)
+
+
+class _Decompressed(io.RawIOBase):
+    """The bytes of a compressed file of one or more members; EOFError if the last one is cut off.
+
+    The libraries' own readers differ here: zstandard's ends silently on a truncated file.
+    """
+
+    def __init__(self, raw: BinaryIO, make_decoder: Callable[[], Any]) -> None:
+        self._raw = raw
+        self._make_decoder = make_decoder
+        self._decoder = make_decoder()
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            data = self._input or self._raw.read(_BLOCK)
+            self._input = b""
+            if not data:
+                if self._decoder is not None:
+                    raise EOFError("it ends in the middle of the compressed data")
+                return 0
+            if self._decoder is None:
+                data = data.lstrip(b"\0")  # padding between members
+                if not data:
+                    continue
+                self._decoder = self._make_decoder()
+            self._output = memoryview(self._decoder.decompress(data))
+            if self._decoder.eof:
+                self._input = self._decoder.unused_data
+                self._decoder = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+def text_of(record: Any, field: str, where: str) -> str:
+    """The text of one record, checked; `where` begins the error message."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object with the field {field!r}")
+    if field not in record:
+        raise UserError(_no_field(field, where, list(record)))
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field {field!r} must be a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start} of {field!r} is half of a surrogate pair, "
+            "which is not valid text"
+        ) from None
+    return text
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _no_field(field: str, where: str, names: list[str]) -> str:
+    found = ", ".join(map(repr, names)) or "none"
+    return f"{where}: no field {field!r} (found: {found}); name the right one with data.text_field"
+
+
+def _cut(text: str) -> int:
+    """Where to cut a long text: after a blank line, else after a line, else anywhere."""
+    for end in ("\n\n", "\n"):
+        at = text.find(end, _DOCUMENT, 2 * _DOCUMENT)
+        if at >= 0:
+            return at + len(end)
+    return 2 * _DOCUMENT
+
+
+def _decoded(stream: BinaryIO, path: Path) -> Iterator[str]:
+    """UTF-8 text in pieces, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0
+    while True:
+        block = stream.read(_BLOCK)
+        held = len(decoder.getstate()[0])
+        try:
+            piece = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: invalid UTF-8 at byte {offset - held + error.start}; "
+                "convert the file to UTF-8"
+            ) from None
+        offset += len(block)
+        yield piece
+        if not block:
+            return
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Reading errors as UserError."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot read {path}, it is damaged or not readable: {reason}") from None

@@ -1,0 +1,135 @@
+"""The folder of a run: who may write in it, what it holds, where a stopped run continues."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simreg.recipe import checkpoints
+from simreg.recipe import config as run_config
+from simreg.recipe.config import RunConfig
+from simreg.recipe.errors import UserError
+
+# A run may continue with these changed: they alter neither its weights nor its evaluations.
+FREE_FIELDS = (
+    "out",
+    "data.cache_dir",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.report_to",
+)
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+
+
+class Locked(UserError):
+    """Another process is training in the folder."""
+
+
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `model/`, `result.json`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        self.config = self.root / "config.yaml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.checkpoints = self.root / "checkpoints"
+        self.tensorboard = self.root / "tensorboard"
+        self.model = self.root / "model"
+        self.result = self.root / "result.json"
+
+    def finished(self, config: RunConfig) -> dict[str, Any] | None:
+        """The recorded result, if the run of this config is finished here."""
+        if not self.result.exists():
+            return None
+        self.check(config)
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(
+                f"{self.result} is not valid JSON: delete it; the same command completes the run"
+            ) from None
+        return result
+
+    def check(self, config: RunConfig) -> None:
+        """UserError if the folder holds a run of another config."""
+        if not self.config.exists():
+            return
+        there, here = (_flat(run_config.to_dict(c)) for c in (run_config.load(self.config), config))
+        differing = [
+            f"{name} is {there[name]} there and {here[name]} now"
+            for name in here
+            if here[name] != there[name] and name not in FREE_FIELDS
+        ]
+        if differing:
+            raise UserError(
+                f"{self.root} holds a run of another config ({'; '.join(differing)}): "
+                "choose another `out` folder, or delete this one"
+            )
+
+    @contextlib.contextmanager
+    def claimed(self, config: RunConfig) -> Iterator[None]:
+        """Hold the folder's lock; the main process of several holds it for all."""
+        if not is_main_process():
+            yield
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Locked(
+                    f"another process is training in {self.root}: wait for it, or choose another "
+                    "`out`"
+                ) from None
+            self.check(config)
+            checkpoints.write_atomically(self.config, run_config.to_yaml(config))
+            yield
+
+    def resume_point(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest intact checkpoint and its manifest, or (None, {}) to start afresh."""
+        for checkpoint in checkpoints.found(self.checkpoints):
+            try:
+                return checkpoint, checkpoints.verify(checkpoint)
+            except ValueError as error:
+                warn(f"checkpoint {checkpoint} is corrupt ({error}); going back to the one before")
+        return None, {}
+
+
+@contextlib.contextmanager
+def storage_errors(root: Path) -> Iterator[None]:
+    """Turn what the file system refuses under `root` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        raise UserError(
+            f"cannot write {error.filename or f'in {root}'}: {error.strerror}; make room or choose "
+            "another `out`; the same command continues from the last checkpoint"
+        ) from None
+
+
+def is_main_process() -> bool:
+    """True in the process that writes, the first of those that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def warn(message: str) -> None:
+    """A line on standard error, from the main process only."""
+    if is_main_process():
+        print(f"simreg: warning: {message}", file=sys.stderr, flush=True)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat

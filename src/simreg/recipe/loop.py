@@ -1,0 +1,242 @@
+"""The Trainer of a run: when to log, evaluate and save, and what must never be saved."""
+
+import errno
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from simreg.integrations.transformers import SimRegTrainer
+from simreg.recipe import checkpoints
+from simreg.recipe.config import RunConfig
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder, is_main_process, storage_errors
+from simreg.recipe.progress import Clock, MetricsFile
+
+_OBJECTIVE_KEYS = ("simreg", "pos_cos", "neg_cos", "pos_fraction")
+
+
+class Diverged(UserError):
+    """Loss, gradient or weights became NaN or infinite."""
+
+
+class RunTrainer(SimRegTrainer):
+    """Trainer with this project's checkpoints, its clock, and a guard against NaN."""
+
+    def __init__(
+        self, *, config: RunConfig, folder: RunFolder, clock: Clock, corpus: str, **kwargs: Any
+    ) -> None:
+        """`corpus` is the fingerprint of the data, kept in every checkpoint."""
+        super().__init__(**kwargs)
+        self.config, self.folder, self.clock, self.corpus = config, folder, clock, corpus
+        self.interrupted = False
+        self.metrics_file: MetricsFile | None = None
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; remembers, on the device, the first step whose loss is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        news = (self._bad_step == 0) & ~loss.isfinite()
+        self._bad_step = torch.where(news, self.state.global_step + 1, self._bad_step)
+        return loss
+
+    def check_finite(self) -> None:
+        """UserError if a loss since the start was not finite (waits for the device)."""
+        if step := int(self._bad_step):
+            self.diverged(f"the loss became NaN or infinite at step {step}")
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: the run reports MFU itself, and counting parameters at every step costs time."""
+        return 0
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.paused():
+            return super()._evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a temporary folder, which takes its name only when it is whole."""
+        with self.clock.paused():
+            if not all(bool(p.isfinite().all()) for p in model.parameters()):
+                self.diverged(
+                    f"the weights became NaN or infinite by step {self.state.global_step}"
+                )
+            self._save_whole(model, trial)
+        if self.interrupted:
+            raise KeyboardInterrupt(
+                f"stopped after step {self.state.global_step} of {self.state.max_steps}, "
+                "checkpoint saved; the same command continues from there"
+            )
+
+    def _save_whole(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        target = self.folder.checkpoints / checkpoints.folder_name(step)
+        if not is_main_process():  # the others add their random state to what the main one saves
+            self._save_into(checkpoints.aside(target), model, trial)
+            return
+        with _write_errors(target), checkpoints.new_folder(target) as aside:
+            self._save_into(aside, model, trial)
+            saved = aside / f"checkpoint-{step}"
+            for path in saved.iterdir():
+                path.rename(aside / path.name)
+            saved.rmdir()
+            if self.metrics_file is not None:
+                self.metrics_file.sync()
+            facts = {"step": step, "seconds": self.clock.seconds, "corpus": self.corpus}
+            checkpoints.seal(aside, facts)
+        checkpoints.prune(self.folder.checkpoints, step, self.config.train.keep_checkpoints)
+
+    def _save_into(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        self.args.output_dir = str(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+
+    def diverged(self, problem: str) -> NoReturn:
+        """Stop the run, naming what to do and the checkpoint that is left."""
+        saved = checkpoints.found(self.folder.checkpoints)
+        last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+        advice = "lower optim.lr, lengthen optim.warmup or set optim.clip"
+        raise Diverged(f"{problem}; {last}; {advice}")
+
+
+class RunCallback(TrainerCallback):
+    """Decides at each step what is due, and turns log records into lines of metrics.jsonl."""
+
+    def __init__(
+        self,
+        trainer: RunTrainer,
+        *,
+        flops_per_token: int,
+        peak: float | None,
+        tell: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """`peak`: FLOP/s of all devices together, None if unknown; `tell` receives each record."""
+        self.trainer, self.tell = trainer, tell
+        self.flops_per_token, self.peak = flops_per_token, peak
+        config = trainer.config
+        self.steps, evals = config.steps, config.train.evals
+        self.eval_steps = {math.ceil(self.steps * k / evals) for k in range(1, evals + 1)}
+        self.tokens_per_step = config.train.batch_rows * config.data.seq_len
+        self._began = self._last = (0, 0.0)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._began = (state.global_step, time.perf_counter())
+        self._last = (state.global_step, self.trainer.clock.seconds)
+        self.trainer.clock.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set what is due after this step."""
+        step, train = state.global_step, self.trainer.config.train
+        control.should_evaluate = step in self.eval_steps
+        regular = control.should_evaluate
+        if train.save_every is not None:
+            regular = step % train.save_every == 0
+        control.should_save = regular or step == self.steps or self.trainer.interrupted
+        # A checkpoint falls between two logging windows, so that a resumed run logs the same means.
+        due = control.should_evaluate or control.should_save
+        control.should_log = due or step % train.log_every == 0
+        if control.should_log or args.device.type == "cpu":  # elsewhere looking means waiting
+            self.trainer.check_finite()
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the record, if it is one of training or evaluation."""
+        logs = logs or {}
+        if "eval_ce" in logs:
+            self._write({"kind": "eval", **self._position(state), "ce": logs["eval_ce"]}, state)
+        elif "grad_norm" in logs:
+            self._write(self._train_record(state, logs), state)
+
+    def _position(self, state: TrainerState) -> dict[str, Any]:
+        step = state.global_step
+        seconds = self.trainer.clock.seconds
+        return {"step": step, "tokens": step * self.tokens_per_step, "seconds": seconds}
+
+    def _train_record(self, state: TrainerState, logs: dict[str, Any]) -> dict[str, Any]:
+        position = self._position(state)
+        steps, seconds = state.global_step - self._last[0], position["seconds"] - self._last[1]
+        self._last = (state.global_step, position["seconds"])
+        return {
+            "kind": "train",
+            **position,
+            "ce": logs["ce"],
+            **{key: logs.get(key) for key in _OBJECTIVE_KEYS},
+            **({"router_loss": logs["router_loss"]} if "router_loss" in logs else {}),
+            "lr": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "clipped": logs.get("clipped", 0.0),
+            "tokens_per_s": steps * self.tokens_per_step / seconds,
+        }
+
+    def _write(self, record: dict[str, Any], state: TrainerState) -> None:
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                what = f"{key} of {record['kind']}"
+                self.trainer.diverged(f"{what} became NaN or infinite at step {record['step']}")
+        if not state.is_world_process_zero:
+            return
+        if self.trainer.metrics_file is not None:
+            with storage_errors(self.trainer.folder.root):
+                self.trainer.metrics_file.write(record)
+        step, began = self._began
+        pace = (time.perf_counter() - began) / (state.global_step - step)
+        extra = {"steps": self.steps, "eta": pace * (self.steps - state.global_step), "mfu": None}
+        if self.peak is not None and record["kind"] == "train":
+            extra["mfu"] = record["tokens_per_s"] * self.flops_per_token / self.peak
+        self.tell({**record, **extra})
+
+
+@contextmanager
+def interruptible(trainer: RunTrainer) -> Iterator[None]:
+    """Ctrl-C saves at the next step boundary and stops; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if trainer.interrupted:
+            raise KeyboardInterrupt(
+                "stopped at once; the same command continues from the last checkpoint"
+            )
+        trainer.interrupted = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    """Writers outside Python report a full disk as errors of their own."""
+    with storage_errors(target):
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            text = str(error)
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text:
+                raise
+            reason = text.splitlines()[0]
+            raise OSError(
+                errno.ENOSPC, f"no room, or not writable ({reason})", str(target)
+            ) from None

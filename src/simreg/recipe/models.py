@@ -1,0 +1,144 @@
+"""Presets of models trained from scratch, from transformers' own Llama and Mixtral classes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, MixtralConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from simreg.recipe.config import RunConfig
+from simreg.recipe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What tells one preset from another; `experts` 0 is a dense Llama, otherwise a Mixtral."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    experts: int = 0
+    rope_theta: float = 10_000.0
+    context: int = 2048
+
+
+EXPERTS_PER_TOKEN = 2
+PRESETS = {
+    "llama-tiny": Shape(128, 344, 4, 4),
+    "llama-60m": Shape(512, 1376, 8, 8),
+    "llama-130m": Shape(768, 2048, 12, 12),
+    "llama-350m": Shape(1024, 2736, 24, 16),
+    "llama-1b": Shape(2048, 5461, 24, 32),
+    "llama-7b": Shape(4096, 11008, 32, 32),
+    "mixtral-tiny": Shape(128, 344, 4, 4, experts=8),
+    "mixtral-8x60m": Shape(512, 1376, 8, 8, experts=8),
+    "mixtral-8x130m": Shape(768, 2048, 12, 12, experts=8),
+    "mixtral-8x7b": Shape(4096, 14336, 32, 32, 8, experts=8, rope_theta=1e6, context=32_768),
+}
+PUBLISHED_VOCABULARY = 32_000  # of the LLaMA tokenizer: published sizes are counted with it
+
+
+def model_config(
+    preset: str,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    tie_embeddings: bool = False,
+    eos_token_id: int | None = None,
+) -> PretrainedConfig:
+    """The transformers config of a preset; UserError if there is no such preset."""
+    if preset not in PRESETS:
+        raise UserError(f"model.preset: no preset {preset!r}; there are {', '.join(PRESETS)}")
+    shape = PRESETS[preset]
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads or shape.heads,
+        "max_position_embeddings": max(shape.context, seq_len),
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "tie_word_embeddings": tie_embeddings,
+        "use_cache": False,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+    }
+    if not shape.experts:
+        return LlamaConfig(**common)
+    return MixtralConfig(
+        **common,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=EXPERTS_PER_TOKEN,
+        output_router_logits=True,  # without them no load-balancing loss is added
+        router_aux_loss_coef=0.02,  # as published for Mixtral 8x7B
+    )
+
+
+def build(config: RunConfig, *, tokenizer_size: int, eos_token_id: int | None) -> PreTrainedModel:
+    """A float32 model on the CPU whose weights follow from `config.model` and the seed alone."""
+    vocab_size = config.model.vocab_size or tokenizer_size
+    if tokenizer_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer_size} tokens but model.vocab_size is {vocab_size}: "
+            f"raise it to {tokenizer_size} or more, leave it out, or use a smaller tokenizer"
+        )
+    hf_config = model_config(
+        config.model.preset,
+        vocab_size=vocab_size,
+        seq_len=config.data.seq_len,
+        tie_embeddings=config.model.tie_embeddings,
+        eos_token_id=eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return _model(hf_config)
+
+
+def _model(config: PretrainedConfig) -> PreTrainedModel:
+    make: Any = AutoModelForCausalLM.from_config
+    model: PreTrainedModel = make(config, dtype=torch.float32)
+    return model
+
+
+def count_parameters(config: PretrainedConfig) -> tuple[int, int]:
+    """Parameters of the model of `config` (total, active for a token), without allocating them."""
+    with torch.device("meta"):
+        model = _model(config)
+    total = sum(p.numel() for p in model.parameters())  # tied weights are listed once
+    experts = getattr(config, "num_local_experts", 0)
+    if not experts:
+        return total, total
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = experts - config.num_experts_per_tok
+    return total, total - in_experts * idle // experts
+
+
+def flops_per_token(config: PretrainedConfig, active: int, seq_len: int) -> int:
+    """Floating-point operations to train on a token, forward and backward.
+
+    6 for each active weight that multiplies (an untied input embedding only looks up), and
+    12·layers·d·L for attention over the full L·L matrix: the usual convention of MFU.
+    """
+    lookup: int = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention: int = 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 6 * (active - lookup) + attention
+
+
+def table() -> str:
+    """The presets with their total and active parameters, as `--list-models` prints them."""
+    lines = [f"{'preset':<16}{'total':>10}{'active':>10}"]
+    for name in PRESETS:
+        config = model_config(name, vocab_size=PUBLISHED_VOCABULARY, seq_len=2048)
+        total, active = count_parameters(config)
+        lines.append(f"{name:<16}{millions(total):>10}{millions(active):>10}")
+    return "\n".join(lines)
+
+
+def millions(count: int) -> str:
+    """`58.07M`, `1339.08M`: the unit the literature uses for these sizes."""
+    return f"{count / 1e6:.2f}M"

@@ -1,0 +1,128 @@
+"""What a run tells: the lines of metrics.jsonl, the line on the terminal, time and MFU."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simreg.recipe.checkpoints import write_atomically
+
+# Dense bfloat16 FLOP/s (float16 before Ampere) from the data sheets; the first match counts.
+_PEAK_FLOPS = {
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of one device in bfloat16, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+
+
+class Clock:
+    """Seconds of training, carried over a resume; evaluation and checkpoints are excluded."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Counted up to now."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._seconds + running
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside."""
+        self._seconds, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self.start()
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended as the run goes."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open for a run that continues after `step`: what was written beyond it is dropped."""
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, lines)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line, at once visible to readers."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force it to disk: a checkpoint must not outlive the lines that led to it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def log_line(record: dict[str, Any], *, total: int) -> str:
+    """One line for the terminal, for a training or an evaluation record."""
+    width = len(str(total))
+    head = f"step {record['step']:>{width}}/{total} {100 * record['step'] / total:5.1f}%"
+    if record["kind"] == "eval":
+        return f"{head}  validation ce {record['ce']:.4f}"
+    parts = [head, f"ce {record['ce']:.4f}"]
+    if record["simreg"] is not None:
+        parts.append(f"simreg {record['simreg']:.4f}")
+    parts.append(f"lr {record['lr']:.2e}")
+    parts.append(f"grad-norm {record['grad_norm']:.2f}")
+    parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
+    if record["mfu"] is not None:
+        parts.append(f"mfu {record['mfu']:.1%}")
+    parts.append(f"eta {duration(record['eta'])}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`7s`, `3m12s`, `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,98 @@
+"""How fast the optimizer steps of a run are, and how much time an objective costs."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from simreg.capture import attach
+from simreg.recipe import assemble, models
+from simreg.recipe.config import RunConfig
+from simreg.recipe.data import Corpus, ordered
+
+T = TypeVar("T")
+WARM_UP = 2
+
+
+class Stepper:
+    """The model, data and optimizer of a config, without anything around the steps."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus, steps: int) -> None:
+        """Ready for up to `steps` steps."""
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.bf16 = config, assemble.use_bf16(config.train.precision)
+        built = models.build(
+            config, tokenizer_size=corpus.vocab_size, eos_token_id=corpus.tokenizer.eos_token_id
+        )
+        self.model: Any = built
+        self.model.to(self.device)
+        if config.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        objective = assemble.objective(config.simreg)
+        self.reg = None if objective is None else attach(self.model, objective)
+        self.forward = torch.compile(self.model) if config.train.compile else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.optim.lr, fused=True)
+        rows = ordered(corpus.train, config.train.seed, steps * config.train.batch_rows)
+        collate = assemble.collator(config.simreg)
+        self._batches = iter(DataLoader(rows, assemble.micro_batch(config), collate_fn=collate))
+
+    def step(self) -> float:
+        """Load, forward, backward, clip and update once; returns the seconds it took."""
+        began = time.perf_counter()
+        for _ in range(self.config.train.accumulate):
+            batch = {key: value.to(self.device) for key, value in next(self._batches).items()}
+            segments = batch.pop("segments", None)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.forward(**batch).loss
+                if self.reg is not None:
+                    loss = loss + self.reg(batch["labels"], segments)
+            (loss / self.config.train.accumulate).backward()
+        if self.config.optim.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def throughput(config: RunConfig, corpus: Corpus, steps: int = 10, seconds: float = 10.0) -> float:
+    """Tokens a second of `config`'s training steps: the median of up to `steps`, after a warm-up."""
+    stepper = Stepper(config, corpus, WARM_UP + steps)
+    times = _measured(stepper.step, steps, seconds)
+    return config.train.batch_rows * config.data.seq_len / statistics.median(times)
+
+
+def step_time_ratio(
+    base: RunConfig, arm: RunConfig, corpus: Corpus, pairs: int = 20, seconds: float = 20.0
+) -> dict[str, Any]:
+    """Step time of `arm` over that of `base`, from alternating steps A, B, A, B, ...
+
+    Neighbouring steps share whatever else the machine does, so the ratio is taken pair by pair.
+    Stops at `pairs`, or after about `seconds` but not before 3 pairs.
+
+    Returns:
+        {"ratio": median over the pairs, "base_s", "arm_s": median seconds a step, "n": pairs}
+    """
+    first, second = (Stepper(config, corpus, WARM_UP + pairs) for config in (base, arm))
+    times = _measured(lambda: (first.step(), second.step()), pairs, seconds)
+    return {
+        "ratio": statistics.median(b / a for a, b in times),
+        "base_s": statistics.median(a for a, _ in times),
+        "arm_s": statistics.median(b for _, b in times),
+        "n": len(times),
+    }
+
+
+def _measured(measure: Callable[[], T], count: int, seconds: float) -> list[T]:
+    """Up to `count` results after the warm-up, fewer (but 3) if `seconds` are over."""
+    began = time.perf_counter()
+    for _ in range(WARM_UP):
+        measure()
+    results: list[T] = []
+    while len(results) < count and (len(results) < 3 or time.perf_counter() - began < seconds):
+        results.append(measure())
+    return results

@@ -1,0 +1,148 @@
+"""Tokenizers: a byte-level BPE trained on the corpus, or any from a local folder or the Hub."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from simreg.recipe import cache
+from simreg.recipe.errors import UserError
+from simreg.recipe.files import one_line
+
+EOS = "<|endoftext|>"
+SAMPLE_BYTES = 16_000_000
+_USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>")
+_SMALLEST = 257  # all bytes and the end-of-text token
+_log = logging.getLogger(__name__)
+
+
+def load_tokenizer(
+    spec: str, texts: Callable[[], Iterable[str]], *, key: str, cache_dir: Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `spec` names, with an eos token.
+
+    `bpe:SIZE` trains on the first 16 MB of `texts()` once per `key` (the identity of the texts) and
+    size. A loaded tokenizer that names no eos token gets one: a special token of a usual name such
+    as `<|endoftext|>`, else its sep or bos token.
+    Raises UserError for what cannot be used.
+    """
+    if not spec.startswith("bpe:"):
+        return _with_eos(_load(spec), spec)
+    size = _parse_size(spec)
+    name = hashlib.blake2b(f"{key} {size} {SAMPLE_BYTES}".encode()).hexdigest()[:32]
+    folder = cache_dir / "tokenizers" / name
+
+    def build(target: Path) -> dict[str, Any]:
+        trained = train_bpe(bounded(texts(), SAMPLE_BYTES), size)
+        trained.save_pretrained(str(target))
+        if len(trained) < size:
+            _log.warning("the text gives a vocabulary of %d tokens, not %d", len(trained), size)
+        return {"vocabulary": len(trained)}
+
+    cache.entry(folder, build)
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A lossless byte-level BPE of at most `size` tokens, the last of them `<|endoftext|>`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def bounded(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Texts until `limit` bytes have been passed on; the last one is cut."""
+    left = limit
+    for text in texts:
+        data = text.encode()[:left]
+        yield data.decode(errors="ignore")
+        left -= len(data)
+        if left <= 0:
+            return
+
+
+class Encoder:
+    """Turns documents into ids, each ended by eos; special tokens in the text are plain text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.eos: int = tokenizer.eos_token_id
+        self.vocab_size = max(max(tokenizer.get_vocab().values()) + 1, len(tokenizer))
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self._slow = None if tokenizer.is_fast else tokenizer
+        if tokenizer.is_fast:
+            # a copy, since padding, truncation and special tokens are state of the backend
+            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self._fast.no_padding()
+            self._fast.no_truncation()
+            self._fast.encode_special_tokens = True
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """One array of `dtype` per text."""
+        if self._slow is not None:
+            ids = self._slow(
+                texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]
+        else:
+            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+        return [np.array([*document, self.eos], dtype=self.dtype) for document in ids]
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides the ids of a text."""
+    if tokenizer.is_fast:
+        content = tokenizer.backend_tokenizer.to_str()
+    else:
+        content = f"{type(tokenizer)} {sorted(tokenizer.get_vocab().items())} {tokenizer}"
+    return hashlib.blake2b(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()[:32]
+
+
+def _parse_size(spec: str) -> int:
+    size = spec.removeprefix("bpe:")
+    if not size.isdecimal() or int(size) < _SMALLEST:
+        raise UserError(
+            f"data.tokenizer {spec!r}: the size must be a whole number of at least {_SMALLEST} "
+            "(256 bytes and the end-of-text token), as in bpe:4096"
+        )
+    return int(size)
+
+
+def _load(spec: str) -> PreTrainedTokenizerBase:
+    path = Path(spec).expanduser()
+    if spec.startswith((".", "/", "~")) and not path.exists():
+        raise UserError(f"data.tokenizer: there is no folder {path}")
+    try:
+        return AutoTokenizer.from_pretrained(str(path) if path.exists() else spec)
+    except Exception as error:  # many kinds: unknown id, no network, missing or broken files
+        raise UserError(
+            f"cannot load the tokenizer {spec!r} (give bpe:SIZE, a folder with a tokenizer, or a "
+            f"Hub id): {one_line(error)[:300]}"
+        ) from None
+
+
+def _with_eos(tokenizer: PreTrainedTokenizerBase, spec: str) -> PreTrainedTokenizerBase:
+    if tokenizer.eos_token_id is None:
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        usual = next((name for name in _USUAL_EOS if name in special), None)
+        tokenizer.eos_token = usual or tokenizer.sep_token or tokenizer.bos_token
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {spec!r} has no eos, sep or bos token to end documents with; "
+            "add one to it or use another"
+        )
+    return tokenizer

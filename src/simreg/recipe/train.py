@@ -1,0 +1,243 @@
+"""`simreg train`: one run from its config to a trained model, resumable at any point."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback
+
+import simreg
+from simreg.recipe import assemble, checkpoints, models, progress
+from simreg.recipe.config import RunConfig
+from simreg.recipe.data import Corpus, Rows, ordered, prepare
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder, is_main_process, storage_errors
+from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
+from simreg.recipe.timing import step_time_ratio, throughput
+
+__all__ = ["step_time_ratio", "throughput", "train"]
+Tell = Callable[[dict[str, Any]], None]
+
+
+def train(
+    config: RunConfig, *, corpus: Corpus | None = None, on_step: Tell | None = None
+) -> dict[str, Any]:
+    """Run, resume or recall the training run of `config`; returns the content of `result.json`.
+
+    Args:
+        config: what to train and where (`config.out`). A folder that holds an unfinished run of
+            the same config is continued, a finished one returns its recorded result at once.
+        corpus: the prepared data of `config.data`, if the caller has it.
+        on_step: receives each record of `metrics.jsonl` with "steps", "eta" (seconds) and "mfu"
+            besides, in place of the lines on standard output.
+
+    Raises:
+        UserError: bad input or data, a folder of another run, a full disk, NaN.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint; its text says how to continue.
+    """
+    folder = RunFolder(config.out)
+    with storage_errors(folder.root), _quiet():
+        result = folder.finished(config)
+        if result is None:
+            with folder.claimed(config):
+                result = _run(config, folder, corpus or prepare(config.data), on_step)
+        elif on_step is None:
+            print(f"{folder.root} holds the finished run of this config")
+        return result
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, corpus: Corpus, on_step: Tell | None
+) -> dict[str, Any]:
+    say = print if on_step is None and is_main_process() else _silent
+    corpus.require_batch(config.train.batch_rows)
+    checkpoint, manifest = folder.resume_point()
+    if manifest.get("corpus", corpus.fingerprint) != corpus.fingerprint:
+        raise UserError(
+            f"the data of the run in {folder.root} has changed since it began: "
+            "restore it, choose another `out`, or delete the folder"
+        )
+    model = models.build(
+        config, tokenizer_size=corpus.vocab_size, eos_token_id=corpus.tokenizer.eos_token_id
+    )
+    total, active = models.count_parameters(model.config)
+    rows = ordered(corpus.train, config.train.seed, config.steps * config.train.batch_rows)
+    say(_headline(config, corpus, total, active))
+    clock = progress.Clock(manifest.get("seconds", 0.0))
+    trainer = RunTrainer(
+        config=config,
+        folder=folder,
+        clock=clock,
+        corpus=corpus.fingerprint,
+        model=model,
+        args=assemble.training_arguments(config, folder.checkpoints),
+        train_dataset=rows,
+        eval_dataset=_validation(config, corpus.validation),
+        data_collator=assemble.collator(config.simreg),
+        objective=assemble.objective(config.simreg),
+    )
+    flops = models.flops_per_token(model.config, active, config.data.seq_len)
+    _add_callbacks(trainer, on_step or _print_line(config.steps), flops, manifest.get("step", 0))
+    if checkpoint is not None:
+        say(f"resuming after step {manifest['step']}")
+    with _metrics(trainer, manifest.get("step", 0)), interruptible(trainer), _out_of_memory():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    result = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds)
+    if is_main_process():
+        _export(folder, model, corpus, result)
+    say(f"done: validation ce {result['final_ce']:.4f}; model in {folder.model}")
+    return result
+
+
+def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str:
+    per_step = config.train.batch_rows * config.data.seq_len
+    of_active = "" if active == total else f" ({models.millions(active)} active)"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if assemble.use_bf16(config.train.precision) else "fp32"
+    return (
+        f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
+        f"{device} {precision}\n"
+        f"{config.steps} steps of {per_step:,} tokens = {config.steps * per_step:,} tokens, "
+        f"from a corpus of {corpus.tokens:,}"
+    )
+
+
+def _validation(config: RunConfig, rows: Rows) -> Any:
+    if config.train.eval_tokens is None:
+        return rows
+    wanted = -(-config.train.eval_tokens // config.data.seq_len)
+    return Subset(rows, range(min(wanted, len(rows))))
+
+
+def _add_callbacks(trainer: RunTrainer, tell: Tell, flops: int, step: int) -> None:
+    config = trainer.config
+    peak = progress.peak_flops(trainer.args.device)
+    callback = RunCallback(
+        trainer,
+        flops_per_token=flops,
+        peak=None if peak is None else peak * trainer.args.world_size,
+        tell=tell,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback)
+    if is_main_process():
+        for each in assemble.reporter(config.train.report_to, trainer.folder.tensorboard, step):
+            trainer.add_callback(each)
+
+
+@contextlib.contextmanager
+def _metrics(trainer: RunTrainer, step: int) -> Iterator[None]:
+    if not is_main_process():
+        yield
+        return
+    trainer.metrics_file = progress.MetricsFile(trainer.folder.metrics, step)
+    try:
+        yield
+    finally:
+        trainer.metrics_file.close()
+
+
+def _result(
+    config: RunConfig,
+    folder: RunFolder,
+    corpus: Corpus,
+    epochs: float,
+    params: tuple[int, int],
+    seconds: float,
+) -> dict[str, Any]:
+    evals = [r for r in progress.read_metrics(folder.metrics) if r["kind"] == "eval"]
+    cuda = torch.cuda.is_available()
+    return {
+        "schema": 1,
+        "final_ce": evals[-1]["ce"],
+        "tokens": evals[-1]["tokens"],
+        "steps": config.steps,
+        "seconds": seconds,
+        "params": {"total": params[0], "active": params[1]},
+        "objective": {"name": "simreg", **dataclasses.asdict(config.simreg)},
+        "corpus": {
+            "fingerprint": corpus.fingerprint,
+            "train_tokens": corpus.tokens,
+            "epochs": epochs,
+        },
+        "versions": {
+            "simreg": simreg.__version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": version("accelerate"),
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from ("-dirty" if changed), if it does."""
+    root = Path(simreg.__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def _export(
+    folder: RunFolder, model: PreTrainedModel, corpus: Corpus, result: dict[str, Any]
+) -> None:
+    """The model as a normal Hugging Face folder; then the result, which marks the run finished."""
+    with checkpoints.new_folder(folder.model) as aside:
+        model.save_pretrained(aside)
+        corpus.tokenizer.save_pretrained(aside)
+    checkpoints.write_atomically(folder.result, json.dumps(result, indent=2) + "\n")
+
+
+def _print_line(total: int) -> Tell:
+    return lambda record: print(progress.log_line(record, total=total), flush=True)
+
+
+def _silent(text: str) -> None:
+    """In place of `print`."""
+
+
+@contextlib.contextmanager
+def _out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device is out of memory: raise train.accumulate, turn on "
+            f"train.gradient_checkpointing or choose a smaller model ({str(error).splitlines()[0]})"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and remarks out of the output."""
+    logs: Any = transformers.utils.logging
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
