@@ -1,0 +1,1 @@
+"""Studies: arms × budgets × seeds, their statistics and their report."""

@@ -1,0 +1,253 @@
+"""The plan of a study: arms × token budgets × seeds, as typed data from YAML or from flags."""
+
+import re
+from dataclasses import field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from simreg.recipe import config as recipe
+from simreg.recipe.config import Positive, RunConfig
+from simreg.recipe.errors import UserError
+
+REFERENCE = "baseline"
+REFERENCE_OVERRIDES: dict[str, Any] = {"simreg": {"weight": 0}}
+DEMO_MINUTES = 5.0
+DEMO_EVAL_TOKENS = 50_000
+"""Tokens of a validation pass in a study sized to the machine, if the base does not say."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")
+# What an arm may not change: the study sets it, or the comparison would no longer be paired.
+_FIXED = (("out",), ("data",), ("train", "tokens"), ("train", "seed"))
+
+Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Budgets = Annotated[list[Budget], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    arm: str
+    budget: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Path of the run inside the study folder."""
+        return f"{self.arm}/{self.budget:g}/seed-{self.seed}"
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True)
+class Study:
+    """A comparison: every arm trained on its own full schedule at each of its budgets, per seed."""
+
+    name: str = "demo"
+    """Names the study, and its folder unless `out` does."""
+    out: str = ""
+    """Folder of the study; empty: runs/NAME."""
+    base: RunConfig = field(default_factory=RunConfig)
+    """What all arms share; `base.train.tokens` is the full budget N."""
+    reference: str = REFERENCE
+    """The arm that the others are compared with."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {"simreg": {}})
+    """Arm -> overrides of `base`, nested as in a run's config; `baseline` (weight 0) is added."""
+    budgets: Budgets | dict[str, Budgets] = field(default_factory=lambda: [0.6, 0.8, 1.0])
+    """Fractions of N for all arms but the reference (which has [1.0]), or a list for each arm."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = field(
+        default_factory=lambda: [0]
+    )
+    """Each seed fixes initialisation and batches in every arm alike."""
+    minutes: Positive | None = None
+    """Size N to the machine so that the whole study takes about this long."""
+
+    def __post_init__(self) -> None:
+        if self.reference == REFERENCE and REFERENCE not in self.arms:
+            object.__setattr__(self, "arms", {REFERENCE: REFERENCE_OVERRIDES, **self.arms})
+        if not self.out:
+            object.__setattr__(self, "out", f"runs/{self.name}")
+        for name in (self.name, *self.arms):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"name {name!r}: use letters, digits and _ . = + - only")
+        if self.reference not in self.arms:
+            raise ValueError(
+                f"reference {self.reference!r} is not among the arms {list(self.arms)}"
+            )
+        if isinstance(self.budgets, dict) and (unknown := self.budgets.keys() - self.arms.keys()):
+            raise ValueError(f"budgets for unknown arms: {', '.join(sorted(unknown))}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeat")
+        if 1.0 not in self.budgets_of(self.reference):
+            raise ValueError(f"the reference arm {self.reference!r} needs the budget 1.0")
+        for name, overrides in self.arms.items():
+            _check_arm(name, overrides)
+            try:
+                recipe.with_overrides(self.base, overrides)
+            except UserError as error:
+                raise ValueError(f"arm {name!r}: {error}") from None
+
+    def budgets_of(self, arm: str) -> list[float]:
+        """The arm's budgets in ascending order."""
+        if isinstance(self.budgets, dict):
+            return sorted(set(self.budgets.get(arm, [1.0])))
+        return [1.0] if arm == self.reference else sorted(set(self.budgets))
+
+    @property
+    def others(self) -> list[str]:
+        """The arms that are compared with the reference."""
+        return [arm for arm in self.arms if arm != self.reference]
+
+    def cells(self) -> list[Cell]:
+        """All runs in order: a seed's arms together, the reference first."""
+        arms = [self.reference, *self.others]
+        return [
+            Cell(arm, budget, seed)
+            for seed, arm in product(self.seeds, arms)
+            for budget in self.budgets_of(arm)
+        ]
+
+    def config(self, cell: Cell) -> RunConfig:
+        """The config of one run."""
+        own = {
+            "out": str(Path(self.out) / cell.folder),
+            "train": {"tokens": round(cell.budget * self.base.train.tokens), "seed": cell.seed},
+        }
+        return recipe.with_overrides(self.base, recipe.merge(self.arms[cell.arm], own))
+
+    def arm_config(self, arm: str) -> RunConfig:
+        """The arm's config at the full budget, for measurements outside of any run."""
+        return recipe.with_overrides(self.base, self.arms[arm])
+
+
+def _check_arm(name: str, overrides: dict[str, Any]) -> None:
+    for path in _FIXED:
+        node: Any = overrides
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        if node is not None:
+            raise ValueError(
+                f"arm {name!r} may not set {'.'.join(path)}: all arms of a comparison share it"
+            )
+
+
+def from_dict(values: dict[str, Any]) -> Study:
+    """Build a validated study from nested plain values; UserError names every wrong field."""
+    try:
+        return TypeAdapter(Study).validate_python(values)
+    except ValidationError as error:
+        own = [str(e["ctx"]["error"]) for e in error.errors() if e["type"] == "value_error"]
+        raise UserError(f"study: {'; '.join(own) or recipe.describe(error)}") from None
+
+
+def to_dict(study: Study) -> dict[str, Any]:
+    """Nested plain values, as saved in `study.yaml`."""
+    plain: dict[str, Any] = TypeAdapter(Study).dump_python(study)
+    return plain
+
+
+def save(study: Study, path: str | Path) -> None:
+    """Write the study as YAML."""
+    text = yaml.safe_dump(to_dict(study), sort_keys=False)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def load(path: str | Path) -> Study:
+    """Read a study file; the name defaults to the file's."""
+    return from_dict({"name": Path(path).stem, **recipe.read_yaml(path)})
+
+
+@dataclass
+class CompareOptions:
+    """Train with and without SimReg, and say how many tokens and how much time it saves.
+
+    Without arguments: a small model on the source text of Python's own standard library, sized so
+    that all of it takes about five minutes. The same command again continues where it stopped.
+    """
+
+    study: tyro.conf.Positional[str | None] = None
+    """A study file (YAML); flags override what it says."""
+    out: str | None = None
+    """Folder of the study (default: runs/NAME)."""
+    seeds: list[int] | None = None
+    """Seeds, such as `--seeds 0 1 2 3 4` (default: 0)."""
+    budgets: list[float] | None = None
+    """Token budgets of the arms, as fractions of the reference's (default: 0.6 0.8 1.0)."""
+    tokens: int | None = None
+    """Tokens of the full budget (default: sized by `--minutes`)."""
+    minutes: float | None = None
+    """Size the full budget so that the whole study takes about this long (default: 5)."""
+    arm: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """Add an arm, `NAME:section.key=value,...`, e.g. `--arm strong:simreg.weight=1`; repeatable."""
+    model: str | None = None
+    """Model preset."""
+    data: list[str] | None = None
+    """Where the text comes from: files, globs, `python-stdlib` or `hf:owner/name`."""
+    set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """Change what all arms share, e.g. `--set optim.lr=1e-3`; repeatable."""
+
+
+def parse_assignments(text: str, flag: str) -> dict[str, Any]:
+    """`section.key=value,...` as nested overrides; values are read as YAML."""
+    nested: dict[str, Any] = {}
+    for item in text.split(","):
+        path, equals, value = item.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"{flag}: {item!r} is not of the form section.key=value")
+        try:
+            leaf = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{flag}: cannot read the value of {item!r}") from None
+        for key in reversed(keys):
+            leaf = {key: leaf}
+        nested = recipe.merge(nested, leaf)
+    return nested
+
+
+def _parse_arm(text: str, reference: str) -> tuple[str, dict[str, Any]]:
+    name, colon, rest = text.partition(":")
+    if not colon or not name:
+        raise UserError(f"--arm {text!r} is not of the form NAME:section.key=value,...")
+    if name == reference:
+        raise UserError(f"--arm {name}: the reference arm can be changed in a study file only")
+    return name, parse_assignments(rest, f"--arm {name}") if rest else {}
+
+
+def from_options(options: CompareOptions) -> Study:
+    """The study that the command line asks for."""
+    if options.tokens is not None and options.minutes is not None:
+        raise UserError("--tokens and --minutes both size the study: give one of them")
+    values: dict[str, Any] = {"name": "demo"}
+    if options.study is not None:
+        values = {"name": Path(options.study).stem, **recipe.read_yaml(options.study)}
+    base = values.get("base") or {}
+    for text in options.set:
+        base = recipe.merge(base, parse_assignments(text, "--set"))
+    if options.model is not None:
+        base = recipe.merge(base, {"model": {"preset": options.model}})
+    if options.data is not None:
+        source = options.data[0] if len(options.data) == 1 else options.data
+        base = recipe.merge(base, {"data": {"source": source}})
+    if options.tokens is not None:
+        base = recipe.merge(base, {"train": {"tokens": options.tokens}})
+        values.pop("minutes", None)
+    elif options.minutes is not None:
+        values["minutes"] = options.minutes
+    elif "tokens" not in (base.get("train") or {}):
+        values.setdefault("minutes", DEMO_MINUTES)
+    if options.out is not None:
+        values["out"] = options.out
+    if options.seeds is not None:
+        values["seeds"] = options.seeds
+    if options.budgets is not None:
+        values["budgets"] = options.budgets
+    if options.arm:
+        reference = values.get("reference", REFERENCE)
+        added = dict(_parse_arm(text, reference) for text in options.arm)
+        values["arms"] = {**(values.get("arms") or {"simreg": {}}), **added}
+    return from_dict({**values, "base": base})

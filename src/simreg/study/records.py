@@ -1,0 +1,60 @@
+"""Reading finished runs from their folders (`result.json`, `metrics.jsonl`)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simreg.recipe.errors import UserError
+from simreg.recipe.progress import read_metrics
+from simreg.study.plan import Cell, Study
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its result and its curves."""
+
+    cell: Cell
+    result: dict[str, Any]
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens (whole steps)."""
+        return int(self.result["tokens"])
+
+    @property
+    def final_ce(self) -> float:
+        """Final validation cross-entropy, nats per token."""
+        return float(self.result["final_ce"])
+
+    def mean(self, key: str) -> float | None:
+        """Mean of a logged training quantity over the run; None if it was never logged."""
+        values = [line[key] for line in self.train if line.get(key) is not None]
+        return sum(values) / len(values) if values else None
+
+
+def read(folder: Path, cell: Cell) -> Run | None:
+    """The finished run in `folder`, or None while it has no result."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        lines = read_metrics(folder / "metrics.jsonl")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the run in {folder} ({error}): delete the folder to repeat it"
+        ) from None
+    return Run(
+        cell,
+        result,
+        [line for line in lines if line["kind"] == "train"],
+        [line for line in lines if line["kind"] == "eval"],
+    )
+
+
+def collect(study: Study) -> list[Run]:
+    """The study's finished runs, in the order of its plan."""
+    found = (read(Path(study.out) / cell.folder, cell) for cell in study.cells())
+    return [run for run in found if run is not None]

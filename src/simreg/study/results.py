@@ -1,0 +1,171 @@
+"""From finished runs to `results.json` (its schema: docs/results-schema.md)."""
+
+from collections import defaultdict
+from typing import Any
+
+from simreg.study import stats
+from simreg.study.plan import Study, to_dict
+from simreg.study.records import Run
+
+SCHEMA = 1
+
+Grid = dict[str, dict[float, dict[int, Run]]]
+"""arm -> budget -> seed -> run"""
+
+
+def grid(runs: list[Run]) -> Grid:
+    """The runs by arm, budget and seed; budgets ascend."""
+    table: Grid = defaultdict(lambda: defaultdict(dict))
+    for run in sorted(runs, key=lambda r: (r.cell.budget, r.cell.seed)):
+        table[run.cell.arm][run.cell.budget][run.cell.seed] = run
+    return table
+
+
+def build(
+    study: Study,
+    runs: list[Run],
+    step_time: dict[str, dict[str, Any]],
+    commands: list[str],
+    failures: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    `step_time` maps an arm to `{ratio, base_s, arm_s, n}`, `failures` the path of a run to what
+    went wrong.
+    """
+    table = grid(runs)
+    ratios = {arm: step_time[arm]["ratio"] for arm in study.others if arm in step_time}
+    return {
+        "schema": SCHEMA,
+        "study": {key: value for key, value in to_dict(study).items() if key != "out"},
+        "seeds": list(study.seeds),
+        "complete": len(runs) == len(study.cells()),
+        "commands": commands,
+        "versions": _distinct(runs, "versions"),
+        "machine": _distinct(runs, "machine"),
+        "corpus": _distinct(runs, "corpus", leave_out="epochs"),
+        "isoloss": {
+            arm: _isoloss(table, study.reference, arm, ratios.get(arm))
+            for arm in study.others
+            if any(budget != 1.0 for budget in study.budgets_of(arm))
+        },
+        "equal_time": {
+            arm: _equal_time(table, study.reference, arm, ratios.get(arm)) for arm in study.others
+        },
+        "arms": {arm: _arm(study, table, arm) for arm in study.arms},
+        "step_time": {arm: step_time[arm] for arm in study.arms if arm in step_time},
+        "runs": [_run(run) for run in runs],
+        "failures": failures or {},
+    }
+
+
+def _distinct(runs: list[Run], key: str, leave_out: str = "") -> list[dict[str, Any]]:
+    """The different values of a part of the results (runs may come from several machines)."""
+    values: list[dict[str, Any]] = []
+    for run in runs:
+        value = {k: v for k, v in run.result.get(key, {}).items() if k != leave_out}
+        if value and value not in values:
+            values.append(value)
+    return values
+
+
+def _curve(table: Grid, arm: str, seed: int) -> tuple[list[float], list[float]]:
+    """Tokens and final losses of an arm's budgets for one seed, ascending."""
+    runs = [by_seed[seed] for by_seed in table[arm].values() if seed in by_seed]
+    return [run.tokens for run in runs], [run.final_ce for run in runs]
+
+
+def _isoloss(table: Grid, reference: str, arm: str, ratio: float | None) -> dict[str, Any]:
+    """Savings of an arm at equal loss, over the seeds whose runs are all there."""
+    full = table[reference][1.0]
+    budgets = table[arm]
+    seeds = [s for s in full if budgets and all(s in by_seed for by_seed in budgets.values())]
+    base_tokens = {s: float(full[s].tokens) for s in seeds}
+    crossings = {s: stats.crossing(*_curve(table, arm, s), full[s].final_ce) for s in seeds}
+    midrun = {
+        s: stats.first_passing(
+            [e["tokens"] for e in run.evals if e["tokens"] > 0],
+            [e["ce"] for e in run.evals if e["tokens"] > 0],
+            full[s].final_ce,
+        )
+        for s in seeds
+        if (run := budgets.get(1.0, {}).get(s)) is not None and run.evals
+    }
+    return {
+        "tokens_saved": stats.saving(crossings, base_tokens),
+        "seconds_saved": stats.saving(crossings, base_tokens, ratio),
+        "midrun_tokens_saved": stats.saving(midrun, base_tokens) if midrun else None,
+        "budgets": sorted(budgets),
+    }
+
+
+def _equal_time(table: Grid, reference: str, arm: str, ratio: float | None) -> dict[str, Any]:
+    """Arm at N tokens against the reference given the same seconds, that is N * ratio tokens."""
+    answer: dict[str, Any] = {"status": "not_run", "reference_tokens": None, "ce_difference": None}
+    full = table[arm].get(1.0, {})
+    if ratio is None or not full:
+        return answer
+    answer["reference_tokens"] = ratio * next(iter(full.values())).tokens
+    reference_ce = {}
+    for seed, run in full.items():
+        tokens, ce = _curve(table, reference, seed)
+        if not tokens or (value := stats.interpolate(tokens, ce, ratio * run.tokens)) is None:
+            return answer
+        reference_ce[seed] = value
+    own = {seed: run.final_ce for seed, run in full.items()}
+    difference = stats.paired_difference(own, reference_ce)
+    return {**answer, "status": "ok", "ce_difference": difference}
+
+
+def _arm(study: Study, table: Grid, arm: str) -> dict[str, Any]:
+    """An arm's final losses, at the full budget and at every budget."""
+    budgets = {
+        f"{budget:g}": _budget(study, table, arm, budget) for budget in study.budgets_of(arm)
+    }
+    none = stats.mean_sd([])
+    runs = [run for by_seed in table[arm].values() for run in by_seed.values()]
+    return {
+        "overrides": study.arms[arm],
+        "params": runs[0].result.get("params") if runs else None,
+        "final_ce": budgets["1"]["final_ce"] if "1" in budgets else none,
+        "budgets": budgets,
+    }
+
+
+def _budget(study: Study, table: Grid, arm: str, budget: float) -> dict[str, Any]:
+    runs = table[arm].get(budget, {})
+    reference = table[study.reference].get(budget, {})
+    difference = None
+    if arm != study.reference:
+        difference = stats.paired_difference(
+            {s: run.final_ce for s, run in runs.items()},
+            {s: run.final_ce for s, run in reference.items()},
+        )
+    some = next(iter(runs.values()), None)
+    return {
+        "final_ce": stats.mean_sd([run.final_ce for run in runs.values()]),
+        "tokens": some.tokens if some else None,
+        "steps": some.result["steps"] if some else None,
+        "ce_minus_reference": difference if difference and difference["n"] else None,
+        "clipped": _mean(runs, "clipped"),
+        "grad_norm": _mean(runs, "grad_norm"),
+    }
+
+
+def _mean(runs: dict[int, Run], key: str) -> float | None:
+    values = [value for run in runs.values() if (value := run.mean(key)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "arm": run.cell.arm,
+        "budget": run.cell.budget,
+        "seed": run.cell.seed,
+        "path": run.cell.folder,
+        "tokens": run.tokens,
+        "steps": run.result["steps"],
+        "epochs": run.result.get("corpus", {}).get("epochs"),
+        "seconds": run.result["seconds"],
+        "final_ce": run.final_ce,
+    }
