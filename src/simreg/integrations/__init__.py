@@ -1,0 +1,1 @@
+"""SimReg in the training engines people already use, a file an engine."""

@@ -55,19 +55,19 @@ class SimRegTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"args: DataParallel over {self.args.n_gpu} GPUs is not supported; launch with "
-                "torchrun or leave one device visible"
+                "args: DataParallel (n_gpu > 1) is not supported; launch with torchrun"
             )
         if self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError(
                 "args: context and sequence parallelism are not supported; set both to 1"
             )
-        self._attach(_module(self.model))
+        self._attach(self.model)
 
-    def _attach(self, model: nn.Module) -> None:
+    def _attach(self, model: nn.Module | None) -> None:
         if self._reg is not None:
             self._reg.detach()
-        self._reg = None if self._objective is None else attach(model, self._objective)
+        if model is not None and self._objective is not None:
+            self._reg = attach(model, self._objective)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model by `model_init`, with the objective attached."""
@@ -90,6 +90,7 @@ class SimRegTrainer(Trainer):
         """`Trainer`'s loss; in training the router loss is rescaled and the objective added."""
         inputs = dict(inputs)
         segments = inputs.pop(SEGMENTS, None)
+        inputs.pop("skip_logits", None)  # fused heads: evaluation needs the logits of each row
         targets = _targets(inputs)
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
@@ -115,7 +116,7 @@ class SimRegTrainer(Trainer):
         tokens = targets.ne(IGNORE_INDEX).sum()
         if self.label_smoother is None and self.compute_loss_func is None:
             cross_entropy = loss.detach() / scale
-            router = _router_loss(_module(self.model), outputs)
+            router = _router_loss(self.accelerator.unwrap_model(self.model), outputs)
             if router is not None:
                 coefficient, balance = router
                 cross_entropy = cross_entropy - coefficient * balance.detach()
@@ -208,16 +209,9 @@ class SimRegTrainer(Trainer):
         if not _internal_call:
             super().save_model(output_dir)
             return
-        # Resuming loads by the model's names: parameters that the published layout renames would
-        # silently keep their initial values.
+        # Resuming loads by the model's names: what the published layout renames would be lost.
         with _own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super().save_model(output_dir, _internal_call=True)
-
-
-def _module(model: nn.Module | None) -> nn.Module:
-    if model is None:
-        raise ValueError("model: expected a model or model_init")
-    return model
 
 
 def _targets(inputs: dict[str, Any]) -> Tensor | None:
