@@ -1,0 +1,1 @@
+"""`simreg train`: from text to a trained model with one command."""

@@ -24,11 +24,10 @@ class Stepper:
         """Ready for up to `steps` steps."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config, self.bf16 = config, assemble.use_bf16(config.train.precision)
-        built = models.build(
+        model: Any = models.build(
             config, tokenizer_size=corpus.vocab_size, eos_token_id=corpus.tokenizer.eos_token_id
         )
-        self.model: Any = built
-        self.model.to(self.device)
+        self.model = model.to(self.device)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         objective = assemble.objective(config.simreg)
@@ -60,7 +59,7 @@ class Stepper:
 
 
 def throughput(config: RunConfig, corpus: Corpus, steps: int = 10, seconds: float = 10.0) -> float:
-    """Tokens a second of `config`'s training steps: the median of up to `steps`, after a warm-up."""
+    """Tokens a second of `config`'s training steps: median of up to `steps`, after a warm-up."""
     stepper = Stepper(config, corpus, WARM_UP + steps)
     times = _measured(stepper.step, steps, seconds)
     return config.train.batch_rows * config.data.seq_len / statistics.median(times)

@@ -1,0 +1,85 @@
+"""The run's config: validation, files, overrides."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simreg.recipe import config
+from simreg.recipe.errors import UserError
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    made = config.from_dict(
+        {
+            "data": {"source": ["a.txt", "b.txt"], "max_tokens": 1000},
+            "simreg": {"chunk_size": 8, "variant": "decoupled"},
+            "optim": {"lr": 1e-4},
+        }
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(made), encoding="utf-8")
+    assert config.load(path) == made
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"optim": {"lr": -1}}, r"optim\.lr: .*greater than 0 \(got -1\)"),
+        ({"optim": {"lr": float("nan")}}, r"optim\.lr"),
+        ({"simreg": {"weight": -0.1}}, r"simreg\.weight: .*greater than or equal to 0"),
+        ({"simreg": {"temperature": 0}}, r"simreg\.temperature"),
+        ({"simreg": {"variant": "inout"}}, r"simreg\.variant: .*'out', 'in' or 'decoupled'"),
+        ({"train": {"tokens": 0}}, r"train\.tokens"),
+        ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
+        ({"trian": {}}, r"trian: Unexpected"),
+        ({"train": {"batch_rows": 6, "accumulate": 4}}, r"^train\.accumulate=4 does not divide"),
+        ({"optim": {"schedule": "wsd", "warmup": 0.9}}, r"no room for the decay"),
+    ],
+)
+def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        config.from_dict(values)
+    assert "\n" not in str(error.value)
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"optim\.lr.*train\.seed"):
+        config.from_dict({"optim": {"lr": 0}, "train": {"seed": -1}})
+
+
+def test_construction_by_hand_is_checked_too() -> None:
+    with pytest.raises(UserError, match=r"simreg\.weight"):
+        config.SimRegConfig(weight=-1)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("[1, 2]", "must hold a mapping"), ("a: [", "not valid YAML"), ("\xff", "not valid YAML")],
+)
+def test_bad_files(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=says):
+        config.load(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*No such file"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_empty_file_is_the_default(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").touch()
+    assert config.load(tmp_path / "c.yaml") == config.RunConfig()
+
+
+def test_overrides_reach_inside_and_leave_the_rest() -> None:
+    base = config.from_dict({"optim": {"lr": 1e-4, "warmup": 0.2}})
+    changed = config.with_overrides(base, {"optim": {"lr": 2e-4}})
+    assert (changed.optim.lr, changed.optim.warmup, base.optim.lr) == (2e-4, 0.2, 1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (4096, 1), (4097, 2), (40_960, 10)])
+def test_steps_round_up(tokens: int, steps: int) -> None:
+    assert config.from_dict({"train": {"tokens": tokens}}).steps == steps

@@ -1,0 +1,108 @@
+"""Presets: published sizes, initialisation from the seed, cost per token."""
+
+import pytest
+import torch
+
+from simreg.recipe import models
+from simreg.recipe.config import from_dict
+from simreg.recipe.errors import UserError
+
+# Millions at vocabulary 32,000: GaLore's and LLaMA's models, Mixtral 8x7B v0.1 (46.7B and 12.9B).
+PUBLISHED = {
+    "llama-60m": (58.07, 58.07),
+    "llama-130m": (134.11, 134.11),
+    "llama-350m": (367.97, 367.97),
+    "llama-1b": (1339.08, 1339.08),
+    "llama-7b": (6738.42, 6738.42),
+    "mixtral-8x7b": (46702.79, 12879.93),
+}
+
+
+def sized(preset: str, **kwargs: object) -> tuple[int, int]:
+    config = models.model_config(preset, vocab_size=32_000, seq_len=256, **kwargs)  # type: ignore[arg-type]
+    return models.count_parameters(config)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_sizes(preset: str) -> None:
+    total, active = sized(preset)
+    assert (round(total / 1e6, 2), round(active / 1e6, 2)) == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("size", ["tiny", "60m", "130m"])
+def test_mixtral_is_the_llama_with_eight_experts_of_which_two_work(size: str) -> None:
+    shape = models.PRESETS[f"llama-{size}"]
+    llama, _ = sized(f"llama-{size}")
+    total, active = sized("mixtral-tiny" if size == "tiny" else f"mixtral-8x{size}")
+    mlp = 3 * shape.hidden * shape.intermediate * shape.layers
+    router = 8 * shape.hidden * shape.layers
+    assert total == llama + 7 * mlp + router
+    assert active == llama + mlp + router
+
+
+def test_tying_saves_one_embedding() -> None:
+    untied, _ = sized("llama-tiny")
+    assert untied - sized("llama-tiny", tie_embeddings=True)[0] == 32_000 * 128
+
+
+def test_counting_allocates_nothing_and_matches_the_real_model() -> None:
+    config = from_dict({"model": {"preset": "mixtral-tiny"}})
+    model = models.build(config, tokenizer_size=300, eos_token_id=0)
+    total, _ = models.count_parameters(model.config)
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("preset", ["llama-tiny", "mixtral-tiny"])
+def test_weights_follow_from_the_seed_alone(preset: str) -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        config = from_dict({"model": {"preset": preset}, "train": {"seed": seed}})
+        model = models.build(config, tokenizer_size=300, eos_token_id=0)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return [p.detach() for p in model.parameters() if p.dim() > 1]
+
+    first = weights(1)
+    torch.manual_seed(5)
+    torch.rand(7)
+    state = torch.get_rng_state()
+    again = weights(1)
+    assert torch.equal(torch.get_rng_state(), state)  # and the caller's generator is left alone
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, weights(2), strict=True))
+
+
+def test_flops_per_token_by_hand() -> None:
+    d, ff, layers, vocab, length = 128, 344, 4, 1000, 64
+    matrices = layers * (4 * d * d + 3 * d * ff) + vocab * d
+    norms = (2 * layers + 1) * d
+    expected = 6 * (matrices + norms) + 12 * layers * d * length
+    for tie in (False, True):  # tied or not, the head multiplies once and the lookup never
+        config = models.model_config(
+            "llama-tiny", vocab_size=vocab, seq_len=length, tie_embeddings=tie
+        )
+        active = models.count_parameters(config)[1]
+        assert models.flops_per_token(config, active, length) == expected
+
+
+def test_positions_reach_the_row_length() -> None:
+    long = models.model_config("llama-tiny", vocab_size=300, seq_len=5000)
+    assert long.max_position_embeddings == 5000
+
+
+def test_router_logits_are_on_and_experts_are_grouped() -> None:
+    config = from_dict({"model": {"preset": "mixtral-tiny"}})
+    model = models.build(config, tokenizer_size=300, eos_token_id=0)
+    assert model.config.output_router_logits
+    assert model.config._experts_implementation == "grouped_mm"  # batched_mm needs gigabytes
+
+
+def test_vocabulary_can_be_padded_but_not_too_small() -> None:
+    config = from_dict({"model": {"vocab_size": 320}})
+    model = models.build(config, tokenizer_size=300, eos_token_id=0)
+    assert model.get_input_embeddings().weight.shape == (320, 128)
+    with pytest.raises(UserError, match=r"tokenizer has 321 tokens but model\.vocab_size is 320"):
+        models.build(config, tokenizer_size=321, eos_token_id=0)
+
+
+def test_unknown_preset_names_the_known() -> None:
+    with pytest.raises(UserError, match=r"no preset 'gpt-5'.*llama-tiny.*mixtral-8x7b"):
+        models.model_config("gpt-5", vocab_size=10, seq_len=10)

@@ -1,0 +1,199 @@
+"""A run that is killed, interrupted or damaged ends as one that never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simreg.recipe import checkpoints, loop
+from simreg.recipe.config import RunConfig, to_yaml, with_overrides
+from simreg.recipe.errors import UserError
+from simreg.recipe.train import train
+from tests.recipe import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAST = f"checkpoints/step-{tiny.STEPS:07d}"
+
+
+def run_and_die(config: RunConfig, folder: Path, where: str) -> None:
+    file = folder / "config.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), where]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def assert_same_run(one: RunConfig, other: RunConfig) -> None:
+    assert tiny.metrics(one.out) == tiny.metrics(other.out)
+    for file in ("model/model.safetensors", f"{LAST}/model.safetensors"):
+        a, b = (load_file(Path(config.out) / file) for config in (one, other))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), file
+    a, b = (torch.load(Path(config.out) / LAST / "optimizer.pt") for config in (one, other))
+    for index, state in a["state"].items():
+        assert all(torch.equal(state[key], b["state"][index][key]) for key in state)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, RunConfig]:
+    """Runs that nothing disturbed."""
+    runs = {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for preset in tiny.PRESETS:
+        folder = tmp_path_factory.mktemp(preset)
+        runs[preset] = tiny.config(folder, text, {"model": {"preset": preset}})
+        train(runs[preset])
+    torch.set_num_threads(before)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("preset", "where"),
+    [("llama-test", "step:13"), ("mixtral-test", "step:10"), ("llama-test", "save:14")],
+)
+def test_killed_run_ends_the_same(
+    tmp_path: Path, text: Path, whole: dict[str, RunConfig], preset: str, where: str
+) -> None:
+    config = tiny.config(tmp_path, text, {"model": {"preset": preset}})
+    run_and_die(config, tmp_path, where)
+    left = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    if where.startswith("save"):  # the half-written checkpoint is there, under no checkpoint's name
+        assert left == [".step-0000014.partial", "step-0000007"]
+    else:
+        assert left == ["step-0000007"]
+        assert not (tmp_path / "run/result.json").exists()
+    result = train(config)
+    assert_same_run(config, whole[preset])
+    assert result == json.loads((tmp_path / "run/result.json").read_text())
+    assert not list((tmp_path / "run").glob("**/*.partial"))
+
+
+def test_corrupt_checkpoint_falls_back(
+    tmp_path: Path, text: Path, whole: dict[str, RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.config(tmp_path, text)
+    interrupt_at(15, config, tmp_path)
+    newest = tmp_path / "run/checkpoints/step-0000015/model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1  # one bit of one weight
+    newest.write_bytes(content)
+    train(config)
+    error = capsys.readouterr().err
+    assert "step-0000015 is corrupt (model.safetensors was altered" in error
+    assert_same_run(config, whole["llama-test"])
+
+
+def interrupt_at(step: int, config: RunConfig, folder: Path) -> str:
+    """Press Ctrl-C within a step; returns what the run says."""
+    original = loop.RunTrainer.training_step
+
+    def press(self: loop.RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.RunTrainer, "training_step", press)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train(config)
+    return str(stopped.value)
+
+
+def test_interrupt_saves_and_says_how_to_resume(
+    tmp_path: Path, text: Path, whole: dict[str, RunConfig]
+) -> None:
+    config = tiny.config(tmp_path, text)
+    handler = signal.getsignal(signal.SIGINT)
+    said = interrupt_at(9, config, tmp_path)  # 9 is a logging step: no line is added by stopping
+    assert said.startswith("stopped after step 9 of 20, checkpoint saved; the same command")
+    assert signal.getsignal(signal.SIGINT) is handler
+    train(config)
+    assert_same_run(config, whole["llama-test"])
+
+
+def test_training_seconds_are_carried_over(tmp_path: Path, text: Path) -> None:
+    config = tiny.config(tmp_path, text)
+    interrupt_at(9, config, tmp_path)
+    seconds = checkpoints.verify(tmp_path / "run/checkpoints/step-0000009")["seconds"]
+    assert seconds > 0
+    train(config)
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    times = [line["seconds"] for line in lines]
+    assert times == sorted(times)
+    assert min(line["seconds"] for line in lines if line["step"] > 9) > seconds
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, text: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_bytes(text.read_bytes())
+    config = tiny.config(tmp_path, mine)
+    interrupt_at(9, config, tmp_path)
+    mine.write_text(mine.read_text() + json.dumps({"text": "more " * 100}) + "\n")
+    with pytest.raises(UserError, match=r"data of the run in .* has changed"):
+        train(config)
+
+
+def test_free_fields_may_change_on_resume_and_others_not(tmp_path: Path, text: Path) -> None:
+    config = tiny.config(tmp_path, text)
+    interrupt_at(9, config, tmp_path)
+    with pytest.raises(UserError, match=r"optim\.lr is 0\.003 there and 0\.001 now"):
+        train(with_overrides(config, {"optim": {"lr": 1e-3}}))
+    result = train(with_overrides(config, {"train": {"log_every": 5, "keep_checkpoints": 3}}))
+    assert result["steps"] == tiny.STEPS
+    steps = [line["step"] for line in tiny.metrics(config.out) if line["kind"] == "train"]
+    assert steps == [3, 6, 7, 9, 10, 14, 15, 20]
+
+
+class TestCheckpoints:
+    def save(self, folder: Path, step: int) -> Path:
+        target = folder / checkpoints.folder_name(step)
+        with checkpoints.new_folder(target) as aside:
+            (aside / "weights").write_text("1234")
+            checkpoints.seal(aside, {"step": step})
+        return target
+
+    def test_an_intact_one_verifies(self, tmp_path: Path) -> None:
+        assert checkpoints.verify(self.save(tmp_path, 3))["step"] == 3
+
+    @pytest.mark.parametrize(
+        ("damage", "says"),
+        [
+            (lambda p: (p / "weights").unlink(), "weights is missing"),
+            (lambda p: (p / "weights").write_text("123"), "3 bytes, not 4"),
+            (lambda p: (p / "weights").write_text("1235"), "altered"),
+            (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+            (lambda p: (p / "manifest.json").write_text("{"), "unreadable"),
+        ],
+    )
+    def test_damage_is_found(self, tmp_path: Path, damage: Any, says: str) -> None:
+        checkpoint = self.save(tmp_path, 3)
+        damage(checkpoint)
+        with pytest.raises(ValueError, match=says):
+            checkpoints.verify(checkpoint)
+
+    def test_a_failed_write_leaves_the_old_one(self, tmp_path: Path) -> None:
+        checkpoint = self.save(tmp_path, 3)
+
+        def fail() -> None:
+            with checkpoints.new_folder(checkpoint) as aside:
+                (aside / "weights").write_text("new")
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            fail()
+        assert checkpoints.verify(checkpoint)["step"] == 3
+        assert list(tmp_path.iterdir()) == [checkpoint]
+
+    def test_pruning_keeps_the_newest_and_drops_the_passed_over(self, tmp_path: Path) -> None:
+        for step in (1, 2, 3, 9):
+            self.save(tmp_path, step)
+        checkpoints.prune(tmp_path, step=3, keep=2)  # 9 was found corrupt: the run went back
+        assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path)] == [3, 2]

@@ -1,0 +1,278 @@
+import gzip
+import json
+import lzma
+import sysconfig
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from simreg.recipe.errors import UserError
+from simreg.recipe.files import LocalFile
+from simreg.recipe.sources import STDLIB, HubDataset, interleave, resolve
+
+# what naive readers break: line separators, carriage returns, a BOM character inside, 4-byte UTF-8
+DOCUMENTS = ["plain\ntext", "a\u2028b\u0085c\r\nd\x0b", "é ﬀ 𝒳 \ufeff!", "", "x" * 5000, "last"]
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": partial(lzma.compress, preset=0),
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+def jsonl(texts: list[str], field: str = "text") -> bytes:
+    lines = [json.dumps({field: text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    return "\n".join(lines).encode()
+
+
+def parquet(texts: list, field: str = "text") -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"other": list(range(len(texts))), field: texts})
+    pyarrow.parquet.write_table(table, sink, row_group_size=4)
+    return sink.getvalue().to_pybytes()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def error_of(path: Path, field: str = "text") -> str:
+    with pytest.raises(UserError) as caught:
+        list(LocalFile(path, field).read())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize(("suffix", "encode"), [(".jsonl", jsonl), (".parquet", parquet)])
+def test_records_come_back_unchanged(tmp_path, suffix, encode, compression):
+    path = write(tmp_path / f"a{suffix}{compression}", PACK[compression](encode(DOCUMENTS, "body")))
+    assert list(LocalFile(path, "body").read()) == DOCUMENTS
+
+
+@pytest.mark.parametrize("compression", PACK)
+def test_text_comes_back_unchanged(tmp_path, compression):
+    text = "".join(DOCUMENTS)
+    path = write(tmp_path / f"a.txt{compression}", PACK[compression](text.encode()))
+    assert list(LocalFile(path).read()) == [text]
+
+
+def test_long_text_is_cut_at_blank_lines(tmp_path):
+    paragraphs = [f"paragraph {i} é " * 200 + "\n\n" for i in range(200)]
+    path = write(tmp_path / "a.txt", "".join(paragraphs).encode())
+    pieces = list(LocalFile(path).read())
+    assert "".join(pieces) == "".join(paragraphs)
+    assert all(piece.endswith("\n\n") and 65536 <= len(piece) < 131072 for piece in pieces[:-1])
+    assert len(pieces) > 4
+    assert list(LocalFile(path, whole=True).read()) == ["".join(paragraphs)]
+
+
+@pytest.mark.parametrize("filler", ["line\n", "no break "])
+def test_text_without_blank_lines_is_cut_all_the_same(tmp_path, filler):
+    text = filler * 60_000
+    pieces = list(LocalFile(write(tmp_path / "a.txt", text.encode())).read())
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 131072
+    assert filler == "no break " or all(piece.endswith("\n") for piece in pieces)
+
+
+def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
+    bom = b"\xef\xbb\xbf"
+    assert list(LocalFile(write(tmp_path / "a.txt", bom + b"hi")).read()) == ["hi"]
+    path = write(tmp_path / "a.jsonl", bom + b'{"text": "a"}\n\n  \n{"text": "b"}\n')
+    assert list(LocalFile(path).read()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_members_are_joined_and_padding_skipped(tmp_path, compression):
+    pack = PACK[compression]
+    padding = b"" if compression == ".zst" else bytes(8)
+    data = pack(jsonl(["a"]) + b"\n") + padding + pack(jsonl(["b" * 100_000])) + padding
+    path = write(tmp_path / f"a.jsonl{compression}", data)
+    assert list(LocalFile(path).read()) == ["a", "b" * 100_000]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_truncated_file_is_an_error(tmp_path, compression, keep):
+    noise = "".join(chr(97 + (i * i * 7919 >> 5) % 26) for i in range(60_000))
+    data = PACK[compression](jsonl([noise] * 3))
+    path = write(tmp_path / f"a.jsonl{compression}", data[: int(len(data) * keep)])
+    assert str(path) in error_of(path)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_damaged_file_is_an_error(tmp_path, compression):
+    data = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(jsonl(["abc"] * 500)))
+    if compression != ".zst":
+        data = bytearray(PACK[compression](jsonl(["abc"] * 500)))
+    data[-3] ^= 0xFF  # in the checksum or footer
+    assert "damaged" in error_of(write(tmp_path / f"a.jsonl{compression}", bytes(data)))
+    assert "damaged" in error_of(
+        write(tmp_path / f"b.jsonl{compression}", b"not compressed at all")
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": 3}', "must be a string, not int"),
+        (b'{"text": null}', "must be a string, not NoneType"),
+        (b'{"title": "t", "body": "b"}', "no field 'text' (found: 'title', 'body')"),
+        (b'["text"]', "expected an object"),
+        (b'{"text": "a"', "not a JSON object"),
+        (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
+        (rb'{"text": "ab\ud800"}', "character 2"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", jsonl(["fine"]) + b"\n\n" + line + b"\n")
+    assert error_of(path).startswith(f"{path}:3: ")
+    assert message in error_of(path)
+
+
+@pytest.mark.parametrize("at", [0, 5, 16_383, 16_384, 40_000])
+def test_invalid_utf8_in_text_names_the_byte(tmp_path, at):
+    path = write(tmp_path / "a.txt", b"a" * at + b"\xc3(" + b"b" * 50)
+    assert f"invalid UTF-8 at byte {at};" in error_of(path)
+    path.write_bytes(b"a" * at + b"\xc3")  # ends within a character
+    assert f"invalid UTF-8 at byte {at};" in error_of(path)
+
+
+def test_bad_parquet_is_named(tmp_path):
+    assert "no field 'text' (found: 'other', 'body')" in error_of(
+        write(tmp_path / "a.parquet", parquet(["x"], "body"))
+    )
+    assert "row 2: the field 'text' must be a string, not NoneType" in error_of(
+        write(tmp_path / "b.parquet", parquet(["x", None]))
+    )
+    assert "must be a string, not int" in error_of(write(tmp_path / "c.parquet", parquet([1])))
+    whole = parquet(["some text"] * 100)
+    assert "not a whole parquet file" in error_of(write(tmp_path / "d.parquet", whole[:-20]))
+    assert str(tmp_path) in error_of(write(tmp_path / "e.parquet", b""))
+
+
+def test_what_names_no_file_is_an_error(tmp_path):
+    write(tmp_path / "notes.doc", b"x")
+    for spec, message in {
+        f"{tmp_path}/*.jsonl": "no file matches",
+        f"{tmp_path}/absent.txt": "there is no file",
+        "owner/name": "hf:owner/name",
+        str(tmp_path): "is a folder",
+        f"{tmp_path}/notes.*": "cannot tell the format",
+        "hf:": "names no dataset",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            resolve(spec, "text")
+        assert message in str(caught.value)
+    with pytest.raises(UserError, match="names nothing"):
+        resolve([], "text")
+
+
+def test_sources_depend_on_content_not_on_names_or_order(tmp_path):
+    (tmp_path / "deep").mkdir()
+    a = write(tmp_path / "a.jsonl", jsonl(["a"]))
+    b = write(tmp_path / "deep" / "b.jsonl", jsonl(["b"]))
+    first = resolve([str(a), str(b)], "text")
+    # overlapping patterns give a file once
+    again = resolve([f"{tmp_path}/**/*.jsonl", str(b)], "text")
+    assert [s.key for s in first] == [s.key for s in again]
+    c, d = a.rename(tmp_path / "c.jsonl"), b.rename(tmp_path / "0.jsonl")
+    assert [s.key for s in resolve([str(d), str(c)], "text")] == [s.key for s in first]
+    c.write_bytes(jsonl(["A"]))
+    assert [s.key for s in resolve([str(d), str(c)], "text")] != [s.key for s in first]
+
+
+@pytest.mark.parametrize(("files", "tolerance"), [(3, 0.03), (150, 0.05)])
+def test_every_prefix_is_a_fair_mixture(tmp_path, files, tolerance):
+    """Text of three kinds, 1 : 2 : 7, compressed differently; more files than are open at once."""
+    kinds = {"a": (1, ".jsonl.xz"), "b": (2, ".jsonl"), "c": (7, ".jsonl.gz")}
+    for kind, (share, suffix) in kinds.items():
+        for part in range(files // 3):
+            texts = [f"{kind}{part}.{i} " * 20 for i in range(share * 1500 // files)]
+            data = PACK[suffix.removeprefix(".jsonl")](jsonl(texts))
+            write(tmp_path / f"{kind}{part}{suffix}", data)
+    texts = list(interleave(resolve(f"{tmp_path}/*", "text")))
+    total = {kind: sum(text[0] == kind for text in texts) for kind in kinds}
+    assert sum(total.values()) == sum(s * 1500 // files * (files // 3) for s, _ in kinds.values())
+    for part in (0.25, 0.5, 0.75):
+        prefix = texts[: int(len(texts) * part)]
+        for kind in kinds:
+            share = sum(text[0] == kind for text in prefix) / total[kind]
+            assert share == pytest.approx(part, abs=tolerance), (kind, part)
+
+
+def test_weight_of_compressed_files_estimates_their_text(tmp_path):
+    texts = [f"{i * i} and {i} " * 50 for i in range(12_000)]
+    size = len(jsonl(texts))
+    assert size > 2 * (1 << 22)  # longer than what is looked at
+    for compression in PACK:
+        path = write(tmp_path / f"a.jsonl{compression}", PACK[compression](jsonl(texts)))
+        assert LocalFile(path).weight == pytest.approx(size, rel=0.2)
+
+
+def test_standard_library_is_the_running_interpreters():
+    root = Path(sysconfig.get_path("stdlib"))
+    files = resolve(STDLIB, "text")
+    names = [str(source.path.relative_to(root)) for source in files]
+    assert {"argparse.py", "json/decoder.py", "typing.py"} <= set(names)
+    assert not [
+        n for n in names if {"test", "tests", "idlelib", "site-packages"} & set(Path(n).parts)
+    ]
+    by_name = dict(zip(names, files, strict=True))
+    for name in ("argparse.py", "typing.py"):
+        assert list(by_name[name].read()) == [(root / name).read_text(encoding="utf-8")]
+    assert sum(source.weight for source in files) > 5_000_000
+
+
+def test_standard_library_without_source_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match="no source text"):
+        resolve(STDLIB, "text")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub's answer about revisions; the dataset itself is a local folder."""
+    import huggingface_hub
+
+    answer = SimpleNamespace(sha="abc")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: answer)
+    return answer
+
+
+def test_hub_dataset_is_streamed(tmp_path, hub):
+    write(tmp_path / "train.jsonl", jsonl(DOCUMENTS, "body"))
+    write(tmp_path / "validation.jsonl", jsonl(["held out"], "body"))
+    (train,) = resolve(f"hf:{tmp_path}", "body")
+    (held_out,) = resolve(f"hf:{tmp_path}", "body", split="validation")
+    assert list(train.read()) == DOCUMENTS
+    assert list(held_out.read()) == ["held out"]
+    assert train.key != held_out.key
+    hub.sha = "def"
+    assert resolve(f"hf:{tmp_path}", "body")[0].key != train.key
+    with pytest.raises(UserError, match="record 1: no field 'text'"):
+        list(resolve(f"hf:{tmp_path}", "text")[0].read())
+    with pytest.raises(UserError, match=r"cannot read the test split .*Bad split"):
+        list(resolve(f"hf:{tmp_path}", "body", split="test")[0].read())
+
+
+def test_hub_dataset_spec():
+    assert HubDataset.parse("hf:o/n:c", "text", "train") == HubDataset("o/n", "c", "train", "text")
+
+
+def test_hub_failures_are_explained(monkeypatch):
+    import huggingface_hub
+
+    def fail(self, name):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    with pytest.raises(UserError, match=r"dataset owner/name, config en \(.*no route to host"):
+        resolve("hf:owner/name:en", "text")

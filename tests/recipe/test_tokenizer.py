@@ -1,0 +1,174 @@
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from simreg.recipe import tokenizer as module
+from simreg.recipe.errors import UserError
+from simreg.recipe.tokenizer import EOS, Encoder, bounded, identity, load_tokenizer, train_bpe
+
+TEXTS = ["def f(x):\n    return x + 1\n" * 3, "the cat and the other cat, and the hat " * 5]
+BPE = train_bpe(TEXTS, 280)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_text_comes_back(text):
+    (ids,) = Encoder(BPE)([text])
+    assert ids[-1] == BPE.eos_token_id
+    assert BPE.decode(ids[:-1]) == text
+
+
+def test_end_of_text_written_in_a_document_ends_nothing():
+    (ids,) = Encoder(BPE)([f"a{EOS}b"])
+    assert list(ids).count(BPE.eos_token_id) == 1
+    assert BPE.decode(ids[:-1]) == f"a{EOS}b"
+
+
+def test_size_and_compression():
+    assert len(BPE) == 280
+    assert BPE.eos_token == EOS
+    assert BPE.eos_token_id == 279
+    assert len(Encoder(BPE)([TEXTS[1]])[0]) < len(TEXTS[1]) / 2
+
+
+def test_training_is_deterministic():
+    assert identity(train_bpe(iter(TEXTS), 280)) == identity(BPE)
+    assert identity(train_bpe(TEXTS, 279)) != identity(BPE)
+
+
+def test_trained_once_and_loadable(tmp_path):
+    calls = []
+
+    def texts():
+        calls.append(1)
+        return TEXTS
+
+    first = load_tokenizer("bpe:280", texts, key="k", cache_dir=tmp_path)
+    again = load_tokenizer("bpe:280", texts, key="k", cache_dir=tmp_path)
+    assert len(calls) == 1
+    assert identity(first) == identity(again) == identity(BPE)
+    load_tokenizer("bpe:280", texts, key="other", cache_dir=tmp_path)
+    load_tokenizer("bpe:270", texts, key="k", cache_dir=tmp_path)
+    assert len(calls) == 3
+    folder = tmp_path / "saved"
+    first.save_pretrained(folder)
+    loaded = load_tokenizer(str(folder), list, key="", cache_dir=tmp_path)
+    assert identity(loaded) == identity(first)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == EOS
+
+
+def test_small_text_gives_a_smaller_vocabulary_and_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        small = load_tokenizer("bpe:4096", lambda: ["ab ab"], key="", cache_dir=tmp_path)
+    assert 257 < len(small) < 300
+    assert f"{len(small)} tokens, not 4096" in caplog.text
+
+
+def test_training_reads_a_bounded_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 100)
+    read = []
+
+    def texts():
+        for i in range(1000):
+            read.append(i)
+            yield "0123456789"
+
+    load_tokenizer("bpe:280", texts, key="", cache_dir=tmp_path)
+    assert len(read) == 10
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))), st.integers(1, 40))
+def test_bounded_is_a_prefix(texts, limit):
+    whole = "".join(texts).encode()
+    got = "".join(bounded(texts, limit)).encode()
+    assert whole.startswith(got)
+    assert min(limit, len(whole)) - 3 <= len(got) <= limit
+
+
+def test_ids_are_stored_as_small_as_they_fit():
+    def encoder(size: int) -> Encoder:
+        vocabulary = {f"w{i}": i for i in range(size)}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+        return Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1"))
+
+    assert encoder(65536).dtype == np.uint16
+    assert encoder(65537).dtype == np.uint32
+    (ids,) = encoder(70_000)(["w69999"])
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == [69_999, 1]
+
+
+def test_ids_with_gaps_count_up_to_the_largest():
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 999}, unk_token="a"))
+    assert (
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a")).vocab_size == 1000
+    )
+
+
+def test_padding_and_truncation_of_a_tokenizer_are_not_used():
+    backend = Tokenizer.from_str(BPE.backend_tokenizer.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    long, short = Encoder(tokenizer)(["xyz" * 30, "q"])
+    assert tokenizer.decode(long[:-1]) == "xyz" * 30
+    assert len(short) == 2
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 4  # left as it was
+
+
+def test_tokenizer_in_pure_python(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), list, key="", cache_dir=tmp_path)
+    assert not tokenizer.is_fast
+    (ids,) = Encoder(tokenizer)(["hi </s>"])
+    assert ids.tolist() == [*(byte + 3 for byte in b"hi </s>"), tokenizer.eos_token_id]
+    assert identity(tokenizer) == identity(
+        load_tokenizer(str(tmp_path), list, key="", cache_dir=tmp_path)
+    )
+
+
+def saved(folder, **special: str) -> str:
+    backend = Tokenizer(models.WordLevel({"a": 0, "[SEP]": 1, "<s>": 2}, unk_token="a"))
+    if "usual" in special:
+        backend.add_special_tokens([special.pop("usual")])
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("special", "eos"),
+    [
+        ({"usual": EOS, "sep_token": "[SEP]"}, EOS),
+        ({"sep_token": "[SEP]", "bos_token": "<s>"}, "[SEP]"),
+        ({"bos_token": "<s>"}, "<s>"),
+    ],
+)
+def test_tokenizer_without_eos_gets_one(tmp_path, special, eos):
+    spec = saved(tmp_path, **special)
+    assert load_tokenizer(spec, list, key="", cache_dir=tmp_path).eos_token == eos
+
+
+def test_unusable_tokenizers(tmp_path, monkeypatch):
+    def message(spec: str) -> str:
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(spec, list, key="", cache_dir=tmp_path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no eos, sep or bos" in message(saved(tmp_path / "bare"))
+    for spec in ("bpe:256", "bpe:", "bpe:-5", "bpe:4k"):
+        assert "at least 257" in message(spec)
+    assert "there is no folder" in message(str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    assert "cannot load the tokenizer" in message(str(tmp_path / "empty"))
+
+    def fail(name):
+        raise OSError("We couldn't connect\nto the Hub")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    assert "'owner/name'" in message("owner/name")
+    assert "connect to the Hub" in message("owner/name")

@@ -1,0 +1,378 @@
+"""`simreg train`: what it computes, records, prints, refuses."""
+
+import fcntl
+import json
+import math
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simreg.recipe import assemble, loop, models, progress, timing
+from simreg.recipe.config import RunConfig, SimRegConfig, from_dict, with_overrides
+from simreg.recipe.data import Corpus, prepare
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import Locked
+from simreg.recipe.train import train
+from tests.recipe import tiny
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make(tmp_path: Path, text: Path) -> Make:
+    """A config whose sections are given as keywords."""
+
+    def build(name: str = "run", **changes: Any) -> RunConfig:
+        return tiny.config(tmp_path / name, text, changes)
+
+    return build
+
+
+def lines(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    return [x for x in tiny.metrics(config.out) if x["kind"] == kind]
+
+
+def mean_ce(model: torch.nn.Module, corpus: Corpus) -> float:
+    """Cross-entropy per predicted token of the validation rows, in float64."""
+    total = 0.0
+    for row in (corpus.validation[i] for i in range(len(corpus.validation))):
+        with torch.no_grad():
+            logits = model(row["input_ids"][None]).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, row["labels"][1:], reduction="sum")
+    return float(total) / (len(corpus.validation) * (corpus.validation.seq_len - 1))
+
+
+@pytest.mark.parametrize("preset", tiny.PRESETS)
+def test_result_is_the_exported_models_own(make: Make, preset: str) -> None:
+    config = make(model={"preset": preset})
+    corpus = prepare(config.data)
+    result = train(config, corpus=corpus)
+    folder = Path(config.out) / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == model.config.vocab_size == corpus.vocab_size
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert result["final_ce"] == pytest.approx(mean_ce(model, corpus), abs=1e-5)
+    assert result["final_ce"] < math.log(corpus.vocab_size) - 0.5  # it has learnt
+    assert result["tokens"] == tiny.STEPS * 4 * 32
+    assert result["params"]["total"] == sum(p.numel() for p in model.parameters())
+    assert result["corpus"]["fingerprint"] == corpus.fingerprint
+    assert result["objective"]["weight"] == 0.3
+    assert ("router_loss" in lines(config, "train")[0]) == (preset == "mixtral-test")
+
+
+def test_metrics_at_the_steps_asked_for(make: Make) -> None:
+    config = make()
+    train(config)
+    assert [x["step"] for x in lines(config, "eval")] == [7, 14, 20]
+    assert [x["step"] for x in lines(config, "train")] == [3, 6, 7, 9, 12, 14, 15, 18, 20]
+    record = lines(config, "train")[0]
+    assert record.keys() == {"kind", "step", "tokens", "ce", "simreg", "pos_cos", "neg_cos"} | {
+        "pos_fraction",
+        "lr",
+        "grad_norm",
+        "clipped",
+    }
+    assert record["tokens"] == 3 * 4 * 32
+    kept = sorted(p.name for p in (Path(config.out) / "checkpoints").iterdir())
+    assert kept == ["step-0000014", "step-0000020"]
+
+
+def test_arms_of_a_seed_start_alike_and_see_the_same_batches(make: Make) -> None:
+    each_step = {"log_every": 1, "tokens": 4 * 4 * 32, "evals": 1}
+    with_loss, plain = make("a", train=each_step), make("b", train=each_step, simreg={"weight": 0})
+    other = make("c", train=each_step | {"seed": 1})
+    longer = make("d", train=each_step | {"tokens": 40 * 4 * 32})
+    for config in (with_loss, plain, other, longer):
+        train(config)
+    first, base, elsewhere, long = (lines(c, "train")[0] for c in (with_loss, plain, other, longer))
+    assert first["ce"] == base["ce"] == long["ce"] != elsewhere["ce"]
+    assert base["simreg"] is None
+    assert first["simreg"] > 0
+    assert first["grad_norm"] != base["grad_norm"]
+
+
+def test_accumulation_equals_the_whole_batch(make: Make) -> None:
+    for name, parts in (("a", 1), ("b", 2)):
+        config = make(name, train={"accumulate": parts})
+        train(config)
+    for one, two in zip(tiny.metrics(make("a").out), tiny.metrics(config.out), strict=True):
+        assert one.pop("kind") == two.pop("kind")
+        assert one == pytest.approx(two, abs=1e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_learning_rate_follows_the_schedule(make: Make, schedule: str) -> None:
+    config = make(
+        optim={"schedule": schedule, "warmup": 0.25, "min_lr_ratio": 0.1, "lr": 1e-3},
+        train={"log_every": 1, "evals": 1},
+    )
+    train(config)
+    rates = [x["lr"] for x in lines(config, "train")]  # at step k, the rate of step index k - 1
+    if schedule == "cosine":
+        wave = [0.5 * (1 + math.cos(math.pi * (k - 5) / 15)) for k in range(5, 20)]
+        expected = [k / 5 for k in range(5)] + [0.1 + 0.9 * w for w in wave]
+    else:
+        expected = [0.1 + 0.9 * k / 5 for k in range(5)] + [1.0] * 11
+        expected += [1 - 0.9 * k / 4 for k in range(4)]
+    assert rates == pytest.approx([1e-3 * x for x in expected[: len(rates)]], rel=1e-6)
+
+
+def test_scope_document_keeps_documents_apart(make: Make) -> None:
+    one_step = {"tokens": 128, "evals": 1}
+    row, document = (
+        make(scope, train=one_step, simreg={"scope": scope}) for scope in ("row", "document")
+    )
+    corpus = prepare(row.data)
+    rows = [corpus.train[i] for i in range(4)]
+    assert set(assemble.collator(row.simreg)(rows)) == {"input_ids", "labels"}
+    assert set(assemble.collator(document.simreg)(rows)) == {"input_ids", "labels", "segments"}
+    plain = SimRegConfig(weight=0, scope="document")
+    assert set(assemble.collator(plain)(rows)) == {"input_ids", "labels"}
+    train(row)
+    train(document)
+    assert lines(row, "train")[0]["ce"] == lines(document, "train")[0]["ce"]
+    assert lines(row, "train")[0]["simreg"] > lines(document, "train")[0]["simreg"]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the loss of a step NaN."""
+    original = loop.RunTrainer.compute_loss
+
+    def compute(self: loop.RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step + 1 == step else loss
+
+    monkeypatch.setattr(loop.RunTrainer, "compute_loss", compute)
+
+
+def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(train={"log_every": 5})
+    with monkeypatch.context() as patch:
+        poison(patch, 9)
+        with pytest.raises(
+            loop.Diverged, match=r"loss became NaN or infinite at step 9; .*step-0000007"
+        ):
+            train(config)
+    kept = [p.name for p in (Path(config.out) / "checkpoints").iterdir()]
+    assert kept == ["step-0000007"]
+    assert train(config)["steps"] == tiny.STEPS  # the good checkpoint still serves
+
+
+def test_weights_that_are_nan_are_never_saved(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make()
+    original = loop.RunTrainer._evaluate
+
+    def evaluate(self: loop.RunTrainer, *args: Any) -> Any:  # just before the checkpoint
+        result = original(self, *args)
+        if self.state.global_step == 14:
+            next(self.model.parameters()).data[0, 0] = math.nan
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.RunTrainer, "_evaluate", evaluate)
+        with pytest.raises(loop.Diverged, match="weights became NaN or infinite by step 14"):
+            train(config)
+    assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["step-0000007"]
+
+
+def test_finished_run_is_recalled_without_training(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    result = train(config)
+    monkeypatch.setattr(models, "build", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert train(config) == result
+    with pytest.raises(UserError, match=r"another config \(train\.seed is 0 there and 1 now\)"):
+        train(with_overrides(config, {"train": {"seed": 1}}))
+
+
+def test_second_process_is_refused(make: Make) -> None:
+    config = make()
+    Path(config.out).mkdir(parents=True)
+    with (Path(config.out) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # any lock keeps a writer out
+        with pytest.raises(Locked, match="another process is training in"):
+            train(config)
+    assert train(config)["steps"] == tiny.STEPS
+
+
+def test_folder_that_cannot_be_made(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file in the way")
+    with pytest.raises(UserError, match=r"cannot write .*run"):
+        train(make())
+
+
+def test_full_disk_is_reported_and_the_run_goes_on_afterwards(make: Make) -> None:
+    config = make()
+    corpus = prepare(config.data)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*step-0000007.*make room"):
+            train(config, corpus=corpus)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((Path(config.out) / "checkpoints").iterdir())
+    assert train(config, corpus=corpus)["steps"] == tiny.STEPS
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"vocab_size": 100}}, "tokenizer has 300 tokens but model.vocab_size is 100"),
+        ({"model": {"preset": "none"}}, "no preset 'none'"),
+        ({"train": {"batch_rows": 100_000}}, "fewer than one batch"),
+        ({"train": {"report_to": "wandb"}}, "wandb is not installed: pip install wandb"),
+    ],
+)
+def test_mistakes_have_one_line(
+    make: Make, changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=says) as error:
+        train(make(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_batch_is_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert assemble.micro_batch(from_dict({"train": {"batch_rows": 16, "accumulate": 4}})) == 2
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"must be a multiple of .* times the 3 processes"):
+        assemble.micro_batch(from_dict({}))
+
+
+def test_what_is_printed(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    config = make()
+    corpus = prepare(config.data, progress=False)
+    capfd.readouterr()
+    train(config, corpus=corpus)
+    out, error = capfd.readouterr()
+    assert error == ""
+    head, size, *steps, done = out.splitlines()
+    assert head.startswith("llama-test: 0.04M parameters, ")
+    assert size.startswith("20 steps of 128 tokens = 2,560 tokens")
+    assert len(steps) == 9 + 3
+    assert steps[0].startswith("step  3/20  15.0%  ce 5.")
+    for part in ("simreg ", "lr 3.00e-03", "grad-norm ", " tok/s", "eta "):
+        assert part in steps[0]
+    assert steps[-1].startswith("step 20/20 100.0%  validation ce ")
+    assert done.startswith("done: validation ce ")
+
+
+def test_on_step_takes_the_place_of_the_lines(
+    make: Make, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make()
+    seen: list[dict[str, Any]] = []
+    train(config, corpus=prepare(config.data, progress=False), on_step=seen.append)
+    assert capfd.readouterr().out == ""
+    assert all(x["steps"] == tiny.STEPS and x["eta"] >= 0 for x in seen)
+    assert [x["step"] for x in seen] == [x["step"] for x in tiny.metrics(config.out)]
+    assert seen[-1]["eta"] == 0
+
+
+def test_tensorboard_has_the_curves(make: Make) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make(train={"report_to": "tensorboard"})
+    train(config)
+    events = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
+    scalars = events.Scalars("train/ce")
+    recorded = {x["step"]: x["ce"] for x in lines(config, "train")}
+    assert {x.step: x.value for x in scalars} == pytest.approx(recorded)
+    assert [x.step for x in events.Scalars("eval/ce")] == [7, 14, 20]
+
+
+def test_evaluation_can_be_cut_short(make: Make) -> None:
+    config = make(train={"eval_tokens": 40})
+    corpus = prepare(config.data)
+    assert len(corpus.validation) > 2
+    train(config, corpus=corpus)
+    model = AutoModelForCausalLM.from_pretrained(Path(config.out) / "model").eval()
+    rows = torch.stack([corpus.validation[i]["input_ids"] for i in range(2)])
+    with torch.no_grad():
+        expected = model(rows, labels=rows).loss
+    assert lines(config, "eval")[-1]["ce"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_bf16_autocast_is_near_fp32(make: Make) -> None:
+    full, half = make("a"), make("b", train={"precision": "bf16"})
+    exact, rounded = train(full)["final_ce"], train(half)["final_ce"]
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, abs=0.02)
+
+
+def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[float] = []
+    speed = {0.0: 1.0, 0.3: 1.5}
+
+    def step(self: timing.Stepper) -> float:
+        order.append(self.config.simreg.weight)
+        drift = 1 + len(order) // 2  # a machine that gets slower all the time
+        return speed[self.config.simreg.weight] * drift
+
+    monkeypatch.setattr(timing.Stepper, "step", step)
+    base, arm = make(simreg={"weight": 0}), make()
+    corpus = prepare(base.data)
+    measured = timing.step_time_ratio(base, arm, corpus, pairs=5)
+    assert order == [0.0, 0.3] * (timing.WARM_UP + 5)
+    assert measured["n"] == 5
+    assert measured["ratio"] == pytest.approx(1.5, rel=0.35)
+    cut = timing.step_time_ratio(base, arm, corpus, pairs=50, seconds=0)
+    assert cut["n"] == 3
+
+
+def test_a_timed_step_is_a_real_one(make: Make) -> None:
+    config = make()
+    corpus = prepare(config.data)
+    stepper = timing.Stepper(config, corpus, 2)
+    before = [p.clone() for p in stepper.model.parameters()]
+    assert stepper.step() > 0
+    after = stepper.model.parameters()
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert timing.throughput(config, corpus, steps=3) > 0
+
+
+class TestProgress:
+    record = {"kind": "train", "step": 5, "ce": 2.5, "simreg": None, "lr": 1e-3}  # noqa: RUF012
+    record |= {"grad_norm": 1.0, "tokens_per_s": 12345.6, "mfu": 0.412, "eta": 3723.0}
+
+    def test_line(self) -> None:
+        assert progress.log_line(self.record, total=1000) == (
+            "step    5/1000   0.5%  ce 2.5000  lr 1.00e-03  grad-norm 1.00  12,346 tok/s  "
+            "mfu 41.2%  eta 1h02m"
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "peak"),
+        [
+            ("NVIDIA H100 80GB HBM3", 989e12),
+            ("NVIDIA H100 PCIe", 756e12),
+            ("NVIDIA A100-SXM4-40GB", 312e12),
+            ("NVIDIA L40S", 362e12),
+            ("NVIDIA L4", 121e12),
+            ("Some Other GPU", None),
+        ],
+    )
+    def test_peak(self, name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert progress.peak_flops(torch.device("cuda")) == peak
+        assert progress.peak_flops(torch.device("cpu")) is None
+
+    def test_half_a_line_left_by_a_crash_is_dropped(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+        file = progress.MetricsFile(path, 2)
+        file.write({"step": 3, "new": True})
+        file.close()
+        written = [json.loads(x) for x in path.read_text().splitlines()]
+        assert written == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]

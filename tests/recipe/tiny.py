@@ -1,0 +1,91 @@
+"""Whole runs in a second: two layers, d = 32, 20 steps of 4 rows of 32 tokens.
+
+As a program: train the config of a YAML file, and die by SIGKILL where told to:
+`python -m tests.recipe.tiny CONFIG.yaml step:9 | save:14`.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simreg.recipe import loop, models
+from simreg.recipe.config import RunConfig, from_dict, load, merge
+from simreg.recipe.train import train
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+PRESETS = {
+    "llama-test": models.Shape(32, 64, 2, 2),
+    "mixtral-test": models.Shape(32, 64, 2, 2, experts=4),
+}
+TIMING = ("seconds", "tokens_per_s")
+
+
+def write_text(folder: Path) -> Path:
+    """A small corpus of made-up words."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijkl", k=rng.randint(2, 6))) for _ in range(120)]
+    path = folder / "text.jsonl"
+    documents = (" ".join(rng.choices(words, k=60)) for _ in range(150))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def config(folder: Path, text: Path, changes: dict[str, Any] | None = None) -> RunConfig:
+    """A run in `folder`/run on the text; `changes` as in a YAML file."""
+    values = {
+        "out": str(folder / "run"),
+        "model": {"preset": "llama-test"},
+        "data": {
+            "source": str(text),
+            "tokenizer": "bpe:300",
+            "seq_len": 32,
+            "cache_dir": str(text.parent / "cache"),
+        },
+        "train": {
+            "tokens": STEPS * 4 * 32,
+            "batch_rows": 4,
+            "log_every": 3,
+            "evals": 3,
+            "report_to": "none",
+        },
+    }
+    return from_dict(merge(values, changes or {}))
+
+
+def metrics(out: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMING} for x in lines]
+
+
+def die_at(where: str) -> None:
+    """Arrange for a SIGKILL at the start of a step, or before a checkpoint is whole."""
+    what, step = where.split(":")
+    if what == "step":
+        victim, name = loop.RunTrainer, "training_step"
+    else:
+        victim, name = loop.checkpoints, "seal"
+    original = getattr(victim, name)
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        now = args[0].state.global_step + 1 if what == "step" else args[1]["step"]
+        if now == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(victim, name, deadly)
+
+
+models.PRESETS.update(PRESETS)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    die_at(sys.argv[2])
+    train(load(sys.argv[1]))

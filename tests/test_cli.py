@@ -1,0 +1,117 @@
+"""The command line: statuses, one-line errors, help."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simreg import __version__, cli
+from simreg.recipe import train as train_module
+from simreg.recipe.config import RunConfig
+from simreg.recipe.errors import UserError
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """What `simreg train` would train."""
+    configs: list[RunConfig] = []
+    monkeypatch.setattr(train_module, "train", configs.append)
+    return configs
+
+
+def test_defaults_then_file_then_flags(tmp_path: Path, seen: list[RunConfig]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {lr: 0.001, warmup: 0.2}\n")
+    assert cli.main(["train", str(file), "--optim.lr", "2e-3", "--data.source", "a", "b"]) == 0
+    assert seen[0].optim.lr == 2e-3
+    assert seen[0].optim.warmup == 0.2
+    assert seen[0].data.source == ["a", "b"]
+    assert seen[0].train == RunConfig().train
+
+
+def test_values_that_are_none_one_or_many(seen: list[RunConfig]) -> None:
+    flags = "--data.source a --simreg.chunk-size None --train.eval-tokens 5 --train.compile"
+    cli.main(["train", *flags.split()])
+    assert seen[0].data.source == "a"
+    assert seen[0].simreg.chunk_size is None
+    assert seen[0].train.eval_tokens == 5
+    assert seen[0].train.compile is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--optim.lr", "-1"], "optim.lr: Input should be greater than 0"),
+        (["--train.accumulate", "3"], "train.accumulate=3 does not divide"),
+        (["absent.yaml"], "cannot read absent.yaml"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], seen: list[RunConfig]
+) -> None:
+    assert cli.main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"simreg: error: {says}")
+    assert error.count("\n") == 1
+    assert not seen
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--no-such-flag"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], seen: list[RunConfig]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "says"),
+    [
+        (UserError("no such thing"), 2, "simreg: error: no such thing\n"),
+        (KeyboardInterrupt("stopped after step 3"), 130, "simreg: stopped after step 3\n"),
+        (KeyboardInterrupt(), 130, "simreg: interrupted\n"),
+    ],
+)
+def test_what_a_run_raises(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    status: int,
+    says: str,
+) -> None:
+    def fail(config: RunConfig) -> None:
+        raise raised
+
+    monkeypatch.setattr(train_module, "train", fail)
+    assert cli.main(["train"]) == status
+    assert capsys.readouterr().err == says
+
+
+def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--list-models"]) == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["llama-60m"] == ["58.07M", "58.07M"]
+    assert lines["mixtral-8x7b"] == ["46702.79M", "12879.93M"]
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: simreg {verb}" in text
+    assert "(default: " in text
+
+
+def test_version_and_help_do_not_load_transformers() -> None:
+    code = (
+        "import sys; from simreg import cli\n"
+        "for flags in (['--version'], ['--help'], ['train', '--help']):\n"
+        "    try: cli.main(flags)\n"
+        "    except SystemExit as stop: assert not stop.code\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"simreg {__version__}\n")
