@@ -110,7 +110,7 @@ def _figure(
     label = f"{title}. {caption} {' '.join(summary.headlines(picture.results))}"
     drawing = _inline(figure, label, draw.__name__)
     return (
-        f"<section><h2>{escape(title)}</h2><figure>{drawing}"
+        f"<section><h2>{escape(title)}</h2><figure><div>{drawing}</div>"
         f"<figcaption>{escape(caption)}</figcaption></figure></section>"
     )
 

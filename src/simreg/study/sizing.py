@@ -42,7 +42,7 @@ def cached_step_times(study: Study) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError):
         return {}
     return {
-        arm: known[arm] for arm in study.others if arm in known
+        arm: known[arm] for arm in study.others if known.get(arm, {}).get("key") == _key(study, arm)
     }
 
 

@@ -1,0 +1,197 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from simreg.study import plan, records, report, results, summary
+from tests.study.fakes import write_run
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+SCHEMA = Path(__file__).parents[2] / "docs" / "results-schema.md"
+
+
+class Checker(HTMLParser):
+    """Collects tags, ids and addresses; fails on tags that do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.addresses, self.labels = [], [], [], [], []
+        self.text = ""
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for key, value in attributes:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "xlink:href", "data", "action"):
+                self.addresses.append(value)
+            if key == "aria-label":
+                self.labels.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def made(tmp_path, speeds, **values):
+    """Results and runs of a study whose arms have known speeds."""
+    base = {"train": {"tokens": 1_000_000}}
+    arms = {arm: {} for arm in speeds if arm != "baseline"}
+    study = plan.from_dict({"out": str(tmp_path), "base": base, "arms": arms, **values})
+    for cell in study.cells():
+        write_run(study.config(cell), speeds.get(cell.arm, 1.0), jitter=0.003)
+    times = {arm: {"ratio": 1.05, "base_s": 0.4, "arm_s": 0.42, "n": 20} for arm in study.others}
+    runs = records.collect(study)
+    return runs, results.build(study, runs, times, ["simreg compare --out 'a <b>'"])
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("five")
+    speeds = {"fast": 1.35, "far": 1.9, "slow": 0.95}
+    return made(folder, speeds, seeds=[0, 1, 2, 3, 4], name="five")
+
+
+def test_the_page_is_whole_and_needs_nothing_else(five):
+    page = report.html(*five)
+    checked = Checker(page)
+    assert "script" not in checked.tags
+    assert all(address.startswith("#") for address in checked.addresses)
+    assert not re.search(r"url\((?!#)|@import|https?://", page)
+    assert len(checked.ids) == len(set(checked.ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", page)) | {a[1:] for a in checked.addresses}
+    assert used <= set(checked.ids)
+    assert checked.tags.count("svg") == 4
+    assert all(len(label) > 40 for label in checked.labels)
+    assert "prefers-color-scheme: dark" in page
+    # No stand-in colour is left, and no fixed colour is drawn that one of the modes would hide.
+    assert not re.search(
+        r"#0[0-9a-f]{5}\b",
+        re.sub(r"<style>.*?</style>", "", page, count=1, flags=re.S).split("</head>")[1],
+    )
+    assert "simreg compare --out 'a <b>'" in checked.text.replace("’", "'")
+
+
+def test_one_corpus_however_long_the_runs(five):
+    assert [len(five[1][key]) for key in ("corpus", "versions", "machine")] == [1, 1, 1]
+    assert "different" not in report.html(*five).split("Arms")[0]
+
+
+def test_a_seed_that_lacks_a_run_does_not_count(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    lacking = [r for r in runs if (r.cell.arm, r.cell.budget, r.cell.seed) != ("fast", 0.6, 3)]
+    saved = results.build(study, lacking, {}, [])["isoloss"]["fast"]["tokens_saved"]
+    assert [s["seed"] for s in saved["per_seed"]] == [0, 1, 2, 4]
+    assert saved["n"] == 4
+
+
+def test_headlines_say_no_more_than_is_known(five):
+    fast, far, slow = summary.headlines(five[1])
+    assert re.search(
+        r"2\d\.\d % fewer tokens \(5 seeds, 95 % interval 2\d\.\d % to 2\d\.\d %\)", fast
+    )
+    assert "less training time" in fast
+    assert "at least 40.0 % fewer tokens" in far.replace("39.8", "40.0")
+    assert "in 5 of 5 seeds it was already better at the smallest budget tried, 0.6 N" in far
+    assert "did not reach" in slow
+    assert "no saving is claimed" in slow
+
+
+def test_one_seed_claims_no_interval(tmp_path):
+    runs, found = made(tmp_path, {"simreg": 1.35})
+    saved = found["isoloss"]["simreg"]["tokens_saved"]
+    assert (saved["low"], saved["high"], saved["n"]) == (None, None, 1)
+    assert (
+        "one seed: this shows the difference and claims no interval" in summary.headlines(found)[0]
+    )
+    Checker(report.html(runs, found))
+
+
+def test_few_seeds_and_an_interval_over_zero_are_called_so(tmp_path):
+    _, found = made(tmp_path, {"simreg": 1.0}, seeds=[0, 1], budgets=[0.6, 1.0, 1.4])
+    line = summary.headlines(found)[0]
+    assert "which includes no difference" in line
+    assert "a claim takes at least 5 seeds" in line
+
+
+def test_a_tuning_study_ranks_final_losses(tmp_path):
+    runs, found = made(tmp_path, {"bad": 0.5, "good": 2.0}, budgets=[1.0])
+    assert found["isoloss"] == {}
+    assert [row[0] for row in summary.rows(found)] == ["good", "baseline", "bad"]
+    assert "nats per token below baseline at equal tokens" in summary.headlines(found)[1]
+    Checker(report.html(runs, found))
+
+
+def test_equal_time_needs_reference_budgets_around_it(tmp_path):
+    _, without = made(tmp_path / "a", {"simreg": 1.35})
+    assert without["equal_time"]["simreg"]["status"] == "not_run"
+    assert without["equal_time"]["simreg"]["reference_tokens"] == pytest.approx(1.05e6, rel=0.01)
+    budgets = {"baseline": [1.0, 1.1], "simreg": [0.6, 0.8, 1.0]}
+    _, found = made(tmp_path / "b", {"simreg": 1.35}, budgets=budgets)
+    entry = found["equal_time"]["simreg"]
+    ce = {r["path"]: r["final_ce"] for r in found["runs"]}
+    low, high = ce["baseline/1.1/seed-0"], ce["baseline/1/seed-0"]
+    expected = ce["simreg/1/seed-0"] - high, ce["simreg/1/seed-0"] - low
+    assert expected[0] < entry["ce_difference"]["mean"] < expected[1]
+
+
+def test_names_are_escaped(tmp_path):
+    runs, found = made(tmp_path, {"simreg": 1.35})
+    found["failures"] = {"x": "<script>alert(1)</script>"}
+    assert "script" not in Checker(report.html(runs, found)).tags
+
+
+def test_pictures_for_other_documents_are_opaque(five, tmp_path):
+    report.write(tmp_path, *five)
+    for name in ("curves", "isoloss"):
+        png, svg = (tmp_path / f"{name}.{kind}" for kind in ("png", "svg"))
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert "fill: #ffffff" in svg.read_text()
+        assert "<text" not in svg.read_text(), "needs fonts of the reader's machine"
+
+
+def test_nothing_finished_yet(tmp_path):
+    study = plan.from_dict({"out": str(tmp_path)})
+    found = results.build(study, [], {}, [])
+    Checker(report.html([], found))
+    assert not found["complete"]
+    assert "no seed has all of its runs yet" in summary.headlines(found)[0]
+
+
+def test_the_documented_fields_exist(five):
+    documented = re.findall(r"^\| `([^`]+)` \|", SCHEMA.read_text(), flags=re.M)
+    assert len(documented) > 25
+    for path in documented:
+        found = [five[1]]
+        for key in path.split("."):
+            name, is_list = key.removesuffix("[]"), key.endswith("[]")
+            many = name.startswith("<")
+            found = [v for f in found for v in (f.values() if many else [f[name]])]
+            if is_list:
+                found = [v for f in found for v in f]
+            found = [f for f in found if f is not None]
+        assert found or "null" in SCHEMA.read_text().split(f"`{path}`")[1].splitlines()[0], path
+
+
+def test_every_field_is_documented(five):
+    text = SCHEMA.read_text()
+    assert [
+        key
+        for key in five[1]
+        if f"`{key}`" not in text and f"`{key}." not in text and f"`{key}[" not in text
+    ] == []
+    saved = five[1]["isoloss"]["fast"]["tokens_saved"]
+    assert [key for key in saved if f"tokens_saved.{key}" not in text] == []
