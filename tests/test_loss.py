@@ -1,5 +1,7 @@
 """The loss against its definition, its invariances, and its contract."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,14 +139,11 @@ def test_packed_rows_equal_separate_rows(backend, variant):
     hidden, labels = torch.randn(1, 30, 4, dtype=torch.float64), torch.randint(0, 5, (1, 30))
     ends = [0, 4, 5, 17, 30]
     segments = torch.zeros(1, 30, dtype=torch.int32)
-    for k, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for k, (start, end) in enumerate(pairwise(ends)):
         segments[:, start:end] = 7 - k
     options = {"variant": variant, "backend": backend}
     packed = per_token(hidden, labels, segments=segments, **options)
-    separate = [
-        per_token(hidden[:, a:b], labels[:, a:b], **options)
-        for a, b in zip(ends, ends[1:], strict=False)
-    ]
+    separate = [per_token(hidden[:, a:b], labels[:, a:b], **options) for a, b in pairwise(ends)]
     torch.testing.assert_close(packed, torch.cat(separate, 1), rtol=1e-12, atol=1e-12)
 
 
@@ -313,5 +312,5 @@ def test_bad_arguments_are_named(arguments, options, named):
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_bad_weight(weight):
-    with pytest.raises(ValueError, match="^weight: expected"):
+    with pytest.raises(ValueError, match=r"^weight: expected"):
         SimRegLoss(weight)

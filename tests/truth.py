@@ -47,8 +47,7 @@ def brute_force(
             else:
                 negatives = [j for j in candidates if y[j] != y[i]]
                 terms = [
-                    torch.stack([0 * s[p]] + [s[n] - s[p] for n in negatives])
-                    for p in positives
+                    torch.stack([0 * s[p]] + [s[n] - s[p] for n in negatives]) for p in positives
                 ]
                 loss = sum(t.logsumexp(0) for t in terms) / len(positives)
             rows.append(loss)
