@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simreg.recipe import assemble, loop, models, progress, timing
 from simreg.recipe.config import RunConfig, SimRegConfig, from_dict, with_overrides
 from simreg.recipe.data import Corpus, prepare
-from simreg.recipe.errors import UserError
-from simreg.recipe.folder import Locked
+from simreg.recipe.errors import Diverged, Locked, UserError
 from simreg.recipe.train import train
 from tests.recipe import tiny
 
@@ -158,7 +157,7 @@ def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(
     with monkeypatch.context() as patch:
         poison(patch, 9)
         with pytest.raises(
-            loop.Diverged, match=r"loss became NaN or infinite at step 9; .*step-0000007"
+            Diverged, match=r"loss became NaN or infinite at step 9; .*step-0000007"
         ):
             train(config)
     kept = [p.name for p in (Path(config.out) / "checkpoints").iterdir()]
@@ -178,7 +177,7 @@ def test_weights_that_are_nan_are_never_saved(make: Make, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.RunTrainer, "_evaluate", evaluate)
-        with pytest.raises(loop.Diverged, match="weights became NaN or infinite by step 14"):
+        with pytest.raises(Diverged, match="weights became NaN or infinite by step 14"):
             train(config)
     assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["step-0000007"]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.folder import RunFolder
 from simreg.study import plan, run, sizing
 from simreg.study.plan import CompareOptions
@@ -174,7 +174,7 @@ def test_runs_of_another_process_come_last(lab, study):
 def test_a_diverged_run_does_not_end_the_study(lab, study):
     def diverge(config):
         if config.simreg.weight and config.train.tokens == 1_000_000:
-            raise UserError("the loss became NaN or infinite at step 7")
+            raise Diverged("the loss became NaN or infinite at step 7")
 
     lab.before, lab.report = diverge, lab.draw
     results, _ = compare(study)

@@ -13,7 +13,7 @@ from typing import Any
 from simreg.recipe import checkpoints
 from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import Locked, UserError
 
 # A run may continue with these changed: they alter neither its weights nor its evaluations.
 FREE_FIELDS = (
@@ -26,10 +26,6 @@ FREE_FIELDS = (
 )
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-
-
-class Locked(UserError):
-    """Another process is training in the folder."""
 
 
 class RunFolder:

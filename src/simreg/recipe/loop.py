@@ -19,15 +19,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from simreg.integrations.transformers import SimRegTrainer
 from simreg.recipe import checkpoints
 from simreg.recipe.config import RunConfig
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import Diverged
 from simreg.recipe.folder import RunFolder, is_main_process, storage_errors
 from simreg.recipe.progress import Clock, MetricsFile
 
 _OBJECTIVE_KEYS = ("simreg", "pos_cos", "neg_cos", "pos_fraction")
-
-
-class Diverged(UserError):
-    """Loss, gradient or weights became NaN or infinite."""
 
 
 class RunTrainer(SimRegTrainer):

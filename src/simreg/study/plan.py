@@ -161,6 +161,11 @@ def load(path: str | Path) -> Study:
     return from_dict({"name": Path(path).stem, **recipe.read_yaml(path)})
 
 
+def _default(text: str) -> Any:
+    """What the help says of a flag that, left out, leaves the matter to the study file."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
 @dataclass
 class CompareOptions:
     """Train with and without SimReg, and say how many tokens and how much time it saves.
@@ -169,26 +174,26 @@ class CompareOptions:
     that all of it takes about five minutes. The same command again continues where it stopped.
     """
 
-    study: tyro.conf.Positional[str | None] = None
+    study: tyro.conf.Positional[Annotated[str | None, _default("none: the demo")]] = None
     """A study file (YAML); flags override what it says."""
-    out: str | None = None
-    """Folder of the study (default: runs/NAME)."""
-    seeds: list[int] | None = None
-    """Seeds, such as `--seeds 0 1 2 3 4` (default: 0)."""
-    budgets: list[float] | None = None
-    """Token budgets of the arms, as fractions of the reference's (default: 0.6 0.8 1.0)."""
-    tokens: int | None = None
-    """Tokens of the full budget (default: sized by `--minutes`)."""
-    minutes: float | None = None
-    """Size the full budget so that the whole study takes about this long (default: 5)."""
+    out: Annotated[str | None, _default("runs/NAME")] = None
+    """Folder of the study."""
+    seeds: Annotated[list[int] | None, _default("0")] = None
+    """Seeds, such as `--seeds 0 1 2 3 4`."""
+    budgets: Annotated[list[float] | None, _default("0.6 0.8 1.0")] = None
+    """Token budgets of the arms, as fractions of the reference's."""
+    tokens: Annotated[int | None, _default("sized by --minutes")] = None
+    """Tokens of the full budget."""
+    minutes: Annotated[float | None, _default("5")] = None
+    """Size the full budget so that the whole study takes about this long."""
     arm: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
-    """Add an arm, `NAME:section.key=value,...`, e.g. `--arm strong:simreg.weight=1`; repeatable."""
-    model: str | None = None
+    """Add an arm, `NAME:section.key=value,...`, e.g. `--arm strong:simreg.weight=1`."""
+    model: Annotated[str | None, _default("llama-tiny")] = None
     """Model preset."""
-    data: list[str] | None = None
+    data: Annotated[list[str] | None, _default("python-stdlib")] = None
     """Where the text comes from: files, globs, `python-stdlib` or `hf:owner/name`."""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
-    """Change what all arms share, e.g. `--set optim.lr=1e-3`; repeatable."""
+    """Change what all arms share, e.g. `--set optim.lr=1e-3`."""
 
 
 def parse_assignments(text: str, flag: str) -> dict[str, Any]:

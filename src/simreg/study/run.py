@@ -17,7 +17,7 @@ from simreg.recipe import config as recipe
 from simreg.recipe import data, timing, train
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import Diverged, Locked, UserError
 from simreg.recipe.folder import FREE_FIELDS, RunFolder
 from simreg.recipe.progress import duration
 from simreg.study import plan, records, report, results, sizing, summary
@@ -26,7 +26,6 @@ from simreg.study.plan import Cell, CompareOptions, Study
 STUDY_FILE = "study.yaml"
 POLL_SECONDS = 5.0
 """How often to look again at runs that another process is training."""
-_LOCKED, _DIVERGED = "another process is training", "became NaN or infinite"
 
 
 def main(options: CompareOptions) -> None:
@@ -174,14 +173,11 @@ def _run_missing(
             began = time.monotonic()
             try:
                 train.train(study.config(cell), corpus=corpus)
-            except UserError as error:
-                if _LOCKED in str(error):
-                    postponed.append(cell)
-                elif _DIVERGED in str(error):
-                    failures[cell.folder] = str(error)
-                    console.print(f"diverged: {error}", markup=False)
-                else:
-                    raise
+            except Locked:
+                postponed.append(cell)
+            except Diverged as error:
+                failures[cell.folder] = str(error)
+                console.print(f"diverged: {error}", markup=False)
             else:
                 left.ended(cell, time.monotonic() - began)
         if postponed and len(postponed) == len(todo):
