@@ -9,10 +9,7 @@
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -22,9 +19,9 @@ import psutil
 import torch
 from torch import Tensor
 
-import simreg
 from simreg import simreg_loss
 from simreg.loss import VARIANTS
+from simreg.recipe import provenance
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(16, 256, 128), (4, 1024, 512), (1, 4096, 512)]
@@ -98,30 +95,6 @@ def peak_extra(step: Callable[[], None]) -> int:
     return peak - start
 
 
-def machine() -> dict[str, str | int | None]:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-        if Path("/proc/cpuinfo").exists()
-        else iter(()),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -161,13 +134,8 @@ def main() -> None:
         "rounds": options.rounds,
         "timings": timings,
         "memory": {"shape": MEMORY_SHAPE, "name": "blockwise out", "peak_extra_bytes": extra},
-        "machine": machine(),
-        "versions": {
-            "simreg": simreg.__version__,
-            "commit": commit(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
     }
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {options.out}")

@@ -3,12 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +12,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-import simreg
-from simreg.recipe import assemble, checkpoints, models, progress
+from simreg.recipe import assemble, checkpoints, models, progress, provenance
 from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, Rows, ordered, prepare
 from simreg.recipe.errors import UserError
@@ -157,7 +151,6 @@ def _result(
     seconds: float,
 ) -> dict[str, Any]:
     evals = [r for r in progress.read_metrics(folder.metrics) if r["kind"] == "eval"]
-    cuda = torch.cuda.is_available()
     return {
         "schema": 1,
         "final_ce": evals[-1]["ce"],
@@ -171,32 +164,9 @@ def _result(
             "train_tokens": corpus.tokens,
             "epochs": epochs,
         },
-        "versions": {
-            "simreg": simreg.__version__,
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": version("accelerate"),
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
     }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from ("-dirty" if changed), if it does."""
-    root = Path(simreg.__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None
 
 
 def _export(

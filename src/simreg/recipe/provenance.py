@@ -1,0 +1,57 @@
+"""Where a recorded number comes from: versions, commit and machine."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import simreg
+
+
+def versions() -> dict[str, str | None]:
+    """Of this package (with its commit) and of what the numbers depend on."""
+    return {
+        "simreg": simreg.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "accelerate": version("accelerate"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from ("-dirty" if changed), if it does."""
+    root = Path(simreg.__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """Platform, device, CPU and threads."""
+    cuda = torch.cuda.is_available()
+    return {
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu() -> str:
+    """The processor's name; Linux does not give it to `platform`."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
