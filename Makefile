@@ -14,7 +14,7 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n $(or $(JOBS),2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
 
 $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
