@@ -1,5 +1,7 @@
 """The loss against its definition, its invariances, and its contract."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -203,6 +205,19 @@ def test_nothing_to_compare_is_zero(backend, variant):
         assert (grad == 0).all()
 
 
+@each_kernel
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 3), (2, 5, 0)])
+def test_empty_input_is_zero(backend, shape):
+    hidden = torch.randn(shape, requires_grad=True)
+    labels = torch.zeros(shape[:-1], dtype=torch.int64)
+    loss = per_token(hidden, labels, backend=backend, chunk_size=2)
+    assert loss.shape == labels.shape
+    total = simreg_loss(hidden[..., :0, :], labels[..., :0], backend=backend)
+    total.backward()
+    assert total == 0
+    assert not hidden.grad.any()
+
+
 def test_variants_agree_with_one_positive():
     torch.manual_seed(5)
     hidden = torch.randn(1, 4, 3, dtype=torch.float64)
@@ -283,6 +298,24 @@ def test_metrics_are_mean_cosines(backend, segmented):
         assert metrics[name].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_negative_cosine_is_not_a_difference_of_large_sums():
+    # 4095 clustered positives and one foreign label: all − positives would lose the negative.
+    torch.manual_seed(9)
+    hidden = torch.randn(64) * 10 + torch.randn(1, 4096, 64)
+    labels = torch.zeros(1, 4096, dtype=torch.int64)
+    hidden[0, 7], labels[0, 7] = torch.randn(64), 1
+    _, single = SimRegLoss()(hidden, labels)
+    _, double = SimRegLoss()(hidden.double(), labels)
+    assert single["neg_cos"].item() == pytest.approx(double["neg_cos"].item(), abs=1e-6)
+
+
+def test_needs_torch_alone():
+    extras = ["transformers", "accelerate", "numpy", "pydantic", "yaml", "tyro", "rich", "triton"]
+    block = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
+    use = "import torch, simreg; simreg.simreg_loss(torch.randn(1, 4, 2), torch.zeros(1, 4).long())"
+    subprocess.run([sys.executable, "-c", f"{block}; {use}"], check=True)
+
+
 H, Y = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
 
 
@@ -301,6 +334,9 @@ H, Y = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
         ((H, Y), {"temperature": float("nan")}, "temperature"),
         ((H, Y), {"variant": "both"}, "variant"),
         ((H, Y), {"chunk_size": 0}, "chunk_size"),
+        ((H, Y), {"chunk_size": True}, "chunk_size"),
+        ((H, Y), {"temperature": "a"}, "temperature"),
+        ((H, [[0]]), {}, "labels"),
         ((H, Y), {"reduction": "max"}, "reduction"),
         ((H, Y), {"backend": "fast"}, "backend"),
     ],
@@ -310,7 +346,7 @@ def test_bad_arguments_are_named(arguments, options, named):
         simreg_loss(*arguments, **options)
 
 
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "0.3"])
 def test_bad_weight(weight):
     with pytest.raises(ValueError, match=r"^weight: expected"):
         SimRegLoss(weight)

@@ -11,6 +11,7 @@ head, whatever the head does with it: fused, chunked or restricted heads include
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ class Attached:
     """The handle that `attach` returns: call it after each forward pass; detach it when done.
 
     `metrics` holds the detached scalars of the last call. Also a context manager that detaches.
+    Forward passes under `torch.no_grad()` pass it by.
     """
 
     def __init__(self, module: nn.Module, objective: Objective) -> None:
@@ -104,17 +106,23 @@ class Attached:
     ) -> None:
         self.detach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model (EMA, pickle) has the hook too: there it is detached and empty."""
+        return {**vars(self), "_hidden": None, "_attached": False}
+
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._hidden = _last_hidden(output)
+        # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
+        if self._attached and torch.is_grad_enabled():
+            self._hidden = _last_hidden(output)
 
     def _take(self) -> Tensor:
         if not self._attached:
             raise RuntimeError("the objective was detached from the model: attach it again")
         if self._hidden is None:
             raise RuntimeError(
-                "no hidden states to regularize: run a forward pass of the attached model before "
-                "each call (a call consumes them; a compiled model must be attached before its "
-                "first call)"
+                "no hidden states to regularize: run a forward pass of the attached model, with "
+                "gradients, before each call (a call consumes them; a compiled model must be "
+                "attached before its first call)"
             )
         # Taken, not read: labels never meet the hidden states of another batch.
         hidden, self._hidden = self._hidden, None

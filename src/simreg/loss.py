@@ -57,7 +57,8 @@ def simreg_loss(
 
     Returns:
         float32 (float64 for float64 input): a scalar, or the shape of ``labels`` for ``"none"``.
-        NaN or infinity in gives NaN out; no valid label gives 0.
+        NaN or infinity in gives NaN out (so does a norm beyond the range of float32); no valid
+        label gives 0.
 
     Raises:
         ValueError: for arguments of a wrong shape, dtype, device or value. Double backward raises
@@ -92,7 +93,7 @@ class SimRegLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not (math.isfinite(weight) and weight >= 0):
+        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
             raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
         _check_options(temperature, variant, chunk_size, backend)
         self.weight = weight
@@ -123,19 +124,18 @@ class SimRegLoss(nn.Module):
             positive), ``pos_cos`` (mean over tokens with a positive of the mean cosine to their
             positives) and ``neg_cos`` (the same for negatives).
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
-            loss, pos_cos, neg_cos, valid = per_token(
-                hidden,
-                labels,
-                segments,
-                self.temperature,
-                self.variant,
-                self.chunk_size,
-                self.ignore_index,
-                self.backend,
-            )
-            total, count = loss.sum(), valid.sum().clamp_min(1)
-            weighted = self.weight * (total / (count if num_items is None else num_items))
+        loss, pos_cos, neg_cos, valid = per_token(
+            hidden.detach() if self.weight == 0 else hidden,
+            labels,
+            segments,
+            self.temperature,
+            self.variant,
+            self.chunk_size,
+            self.ignore_index,
+            self.backend,
+        )
+        total, count = loss.sum(), valid.sum().clamp_min(1)
+        weighted = self.weight * (total / (count if num_items is None else num_items))
         positives, negatives = ~pos_cos.isnan(), ~neg_cos.isnan()
         metrics = {
             "loss": total.detach() / count,
@@ -174,12 +174,16 @@ def per_token(
     if hidden.ndim == 2:
         h, y, g = h[None], y[None], None if g is None else g[None]
     batch, length = y.shape
+    if y.numel() == 0:
+        nothing = h.sum(-1).to(torch.promote_types(h.dtype, torch.float32)).view(labels.shape)
+        return nothing, nothing.detach(), nothing.detach(), valid
     chunk = length if chunk_size is None else min(chunk_size, length)
     if chunk < length:  # a chunk is a shorter row; the last one is filled with ignored tokens
         pad = -length % chunk
-        h = F.pad(h, (0, 0, 0, pad)).reshape(-1, chunk, h.shape[-1])
-        y = F.pad(y, (0, pad), value=-1).reshape(-1, chunk)
-        g = None if g is None else F.pad(g, (0, pad)).reshape(-1, chunk)
+        rows = batch * ((length + pad) // chunk)
+        h = F.pad(h, (0, 0, 0, pad)).reshape(rows, chunk, h.shape[-1])
+        y = F.pad(y, (0, pad), value=-1).reshape(rows, chunk)
+        g = None if g is None else F.pad(g, (0, pad)).reshape(rows, chunk)
     kernel = reference if backend == "reference" else blockwise
     results = kernel(h, y, g, temperature, variant)[:3]
     loss, pos_cos, neg_cos = (
@@ -189,17 +193,20 @@ def per_token(
 
 
 def _check_options(temperature: float, variant: str, chunk_size: int | None, backend: str) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
 def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> None:
+    for name, value in (("hidden", hidden), ("labels", labels), ("segments", segments)):
+        if not isinstance(value, Tensor) and not (name == "segments" and value is None):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if hidden.ndim not in (2, 3) or hidden.dtype not in _FLOATS:
         raise ValueError(
             "hidden: expected [B, L, d] or [T, d] in float32, bfloat16, float16 or float64, "

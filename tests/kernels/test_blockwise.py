@@ -5,7 +5,7 @@ import torch
 from benchmarks.loss import peak_extra
 from torch.utils.checkpoint import checkpoint
 
-from simreg import simreg_loss
+from simreg import SimRegLoss, simreg_loss
 from simreg.kernels import blockwise as module
 from simreg.kernels.blockwise import blockwise
 from simreg.loss import VARIANTS
@@ -115,15 +115,29 @@ def test_custom_op_is_well_formed(variant):
     torch.library.opcheck(blockwise, (hidden, labels.contiguous(), ids.contiguous(), 0.1, variant))
 
 
-def test_compiles_without_graph_break():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_break(dynamic):
+    compiled = torch.compile(per_token, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (40, 56):
+        hidden, labels, _ = problem(2, length, 8, 5, dtype=torch.float32)
+        for ours, plain in zip(
+            value_and_grad(compiled, hidden, labels),
+            value_and_grad(per_token, hidden, labels),
+            strict=True,
+        ):
+            assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_module_compiles_while_its_weight_is_scheduled(dynamic):
     hidden, labels, _ = problem(2, 40, 8, 5, dtype=torch.float32)
-    compiled = torch.compile(per_token, fullgraph=True, backend="aot_eager")
-    for ours, plain in zip(
-        value_and_grad(compiled, hidden, labels),
-        value_and_grad(per_token, hidden, labels),
-        strict=True,
-    ):
-        assert torch.equal(ours, plain)
+    module = SimRegLoss()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for weight in (0.1, 0.2, 0.3, 0.0):
+        module.weight = weight
+        (ours, metrics), (plain, expected) = compiled(hidden, labels), module(hidden, labels)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(metrics, expected)
 
 
 def test_autocast_and_checkpointing_change_nothing():

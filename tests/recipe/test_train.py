@@ -312,22 +312,22 @@ def test_bf16_autocast_is_near_fp32(make: Make) -> None:
 
 def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[float] = []
-    speed = {0.0: 1.0, 0.3: 1.5}
+    # Ratios of the pairs: 15, 1.5, 1.1; the ratio of the two medians would be 2.75.
+    times = {0.0: [9.0] * timing.WARM_UP + [1, 4, 10], 0.3: [1.0] * timing.WARM_UP + [15, 6, 11]}
 
     def step(self: timing.Stepper) -> float:
-        order.append(self.config.simreg.weight)
-        drift = 1 + len(order) // 2  # a machine that gets slower all the time
-        return speed[self.config.simreg.weight] * drift
+        weight = self.config.simreg.weight
+        order.append(weight)
+        return times[weight][order.count(weight) - 1]
 
     monkeypatch.setattr(timing.Stepper, "step", step)
     base, arm = make(simreg={"weight": 0}), make()
     corpus = prepare(base.data)
-    measured = timing.step_time_ratio(base, arm, corpus, pairs=5)
-    assert order == [0.0, 0.3] * (timing.WARM_UP + 5)
-    assert measured["n"] == 5
-    assert measured["ratio"] == pytest.approx(1.5, rel=0.35)
-    cut = timing.step_time_ratio(base, arm, corpus, pairs=50, seconds=0)
-    assert cut["n"] == 3
+    measured = timing.step_time_ratio(base, arm, corpus, pairs=3)
+    assert order == [0.0, 0.3] * (timing.WARM_UP + 3)
+    assert measured == {"ratio": pytest.approx(1.5), "base_s": 4, "arm_s": 11, "n": 3}
+    order.clear()
+    assert timing.step_time_ratio(base, arm, corpus, pairs=50, seconds=0)["n"] == 3
 
 
 def test_a_timed_step_is_a_real_one(make: Make) -> None:
@@ -375,3 +375,41 @@ class TestProgress:
         file.close()
         written = [json.loads(x) for x in path.read_text().splitlines()]
         assert written == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
+
+
+def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
+    with pytest.raises(UserError, match="no preset"):
+        train(make(model={"preset": "llama-tny"}))
+    assert train(make())["steps"] == tiny.STEPS
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"final_ce": '])
+def test_a_damaged_result_is_not_taken_for_one(make: Make, text: str) -> None:
+    config = make()
+    train(config)
+    (Path(config.out) / "result.json").write_text(text)
+    with pytest.raises(UserError, match=r"result.json is damaged: delete it"):
+        train(config)
+
+
+def test_damaged_metrics_are_named(make: Make) -> None:
+    config = make()
+    train(config)
+    (Path(config.out) / "result.json").unlink()
+    (Path(config.out) / "metrics.jsonl").write_text("{not json\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
+        train(config)
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "~nosuchuser/run"])
+def test_odd_folder_names_end_in_one_line(
+    make: Make, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = with_overrides(make(), {"out": out})
+    if out.startswith("~"):
+        assert train(config)["steps"] == tiny.STEPS  # no such user: a folder like any other
+        assert (tmp_path / out / "result.json").exists()
+    else:
+        with pytest.raises(UserError, match="File name too long"):
+            train(config)

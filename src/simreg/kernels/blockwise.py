@@ -24,6 +24,7 @@ class Order(NamedTuple):
     segment: Tensor  # rank of the segment; ignored tokens have one of their own
     label: Tensor  # rank of (segment, label)
     positives: Tensor  # |P(i)|, 0 where ignored
+    negatives: Tensor  # |A(i) ∖ P(i)|, 0 where ignored
 
 
 class Tile(NamedTuple):
@@ -34,6 +35,13 @@ class Tile(NamedTuple):
     cols: slice
     candidate: Tensor | None  # None: every pair is one
     positive: Tensor | None  # None: no pair is one
+
+    @property
+    def negative(self) -> Tensor | None:
+        """The candidates that are not positives; None: every pair is one."""
+        if self.positive is None:
+            return self.candidate
+        return ~self.positive if self.candidate is None else self.candidate & ~self.positive
 
     @property
     def sides(self) -> list[tuple[slice, int]]:
@@ -62,9 +70,15 @@ def describe(index: Tensor, labels: Tensor, segments: Tensor | None) -> Order:
     new_label = new_segment | (label[:, 1:] != label[:, :-1])
     segment_rank = F.pad(new_segment.cumsum(1), (1, 0))
     label_rank = F.pad(new_label.cumsum(1), (1, 0))
-    size = torch.zeros_like(label_rank).scatter_add_(1, label_rank, torch.ones_like(label_rank))
-    positives = (size.gather(1, label_rank) - 1).masked_fill(~valid, 0)
-    return Order(index, valid, segment_rank, label_rank, positives)
+    of_label, of_segment = _sizes(label_rank), _sizes(segment_rank)
+    positives = (of_label - 1).masked_fill(~valid, 0)
+    negatives = (of_segment - of_label).masked_fill(~valid, 0)
+    return Order(index, valid, segment_rank, label_rank, positives, negatives)
+
+
+def _sizes(rank: Tensor) -> Tensor:
+    """How many tokens of the row have each token's rank."""
+    return torch.zeros_like(rank).scatter_add_(1, rank, torch.ones_like(rank)).gather(1, rank)
 
 
 def tiles(order: Order, block: int) -> Iterator[Tile]:
@@ -108,13 +122,6 @@ def _tile(
     return Tile(batch, rows, cols, candidate, positive)
 
 
-def _denominator(tile: Tile, variant: str) -> Tensor | None:
-    """The pairs under the logsumexp: all candidates, or for "decoupled" the negatives only."""
-    if variant != "decoupled" or tile.positive is None:
-        return tile.candidate
-    return ~tile.positive if tile.candidate is None else tile.candidate & ~tile.positive
-
-
 class _LogSumExp:
     """A logsumexp over columns that arrive tile by tile; exact at any temperature."""
 
@@ -155,6 +162,10 @@ def _similarity(e: Tensor, tile: Tile, temperature: float) -> Tensor:
     return torch.bmm(left, right.mT).mul_(1 / temperature)
 
 
+def _sum(s: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    return (s if mask is None else s.masked_fill(~mask, 0)).sum(dim)
+
+
 def _unsort(values: Tensor, order: Order) -> Tensor:
     return torch.empty_like(values).scatter_(1, order.position, values)
 
@@ -177,14 +188,17 @@ def blockwise(
         order = describe(sort_tokens(labels, segments), labels, segments)
         e, norm = _embed(hidden, order)
         zeros = torch.zeros_like(norm[..., 0])
-        pos_sum, denominator, numerator = zeros.clone(), _LogSumExp(zeros), _LogSumExp(zeros)
+        pos_sum, neg_sum = zeros.clone(), zeros.clone()
+        denominator, numerator = _LogSumExp(zeros), _LogSumExp(zeros)
         for tile in tiles(order, _block(hidden.device)):
             s = _similarity(e, tile, temperature)
-            mask = _denominator(tile, variant)
+            negative = tile.negative
+            mask = negative if variant == "decoupled" else tile.candidate
             for span, dim in tile.sides:
                 denominator.add(tile.batch, span, s, mask, dim)
+                neg_sum[tile.batch, span] += _sum(s, negative, dim)
                 if tile.positive is not None:
-                    pos_sum[tile.batch, span] += s.masked_fill(~tile.positive, 0).sum(dim)
+                    pos_sum[tile.batch, span] += _sum(s, tile.positive, dim)
                     if variant == "in":
                         numerator.add(tile.batch, span, s, tile.positive, dim)
         lse = denominator.value()
@@ -200,7 +214,7 @@ def blockwise(
         loss.masked_fill_(order.positives == 0, 0)
         loss.masked_fill_(order.valid & ~norm[..., 0].isfinite(), torch.nan)
         pos_cos = pos_sum.mul_(temperature) / order.positives  # 0 / 0 = NaN: none
-        neg_cos = _negative_cosine(e, order, pos_sum)
+        neg_cos = neg_sum.mul_(temperature) / order.negatives
         loss, pos_cos, neg_cos = (_unsort(value, order) for value in (loss, pos_cos, neg_cos))
         return loss, pos_cos, neg_cos, order.position, lse, statistic
 
@@ -219,17 +233,6 @@ def _decoupled(e: Tensor, order: Order, lse: Tensor, temperature: float) -> tupl
             slope[tile.batch, span] += gap.sigmoid_().masked_fill_(~tile.positive, 0).sum(dim)
     count = order.positives.clamp_min(1)
     return loss / count, slope / count
-
-
-def _negative_cosine(e: Tensor, order: Order, pos_sum: Tensor) -> Tensor:
-    """Mean cosine to the negatives, from the sum of each segment's embeddings."""
-    batch, length, dim = e.shape
-    segment = _flat(order.segment)
-    sums = e.new_zeros(batch * length, dim).index_add_(0, segment, e.flatten(0, 1))
-    size = torch.zeros_like(segment).index_add_(0, segment, torch.ones_like(segment))
-    total = (e * sums.index_select(0, segment).view_as(e)).sum(-1) - e.square().sum(-1)
-    count = size[segment].view(batch, length) - 1 - order.positives
-    return ((total - pos_sum) / count).masked_fill_((count == 0) | ~order.valid, torch.nan)
 
 
 @blockwise.register_fake
@@ -264,7 +267,7 @@ def _pair_gradient(s: Tensor, tile: Tile, stats: Statistics, variant: str) -> Te
             pull.addcmul_((s - end.numerator).exp_(), end.pull)
         else:
             pull.addcmul_((end.lse - s).sigmoid_(), end.pull)
-    mask = _denominator(tile, variant)
+    mask = tile.negative if variant == "decoupled" else tile.candidate
     if mask is not None:
         push.masked_fill_(~mask, 0)
     if tile.positive is not None:

@@ -57,6 +57,11 @@ def micro_batch(config: RunConfig) -> int:
     return rows // parts
 
 
+def device() -> torch.device:
+    """The accelerator, if there is one, else the CPU: what transformers trains on."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def use_bf16(precision: str) -> bool:
     """Whether to run under bfloat16 autocast."""
     cuda = torch.cuda.is_available()
@@ -85,7 +90,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         warmup_steps=round(optim.warmup * config.steps),
         **_schedule(optim, config.steps),
         seed=train.seed,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=device().type == "cpu",
         bf16=use_bf16(train.precision),
         torch_compile=train.compile,
         **_activation_checkpointing(train.gradient_checkpointing),

@@ -54,6 +54,8 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items()
+        if not (files and isinstance(manifest["step"], int) and manifest["corpus"]):
+            raise ValueError
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{MANIFEST} is missing or unreadable") from None
     for name, expected in files:

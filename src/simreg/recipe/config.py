@@ -52,7 +52,7 @@ class ModelConfig:
     """One of the presets that `simreg train --list-models` prints."""
     tie_embeddings: bool = False
     """Share the input embedding with the LM head."""
-    vocab_size: Count | None = None
+    vocab_size: Annotated[int, Field(gt=0, le=2**24)] | None = None
     """Rows of the embedding, at least the tokenizer's size; None: just that size."""
 
 
@@ -132,7 +132,7 @@ class TrainConfig:
     """Rows an optimizer step, over all processes and accumulation steps."""
     accumulate: Count = 1
     """Micro-batches an optimizer step; must divide `batch_rows`."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes initialisation and the order of the data."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast where an accelerator supports it, else fp32."""

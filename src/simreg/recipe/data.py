@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     Documents are held out for validation by a hash of their content and `seed_of_split`, so copies
     of a document fall on the same side, unless `config.validation` names other text.
     """
-    cache_dir = Path(config.cache_dir).expanduser()
+    cache_dir = Path(os.path.expanduser(config.cache_dir))
     source = resolve(config.source, config.text_field)
     validation: list[Source] | None = None
     if config.validation is not None:
@@ -185,8 +186,8 @@ def _corpus(
     if not len(validation):
         raise UserError(
             f"the validation text holds {len(validation.tokens)} tokens, fewer than one row of "
-            f"{config.seq_len}: give more text, raise data.validation_fraction, "
-            "or lower data.seq_len"
+            f"{config.seq_len}: give more documents, raise data.validation_fraction, "
+            "lower data.seq_len, or name other text as data.validation"
         )
     fingerprint = _digest([facts, identity(tokenizer), config.seq_len])
     return Corpus(tokenizer, train, validation, len(train.tokens), facts["vocab_size"], fingerprint)

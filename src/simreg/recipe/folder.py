@@ -25,14 +25,15 @@ FREE_FIELDS = (
     "train.report_to",
 )
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `model/`, `result.json`."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self.config = self.root / "config.yaml"
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
@@ -45,18 +46,17 @@ class RunFolder:
         if not self.result.exists():
             return None
         self.check(config)
-        try:
-            result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(
-                f"{self.result} is not valid JSON: delete it; the same command completes the run"
-            ) from None
-        return result
+        with contextlib.suppress(ValueError):
+            result = json.loads(self.result.read_text(encoding="utf-8"))
+            if isinstance(result, dict) and "final_ce" in result:
+                return result
+        raise UserError(f"{self.result} is damaged: delete it; the same command completes the run")
 
     def check(self, config: RunConfig) -> None:
         """UserError if the folder holds a run of another config."""
-        if not self.config.exists():
-            return
+        begun = self.metrics.exists() or checkpoints.found(self.checkpoints)
+        if not self.config.exists() or not (begun or self.result.exists()):
+            return  # a command that failed before its first step claims nothing
         there, here = (_flat(run_config.to_dict(c)) for c in (run_config.load(self.config), config))
         differing = [
             f"{name} is {there[name]} there and {here[name]} now"
@@ -95,6 +95,8 @@ class RunFolder:
                 return checkpoint, checkpoints.verify(checkpoint)
             except ValueError as error:
                 warn(f"checkpoint {checkpoint} is corrupt ({error}); going back to the one before")
+        if checkpoints.found(self.checkpoints):
+            warn(f"no checkpoint in {self.checkpoints} is intact; starting again from step 0")
         return None, {}
 
 
@@ -106,9 +108,10 @@ def storage_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
             raise
+        advice = "make room or choose" if error.errno in _NO_ROOM else "choose"
         raise UserError(
-            f"cannot write {error.filename or f'in {root}'}: {error.strerror}; make room or choose "
-            "another `out`; the same command continues from the last checkpoint"
+            f"cannot write {error.filename or f'in {root}'}: {error.strerror}; {advice} another "
+            "`out`; the same command continues from the last checkpoint"
         ) from None
 
 

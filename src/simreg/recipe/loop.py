@@ -179,7 +179,7 @@ class RunCallback(TrainerCallback):
             **({"router_loss": logs["router_loss"]} if "router_loss" in logs else {}),
             "lr": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
-            "clipped": logs.get("clipped", 0.0),
+            "clipped": logs["clipped"],
             "tokens_per_s": steps * self.tokens_per_step / seconds,
         }
 

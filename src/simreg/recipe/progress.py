@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe.errors import UserError
 
 # Dense bfloat16 FLOP/s (float16 before Ampere) from the data sheets; the first match counts.
 _PEAK_FLOPS = {
@@ -96,8 +97,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a last line cut off by a crash is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError:
+        raise UserError(
+            f"{path} is damaged: restore it or start the run in another folder"
+        ) from None
 
 
 def log_line(record: dict[str, Any], *, total: int) -> str:

@@ -190,11 +190,14 @@ class HubDataset:
 
 def _paths(item: str) -> list[Path]:
     """The files that a path or a pattern names; at least one."""
-    path = Path(item).expanduser()
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name its files, for example '{path}/*.jsonl'")
-    if path.exists():
-        return [path]
+    path = Path(os.path.expanduser(item))  # unlike Path.expanduser, leaves an unknown user alone
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name its files, for example '{path}/*.jsonl'")
+        if path.exists():
+            return [path]
+    except OSError as error:
+        raise UserError(f"cannot read {item!r}: {error.strerror}") from None
     matches = [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = [match for match in matches if not match.is_dir()]
     if not files:

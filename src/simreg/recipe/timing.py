@@ -22,7 +22,7 @@ class Stepper:
 
     def __init__(self, config: RunConfig, corpus: Corpus, steps: int) -> None:
         """Ready for up to `steps` steps."""
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = assemble.device()
         self.config, self.bf16 = config, assemble.use_bf16(config.train.precision)
         model: Any = models.build(
             config, tokenizer_size=corpus.vocab_size, eos_token_id=corpus.tokenizer.eos_token_id
@@ -53,8 +53,8 @@ class Stepper:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter() - began
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ EOS = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000
 _USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>")
 _SMALLEST = 257  # all bytes and the end-of-text token
+_LARGEST = 2**24
 _log = logging.getLogger(__name__)
 
 
@@ -114,16 +116,16 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _parse_size(spec: str) -> int:
     size = spec.removeprefix("bpe:")
-    if not size.isdecimal() or int(size) < _SMALLEST:
+    if not size.isdecimal() or not _SMALLEST <= int(size) <= _LARGEST:
         raise UserError(
-            f"data.tokenizer {spec!r}: the size must be a whole number of at least {_SMALLEST} "
-            "(256 bytes and the end-of-text token), as in bpe:4096"
+            f"data.tokenizer {spec!r}: the size must be a whole number from {_SMALLEST} "
+            f"(256 bytes and the end-of-text token) to {_LARGEST}, as in bpe:4096"
         )
     return int(size)
 
 
 def _load(spec: str) -> PreTrainedTokenizerBase:
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if spec.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"data.tokenizer: there is no folder {path}")
     try:

@@ -97,11 +97,10 @@ def _run(
 def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str:
     per_step = config.train.batch_rows * config.data.seq_len
     of_active = "" if active == total else f" ({models.millions(active)} active)"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bf16" if assemble.use_bf16(config.train.precision) else "fp32"
     return (
         f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
-        f"{device} {precision}\n"
+        f"{assemble.device().type} {precision}\n"
         f"{config.steps} steps of {per_step:,} tokens = {config.steps * per_step:,} tokens, "
         f"from a corpus of {corpus.tokens:,}"
     )
@@ -151,6 +150,8 @@ def _result(
     seconds: float,
 ) -> dict[str, Any]:
     evals = [r for r in progress.read_metrics(folder.metrics) if r["kind"] == "eval"]
+    if not evals:
+        raise UserError(f"{folder.metrics} has no evaluation: start the run in another folder")
     return {
         "schema": 1,
         "final_ce": evals[-1]["ce"],
