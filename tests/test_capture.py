@@ -1,5 +1,7 @@
+import copy
 import gc
 import os
+import pickle
 import weakref
 
 import pytest
@@ -312,6 +314,34 @@ def test_hidden_states_serve_one_call():
         reg(labels[:1])
 
 
+def test_passes_without_gradients_are_passed_by():
+    model, (ids, labels) = build(), batch()
+    reg = attach(model, SimRegLoss())
+    model(ids)
+    expected = reg(labels)
+    model(ids)
+    with torch.no_grad():
+        model(ids.flip(1))  # of the same shape: an evaluation between a pass and its loss
+    loss = reg(labels)
+    assert loss == expected
+    assert loss.requires_grad
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    with pytest.raises(RuntimeError, match="no hidden states"):
+        reg(labels)
+
+
+def test_copies_of_the_model_are_free_of_the_handle():
+    model, (ids, labels) = build(), batch()
+    reg = attach(model, SimRegLoss())
+    model(ids)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(ids)
+        (hook,) = twin.get_decoder()._forward_hooks.values()
+        assert hook.__self__ is not reg
+        assert hook.__self__._hidden is None
+    assert reg(labels).requires_grad
+
+
 def test_misfits():
     model, (ids, labels) = build(), batch()
     reg = attach(model, SimRegLoss())
@@ -353,9 +383,8 @@ def test_consumed_hidden_states_are_released():
     model, (ids, labels) = build(), batch()
     objective = HeadCrossEntropy(model.lm_head)
     reg = attach(model, objective)
-    with torch.no_grad():
-        model(ids)
-        reg(labels)
+    model(ids)
+    reg(labels)
     hidden = weakref.ref(objective.seen.pop()[0])
     gc.collect()
     assert hidden() is None

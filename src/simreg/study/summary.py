@@ -191,7 +191,9 @@ def show(results: dict[str, Any], console: Console) -> None:
     kept = [i for i, name in enumerate(COLUMNS) if name not in ("tokens", "clipped steps")]
     table = Table(title=f"Study {results['study']['name']}", title_justify="left", box=box.SIMPLE)
     for i in kept:
-        table.add_column(COLUMNS[i], justify="left" if i == 0 else "right")
+        table.add_column(
+            COLUMNS[i], justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold"
+        )
     for row in rows(results):
         table.add_row(*(row[i] for i in kept))
     console.print()
