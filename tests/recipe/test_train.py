@@ -383,11 +383,11 @@ def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     assert train(make())["steps"] == tiny.STEPS
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"final_ce": '])
-def test_a_damaged_result_is_not_taken_for_one(make: Make, text: str) -> None:
+@pytest.mark.parametrize("content", ["[]", "{}", '{"final_ce": '])
+def test_a_damaged_result_is_not_taken_for_one(make: Make, content: str) -> None:
     config = make()
     train(config)
-    (Path(config.out) / "result.json").write_text(text)
+    (Path(config.out) / "result.json").write_text(content)
     with pytest.raises(UserError, match=r"result.json is damaged: delete it"):
         train(config)
 
