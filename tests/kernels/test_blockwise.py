@@ -168,3 +168,21 @@ def test_two_runs_are_bitwise_equal():
     hidden, labels, _ = problem(2, 700, 33, 20, dtype=torch.float32)
     first, second = (value_and_grad(per_token, hidden, labels) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [127, 2500])
+def test_on_cuda(variant, dtype, length):
+    hidden, labels, ids = problem(3, length, 65, 40, 2, dtype=dtype)
+    truth = value_and_grad(
+        per_token, hidden.double(), labels, segments=ids, variant=variant, backend="reference"
+    )
+    cuda = {"segments": ids.cuda(), "variant": variant}
+    naive = value_and_grad(per_token, hidden.cuda(), labels.cuda(), backend="reference", **cuda)
+    ours = value_and_grad(per_token, hidden.cuda(), labels.cuda(), backend="blockwise", **cuda)
+    for value, plain, exact in zip(ours, naive, truth, strict=True):
+        error, allowed = (value.cpu() - exact).abs().max(), (plain.cpu() - exact).abs().max()
+        assert error <= 2 * allowed + 1e-6 * exact.abs().max()
