@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from simreg.study import plan, records, report, results, summary
+from simreg.study import plan, plots, records, report, results, summary
+from simreg.study.picture import Picture
 from tests.study.fakes import write_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -195,3 +196,28 @@ def test_every_field_is_documented(five):
     ] == []
     saved = five[1]["isoloss"]["fast"]["tokens_saved"]
     assert [key for key in saved if f"tokens_saved.{key}" not in text] == []
+
+
+def test_every_arm_of_a_large_study_can_be_told_apart(tmp_path):
+    arms = {f"arm-{k}": {"simreg": {"weight": 0.1 * k}} for k in range(1, 9)}
+    study = plan.from_dict({"out": str(tmp_path), "arms": arms, "budgets": [1.0]})
+    for cell in study.cells():
+        write_run(study.config(cell), 1.35)
+    runs = records.collect(study)
+    picture = Picture(runs, results.build(study, runs, {}, []))
+    looks = {(picture.colours[arm], picture.line(arm)) for arm in picture.arms}
+    assert len(looks) == len(picture.arms) == 9
+
+
+def test_time_axis_counts_whole_minutes(tmp_path):
+    study = plan.from_dict({"out": str(tmp_path), "base": {"train": {"tokens": 10**6}}})
+    for cell in study.cells():
+        write_run(study.config(cell), 1.35)
+    runs = records.collect(study)
+    step_time = {"simreg": {"ratio": 1.0, "base_s": 3.0, "arm_s": 3.0, "n": 9}}
+    figure = plots.curves(Picture(runs, results.build(study, runs, step_time, [])))
+    axis = figure.axes[1]
+    steps = study.config(study.cells()[0]).steps
+    assert "minutes" in axis.get_xlabel()
+    ends = [line.get_xdata()[-1] for line in axis.lines if len(line.get_xdata()) == 1]
+    assert max(ends) == pytest.approx(steps * 3.0 / 60)

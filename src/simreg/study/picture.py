@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,6 +81,10 @@ class Picture:
     def colours(self) -> dict[str, str]:
         """Arm -> colour."""
         return self.theme.of(self.arms)
+
+    def line(self, arm: str) -> Literal["-", "-."]:
+        """Line style of the arm at the full budget: its own where its colour is another's too."""
+        return "-" if self.arms.index(arm) < len(self.theme.series) else "-."
 
     @property
     def several_seeds(self) -> bool:

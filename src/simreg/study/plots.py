@@ -20,6 +20,8 @@ def curves(picture: Picture) -> Figure | None:
     full = table[picture.arms[0]].get(1.0)
     if not full:
         return None
+    longest = max(seconds.values(), default=0.0) * max(run.tokens for run in picture.runs)
+    unit, size = _time_unit(longest)
     panels = 2 if seconds else 1
     with rc_context(picture.theme.rc):
         figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained")
@@ -28,16 +30,14 @@ def curves(picture: Picture) -> Figure | None:
             for budget, by_seed in table[arm].items():
                 _curve(axes[0], picture, arm, budget, by_seed, 1.0)
                 if arm in seconds:
-                    _curve(axes[1], picture, arm, budget, by_seed, seconds[arm])
+                    _curve(axes[1], picture, arm, budget, by_seed, seconds[arm] / size)
         target = float(np.mean([run.final_ce for run in full.values()]))
         for ax in axes:
             ax.axhline(target, color=picture.theme.text, linewidth=0.8, linestyle=":")
         axes[0].set(xlabel="training tokens", ylabel="validation cross-entropy (nats per token)")
         axes[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x else "0"))
         if seconds:
-            unit, size = _time_unit(max(seconds.values()) * max(run.tokens for run in picture.runs))
             axes[1].set(xlabel=f"training time ({unit}): tokens × measured step time")
-            axes[1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
         axes[0].set_ylim(*_loss_limits(picture.runs))
         for ax in axes:
             ax.set_xlim(left=0)
@@ -51,7 +51,9 @@ def _curve(
     """One schedule of an arm: each seed faintly, their mean, and a dot for each final loss."""
     colour = picture.colours[arm]
     style: dict[str, Any] = (
-        {"linewidth": 1.8} if budget == 1.0 else {"linewidth": 1.1, "dashes": (4, 2)}
+        {"linewidth": 1.8, "linestyle": picture.line(arm)}
+        if budget == 1.0
+        else {"linewidth": 1.1, "dashes": (4, 2)}
     )
     series = []
     for run in by_seed.values():
@@ -82,7 +84,8 @@ def _time_unit(seconds: float) -> tuple[str, float]:
 
 def _legend(figure: Figure, picture: Picture, *, shorter: bool) -> None:
     handles = [
-        Line2D([], [], color=picture.colours[a], linewidth=1.8, label=a) for a in picture.arms
+        Line2D([], [], color=picture.colours[a], linewidth=1.8, linestyle=picture.line(a), label=a)
+        for a in picture.arms
     ]
     text = picture.theme.text
     if shorter:
