@@ -56,6 +56,8 @@ def _run(
 ) -> dict[str, Any]:
     say = print if on_step is None and is_main_process() else _silent
     corpus.require_batch(config.train.batch_rows)
+    # Asked now: by the end of a long run the checkout may have moved on.
+    origin = {"versions": provenance.versions(), "machine": provenance.machine()}
     checkpoint, manifest = folder.resume_point()
     if manifest.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise UserError(
@@ -87,7 +89,7 @@ def _run(
         say(f"resuming after step {manifest['step']}")
     with _metrics(trainer, manifest.get("step", 0)), interruptible(trainer), _out_of_memory():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    result = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds)
+    result = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds) | origin
     if is_main_process():
         _export(folder, model, corpus, result)
     say(f"done: validation ce {result['final_ce']:.4f}; model in {folder.model}")
@@ -165,8 +167,6 @@ def _result(
             "train_tokens": corpus.tokens,
             "epochs": epochs,
         },
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
     }
 
 
