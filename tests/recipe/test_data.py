@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import logging
@@ -140,6 +141,21 @@ def test_given_validation_holds_nothing_out(tmp_path):
     corpus = prepared(make(tmp_path, validation=val(tmp_path)))
     assert text_of(corpus, corpus.train) == DOCUMENTS
     assert text_of(corpus, corpus.validation) == ["validation text " * 5, "more of it " * 9]
+
+
+def test_training_text_that_is_validated_on_is_left_out(tmp_path, monkeypatch):
+    seen = []
+    load = data.load_tokenizer
+    monkeypatch.setattr(
+        data, "load_tokenizer", lambda s, texts, **o: (seen.extend(texts()), load(s, texts, **o))[1]
+    )
+    packed = tmp_path / "val.jsonl.gz"  # another file, so only its content gives it away
+    with gzip.open(packed, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[::10])
+    corpus = prepared(make(tmp_path, validation=str(packed)))
+    rest = [text for i, text in enumerate(DOCUMENTS) if i % 10]
+    assert text_of(corpus, corpus.train) == seen == rest
+    assert text_of(corpus, corpus.validation) == DOCUMENTS[::10]
 
 
 def test_split_goes_by_content_and_seed(tmp_path):

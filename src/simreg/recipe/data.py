@@ -1,5 +1,6 @@
 """Text to rows of tokens: tokenised once into a memory-mapped cache, then packed and ordered."""
 
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from simreg.recipe.errors import UserError
 from simreg.recipe.sources import Source, interleave, resolve
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
-_LAYOUT = 1  # of the cache; a new number makes old entries invisible
+_LAYOUT = 2  # of the cache; a new number makes old entries invisible
 _BATCH_BYTES = 1 << 20
 
 
@@ -134,7 +135,8 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     """Tokenise what `config` names, or reuse the cache; UserError if the text cannot be used.
 
     Documents are held out for validation by a hash of their content and `seed_of_split`, so copies
-    of a document fall on the same side, unless `config.validation` names other text.
+    of a document fall on the same side. If `config.validation` names other text instead, training
+    documents that stand in it too are left out.
     """
     cache_dir = Path(os.path.expanduser(config.cache_dir))
     source = resolve(config.source, config.text_field)
@@ -143,12 +145,18 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
         validation = resolve(config.validation, config.text_field, split="validation")
         if {s.key for s in source} & {s.key for s in validation}:
             raise UserError("data.validation and data.source share a file: the loss would be wrong")
-    held_out = _held_out(0.0 if validation else config.validation_fraction, seed_of_split)
+    held_out = (
+        _held_out(config.validation_fraction, seed_of_split)
+        if validation is None
+        else _copies(validation)
+    )
     text_key = {
         "layout": _LAYOUT,
         "source": [s.key for s in source],
         "field": config.text_field,
-        "held_out": None if validation else [config.validation_fraction, seed_of_split],
+        "held_out": [config.validation_fraction, seed_of_split]
+        if validation is None
+        else [s.key for s in validation],
     }
 
     def training_texts() -> Iterator[str]:
@@ -162,7 +170,6 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
         key = _digest(
             text_key
             | {
-                "validation": None if validation is None else [s.key for s in validation],
                 "tokenizer": identity(tokenizer),
                 "max_tokens": config.max_tokens,
             }
@@ -218,7 +225,10 @@ class _Builder:
             total = sum(source.weight for source in self.source)
             taken = 0
             for text, ids in self._encoded(interleave(self.source)):
-                (validation if self.held_out(text) else train).add(ids)
+                if not self.held_out(text):
+                    train.add(ids)
+                elif self.validation is None:
+                    validation.add(ids)
                 taken += len(text.encode())
                 self.bar.at(max(taken / max(total, 1), train.size / self.max_tokens))
                 if train.size >= self.max_tokens:
@@ -307,6 +317,16 @@ def _held_out(fraction: float, seed: int) -> Callable[[str], bool]:
         return int.from_bytes(digest, "little") < limit
 
     return decide
+
+
+def _copies(validation: list[Source]) -> Callable[[str], bool]:
+    """Whether a document is also one of the validation text, which is read when first asked."""
+
+    def content(text: str) -> bytes:
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    known = functools.cache(lambda: frozenset(map(content, interleave(validation))))
+    return lambda text: content(text) in known()
 
 
 def _digest(value: Any) -> str:
