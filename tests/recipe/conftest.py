@@ -1,4 +1,4 @@
-"""What the tests of whole runs share."""
+"""What the tests of the recipe share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from simreg.recipe.config import DataConfig
+from tests.recipe import corpora, tiny
+
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, tokenised once for all tests of the session."""
-    from tests.recipe import tiny
-
     return tiny.write_text(tmp_path_factory.mktemp("text"))
 
 
@@ -22,3 +23,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    """The small corpus of `corpora`, not yet prepared."""
+    return corpora.make(tmp_path)
