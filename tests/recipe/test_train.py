@@ -313,6 +313,7 @@ def test_bf16_autocast_is_near_fp32(make: Make) -> None:
 def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[float] = []
     # Ratios of the pairs: 15, 1.5, 1.1; the ratio of the two medians would be 2.75.
+    monkeypatch.setattr(timing, "LEAST_PAIRS", 3)
     times = {0.0: [9.0] * timing.WARM_UP + [1, 4, 10], 0.3: [1.0] * timing.WARM_UP + [15, 6, 11]}
 
     def step(self: timing.Stepper) -> float:
@@ -324,10 +325,25 @@ def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.Mon
     base, arm = make(simreg={"weight": 0}), make()
     corpus = prepare(base.data)
     measured = timing.step_time_ratio(base, arm, corpus, pairs=3)
-    assert order == [0.0, 0.3] * (timing.WARM_UP + 3)
-    assert measured == {"ratio": pytest.approx(1.5), "base_s": 4, "arm_s": 11, "n": 3}
-    order.clear()
-    assert timing.step_time_ratio(base, arm, corpus, pairs=50, seconds=0)["n"] == 3
+    # Each arm comes first in every other pair.
+    assert order == ([0.0, 0.3, 0.3, 0.0] * (timing.WARM_UP + 3))[: 2 * (timing.WARM_UP + 3)]
+    assert measured == {
+        "ratio": pytest.approx(1.5),
+        "ratio_quartiles": [pytest.approx(1.3), pytest.approx(8.25)],
+        "base_s": 4,
+        "arm_s": 11,
+        "n": 3,
+    }
+
+
+def test_an_impatient_timing_still_takes_eight_pairs(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing.Stepper, "step", lambda self: 1.0)
+    base = make(simreg={"weight": 0})
+    corpus = prepare(base.data)
+    assert timing.step_time_ratio(base, make(), corpus, pairs=50, seconds=0)["n"] == 8
+    assert timing.step_time_ratio(base, make(), corpus)["n"] == 20
 
 
 def test_a_timed_step_is_a_real_one(make: Make) -> None:
@@ -343,13 +359,33 @@ def test_a_timed_step_is_a_real_one(make: Make) -> None:
 
 class TestProgress:
     record = {"kind": "train", "step": 5, "ce": 2.5, "simreg": None, "lr": 1e-3}  # noqa: RUF012
-    record |= {"grad_norm": 1.0, "tokens_per_s": 12345.6, "mfu": 0.412, "eta": 3723.0}
+    record |= {
+        "tokens": 1_234_567,
+        "grad_norm": 1.0,
+        "tokens_per_s": 12345.6,
+        "mfu": 0.412,
+        "eta": 3723.0,
+    }
 
     def test_line(self) -> None:
         assert progress.log_line(self.record, total=1000) == (
-            "step    5/1000   0.5%  ce 2.5000  lr 1.00e-03  grad-norm 1.00  12,346 tok/s  "
-            "mfu 41.2%  eta 1h02m"
+            "step    5/1000   0.5%  1.23M tok  ce 2.5000  lr 1.00e-03  grad-norm 1.00  "
+            "12,346 tok/s  mfu 41.2%  eta 1h02m"
         )
+
+    @pytest.mark.parametrize(
+        ("count", "text"),
+        [
+            (0, "0"),
+            (999, "999"),
+            (4096, "4.10k"),
+            (61_440, "61.4k"),
+            (999_900, "1.00M"),
+            (6e11, "600B"),
+        ],
+    )
+    def test_tokens(self, count: float, text: str) -> None:
+        assert progress.tokens(count) == text
 
     @pytest.mark.parametrize(
         ("name", "peak"),

@@ -1,16 +1,23 @@
 """Run folders as the trainer writes them, with losses from a known law instead of training."""
 
+import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.folder import RunFolder
+from simreg.study import plan, records, results, run
+from simreg.study.plan import Study
 
 ALPHA = 0.15
 LOSS_AT_1M = 4.8
+SPEED = 1.35
+TIMES = {"ratio": 1.05, "ratio_quartiles": [1.02, 1.08], "base_s": 0.4, "arm_s": 0.42, "n": 20}
 
 
 def final_loss(tokens: float, speed: float = 1.0, seed: int = 0) -> float:
@@ -60,3 +67,24 @@ def write_run(config: RunConfig, speed: float = 1.0, *, jitter: float = 0.0) -> 
     }
     folder.result.write_text(json.dumps(result))
     return result
+
+
+def compare(study: Study, **kwargs: Any) -> tuple[dict[str, Any], str]:
+    """Run `run.compare`; returns its results and what it printed."""
+    screen = io.StringIO()
+    results = run.compare(study, console=Console(file=screen, width=120), **kwargs)
+    return results, screen.getvalue()
+
+
+def made(
+    folder: Path, speeds: dict[str, float], **values: Any
+) -> tuple[list[records.Run], dict[str, Any]]:
+    """Results and runs of a study whose arms have known speeds."""
+    base = {"train": {"tokens": 1_000_000}}
+    arms = {arm: {} for arm in speeds if arm != "baseline"}
+    study = plan.from_dict({"out": str(folder), "base": base, "arms": arms, **values})
+    for cell in study.cells():
+        write_run(study.config(cell), speeds.get(cell.arm, 1.0), jitter=0.003)
+    times = dict.fromkeys(study.others, TIMES)
+    runs = records.collect(study)
+    return runs, results.build(study, runs, times, ["simreg compare --out 'a <b>'"])

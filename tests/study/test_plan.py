@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import tyro
 
@@ -21,9 +24,13 @@ def test_the_demo():
 
 
 def test_config_of_a_run():
-    study = plan.from_dict({"base": {"train": {"tokens": 1000}}, "seeds": [3], "out": "x"})
+    study = plan.from_dict({"base": {"train": {"tokens": 100_000}}, "seeds": [3], "out": "x"})
     config = study.config(Cell("simreg", 0.6, 3))
-    assert (config.out, config.train.tokens, config.train.seed) == ("x/simreg/0.6/seed-3", 600, 3)
+    assert (config.out, config.train.tokens, config.train.seed) == (
+        "x/simreg/0.6/seed-3",
+        60_000,
+        3,
+    )
 
 
 def test_a_seeds_arms_run_together_reference_first():
@@ -54,7 +61,7 @@ def test_another_reference():
 
 def test_file_flags_and_round_trip(tmp_path):
     path = tmp_path / "lambda.yaml"
-    path.write_text("base: {optim: {lr: 1e-3}, train: {tokens: 5000}}\narms: {a: {}}\n")
+    path.write_text("base: {optim: {lr: 1e-3}, train: {tokens: 50000}}\narms: {a: {}}\n")
     options = tyro.cli(
         CompareOptions,
         args=[
@@ -76,8 +83,8 @@ def test_file_flags_and_round_trip(tmp_path):
 def test_tokens_replace_the_minutes(tmp_path):
     path = tmp_path / "study.yaml"
     plan.save(plan.from_options(CompareOptions()), path)
-    study = plan.from_options(CompareOptions(study=str(path), tokens=123))
-    assert (study.minutes, study.base.train.tokens) == (None, 123)
+    study = plan.from_options(CompareOptions(study=str(path), tokens=123_456))
+    assert (study.minutes, study.base.train.tokens) == (None, 123_456)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,25 @@ def test_tokens_replace_the_minutes(tmp_path):
         ({"arms": {"..": {}}}, "name"),
         ({"minutes": 0}, "minutes"),
         ({"sides": 1}, "sides"),
+        ({"seeds": [2**32]}, "seeds"),
+        ({"arms": {"baseline": {"simreg": {"weight": 0.2}}}}, r"'baseline'.*weight=0.2.*another"),
+        ({"arms": {"a": {"train": {"evals": 3}}}}, "arm 'a' may not set train.evals"),
+        ({"arms": {"a": {"train": {"eval_tokens": None}}}}, "may not set train.eval_tokens"),
+        ({"base": {"train": {"seed": 7}}}, r"base.train.seed=7.*seeds: \[7\]"),
+        (
+            {"base": {"train": {"tokens": 10_000}}},
+            r"0.6 and 0.8 of arm 'simreg' both come to 2 steps",
+        ),
+        ({"budgets": [0.3333333, 0.3333334, 1.0]}, "0.3333333 and 0.3333334.*too alike"),
+        ({"budgets": [0.5, -1]}, r"^study: budgets: a list of .*\(got -1\)$"),
+        ({"budgets": [1e-9, 1.0]}, "arm 'simreg': train.tokens"),
+        ({"arms": {"Results.JSON": {}}}, "named like a file"),
+        ({"arms": ["a"]}, "arms"),
+        ({"base": 5}, "base"),
+        ({"base": {"train": 5}}, "base.train"),
+        ({"arms": {"a": 5}}, "arms.a"),
+        ({"arms": {"a": {"optim": 5}}}, "arm 'a'.*optim"),
+        ({"arms": {"baseline": {"simreg": 5}}}, "arm 'baseline'.*simreg"),
     ],
 )
 def test_mistakes_in_a_plan(values, message):
@@ -122,3 +148,81 @@ def test_mistakes_in_a_plan(values, message):
 def test_mistakes_on_the_command_line(options, message):
     with pytest.raises(UserError, match=message):
         plan.from_options(CompareOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("base: 5", {}, "base must be a mapping"),
+        ("base: {train: 5}", {}, "base.train must be a mapping"),
+        ("base: [1]", {"tokens": 5}, "base must be a mapping"),
+        ("base: {train: [1]}", {"tokens": 5}, "base.train must be a mapping"),
+        ("arms: [a]", {"arm": ["x:optim.lr=1"]}, "arms must be a mapping"),
+        ("seeds: 5", {}, "seeds"),
+        ("- 5", {}, "mapping"),
+    ],
+)
+def test_files_of_another_shape(tmp_path, text, flags, message):
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        plan.from_options(CompareOptions(study=str(path), **flags))
+
+
+def test_a_baseline_of_ones_own_is_without_simreg():
+    arms = {"simreg": {}, "baseline": {"optim": {"lr": 1e-4}}}
+    for reference in ("baseline", "simreg"):
+        study = plan.from_dict({"arms": arms, "reference": reference})
+        config = study.arm_config("baseline")
+        assert (config.simreg.weight, config.optim.lr) == (0, 1e-4)
+        assert study.arm_config("simreg").simreg.weight > 0
+        assert len(study.arms) == 2
+
+
+def test_home_is_expanded():
+    assert plan.from_dict({"out": "~/x"}).out == os.path.expanduser("~/x")
+
+
+def test_lists_are_values_of_a_flag():
+    flags = [
+        "data.source=[a.txt, b.txt],optim.lr=1e-3",
+        "data.validation={x: [1, 2]},model.preset=p",
+    ]
+    parsed = [plan.parse_assignments(flag, "--set") for flag in flags]
+    assert parsed[0] == {"data": {"source": ["a.txt", "b.txt"]}, "optim": {"lr": "1e-3"}}
+    assert parsed[1] == {"data": {"validation": {"x": [1, 2]}}, "model": {"preset": "p"}}
+
+
+def test_saving_changes_a_file_only_where_it_must(tmp_path):
+    path, study = tmp_path / "study.yaml", plan.from_dict({})
+    plan.save(study, path)
+    before = path.stat()
+    plan.save(study, path)
+    assert path.stat() == before
+    path.write_text("")
+    with pytest.raises(UserError, match=r"study.yaml is damaged \(it is empty\)"):
+        plan.load(path)
+    path.write_text("seeds: []")
+    with pytest.raises(UserError, match=r"study.yaml is damaged \(study: seeds"):
+        plan.load(path)
+
+
+def test_a_failed_save_keeps_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "study.yaml"
+    plan.save(plan.from_dict({}), path)
+    before = path.read_text()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        plan.save(plan.from_dict({"seeds": [1]}), path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("studies/*.yaml")), ids=str)
+def test_the_studies_of_the_repository_load(path):
+    study = plan.from_options(CompareOptions(study=str(path)))
+    assert study.arm_config(study.reference).simreg.weight == 0
+    assert len(study.cells()) >= 2

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from simreg.study import plan, plots, records, report, results, summary
+from simreg.study import plan, plots, records, report, results, sizing, summary
 from simreg.study.picture import Picture
-from tests.study.fakes import write_run
+from tests.study.fakes import TIMES, made, write_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 SCHEMA = Path(__file__).parents[2] / "docs" / "results-schema.md"
@@ -46,25 +46,6 @@ class Checker(HTMLParser):
         self.text += data
 
 
-def made(tmp_path, speeds, **values):
-    """Results and runs of a study whose arms have known speeds."""
-    base = {"train": {"tokens": 1_000_000}}
-    arms = {arm: {} for arm in speeds if arm != "baseline"}
-    study = plan.from_dict({"out": str(tmp_path), "base": base, "arms": arms, **values})
-    for cell in study.cells():
-        write_run(study.config(cell), speeds.get(cell.arm, 1.0), jitter=0.003)
-    times = {arm: {"ratio": 1.05, "base_s": 0.4, "arm_s": 0.42, "n": 20} for arm in study.others}
-    runs = records.collect(study)
-    return runs, results.build(study, runs, times, ["simreg compare --out 'a <b>'"])
-
-
-@pytest.fixture(scope="module")
-def five(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("five")
-    speeds = {"fast": 1.35, "far": 1.9, "slow": 0.95}
-    return made(folder, speeds, seeds=[0, 1, 2, 3, 4], name="five")
-
-
 def test_the_page_is_whole_and_needs_nothing_else(five):
     page = report.html(*five)
     checked = Checker(page)
@@ -90,27 +71,6 @@ def test_one_corpus_however_long_the_runs(five):
     assert "different" not in report.html(*five).split("Arms")[0]
 
 
-def test_a_seed_that_lacks_a_run_does_not_count(five):
-    runs, found = five
-    study = plan.from_dict({**found["study"], "out": "x"})
-    lacking = [r for r in runs if (r.cell.arm, r.cell.budget, r.cell.seed) != ("fast", 0.6, 3)]
-    saved = results.build(study, lacking, {}, [])["isoloss"]["fast"]["tokens_saved"]
-    assert [s["seed"] for s in saved["per_seed"]] == [0, 1, 2, 4]
-    assert saved["n"] == 4
-
-
-def test_headlines_say_no_more_than_is_known(five):
-    fast, far, slow = summary.headlines(five[1])
-    assert re.search(
-        r"2\d\.\d % fewer tokens \(5 seeds, 95 % interval 2\d\.\d % to 2\d\.\d %\)", fast
-    )
-    assert "less training time" in fast
-    assert "at least 40.0 % fewer tokens" in far.replace("39.8", "40.0")
-    assert "in 5 of 5 seeds it was already better at the smallest budget tried, 0.6 N" in far
-    assert "did not reach" in slow
-    assert "no saving is claimed" in slow
-
-
 def test_one_seed_claims_no_interval(tmp_path):
     runs, found = made(tmp_path, {"simreg": 1.35})
     saved = found["isoloss"]["simreg"]["tokens_saved"]
@@ -121,11 +81,38 @@ def test_one_seed_claims_no_interval(tmp_path):
     Checker(report.html(runs, found))
 
 
-def test_few_seeds_and_an_interval_over_zero_are_called_so(tmp_path):
-    _, found = made(tmp_path, {"simreg": 1.0}, seeds=[0, 1], budgets=[0.6, 1.0, 1.4])
-    line = summary.headlines(found)[0]
-    assert "which includes no difference" in line
-    assert "a claim takes at least 5 seeds" in line
+def test_arms_that_are_not_paired_are_named(tmp_path):
+    arms = {
+        "tied": {"model": {"tie_embeddings": True}},
+        "wide": {"train": {"batch_rows": 32}},
+        "same": {"model": {"preset": "llama-tiny"}, "optim": {"lr": 1e-3}},
+    }
+    study = plan.from_dict({"out": str(tmp_path), "arms": arms})
+    found = results.build(study, [], {}, [])
+    assert {arm: entry["unpaired"] for arm, entry in found["arms"].items()} == {
+        "baseline": [],
+        "tied": ["model.tie_embeddings"],
+        "wide": ["train.batch_rows"],
+        "same": [],
+    }
+    notes = Checker(report.html([], found)).text.split("Arms")[0]
+    assert "tied changes model.tie_embeddings: its runs do not share initial weights" in notes
+    assert "wide changes train.batch_rows" in notes
+    assert "same changes" not in notes
+
+
+def test_a_study_of_equal_steps_has_no_time_axis(tmp_path):
+    arms = {"lr": {"simreg": {"weight": 0}, "optim": {"lr": 1e-3}}}
+    study = plan.from_dict({"out": str(tmp_path), "arms": arms})
+    for cell in study.cells():
+        write_run(study.config(cell), 1.2)
+    runs = records.collect(study)
+    found = results.build(study, runs, sizing.cached_step_times(study), [])
+    saved = found["isoloss"]["lr"]
+    assert saved["seconds_saved"]["mean"] == saved["tokens_saved"]["mean"]
+    assert found["equal_time"]["lr"]["status"] == "ok"
+    assert len(plots.curves(Picture(runs, found)).axes) == 1
+    Checker(report.html(runs, found))
 
 
 def test_a_tuning_study_ranks_final_losses(tmp_path):
@@ -214,7 +201,7 @@ def test_time_axis_counts_whole_minutes(tmp_path):
     for cell in study.cells():
         write_run(study.config(cell), 1.35)
     runs = records.collect(study)
-    step_time = {"simreg": {"ratio": 1.0, "base_s": 3.0, "arm_s": 3.0, "n": 9}}
+    step_time = {"simreg": {**TIMES, "ratio": 1.0, "base_s": 3.0, "arm_s": 3.0}}
     figure = plots.curves(Picture(runs, results.build(study, runs, step_time, [])))
     axis = figure.axes[1]
     steps = study.config(study.cells()[0]).steps

@@ -110,6 +110,7 @@ def log_line(record: dict[str, Any], *, total: int) -> str:
     """One line for the terminal, for a training or an evaluation record."""
     width = len(str(total))
     head = f"step {record['step']:>{width}}/{total} {100 * record['step'] / total:5.1f}%"
+    head += f"  {tokens(record['tokens'])} tok"
     if record["kind"] == "eval":
         return f"{head}  validation ce {record['ce']:.4f}"
     parts = [head, f"ce {record['ce']:.4f}"]
@@ -122,6 +123,14 @@ def log_line(record: dict[str, Any], *, total: int) -> str:
         parts.append(f"mfu {record['mfu']:.1%}")
     parts.append(f"eta {duration(record['eta'])}")
     return "  ".join(parts)
+
+
+def tokens(count: float) -> str:
+    """`950`, `61.4k`, `1.23M`, `2.05B`: three digits."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:#.3g}{unit}".replace(f".{unit}", unit)
+    return f"{count:.0f}"
 
 
 def duration(seconds: float) -> str:

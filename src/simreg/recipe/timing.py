@@ -1,5 +1,6 @@
 """How fast the optimizer steps of a run are, and how much time an objective costs."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from simreg.recipe.data import Corpus, ordered
 
 T = TypeVar("T")
 WARM_UP = 2
+LEAST_PAIRS = 8
+"""Fewer pairs of steps say too little of how much a ratio of step times varies."""
 
 
 class Stepper:
@@ -61,37 +64,50 @@ class Stepper:
 def throughput(config: RunConfig, corpus: Corpus, steps: int = 10, seconds: float = 10.0) -> float:
     """Tokens a second of `config`'s training steps: median of up to `steps`, after a warm-up."""
     stepper = Stepper(config, corpus, WARM_UP + steps)
-    times = _measured(stepper.step, steps, seconds)
+    times = _measured(stepper.step, steps, seconds, least=3)
     return config.train.batch_rows * config.data.seq_len / statistics.median(times)
 
 
 def step_time_ratio(
-    base: RunConfig, arm: RunConfig, corpus: Corpus, pairs: int = 20, seconds: float = 20.0
+    base: RunConfig, arm: RunConfig, corpus: Corpus, pairs: int = 20, seconds: float = 40.0
 ) -> dict[str, Any]:
-    """Step time of `arm` over that of `base`, from alternating steps A, B, A, B, ...
+    """Step time of `arm` over that of `base`, from interleaved steps A, B, B, A, A, B, ...
 
-    Neighbouring steps share whatever else the machine does, so the ratio is taken pair by pair.
-    Stops at `pairs`, or after about `seconds` but not before 3 pairs.
+    Neighbouring steps share whatever else the machine does, so the ratio is taken pair by pair;
+    each comes first in every other pair, so that what the first leaves behind favours neither.
+    Stops at `pairs`, or after about `seconds` but not before 8 pairs.
 
     Returns:
-        {"ratio": median over the pairs, "base_s", "arm_s": median seconds a step, "n": pairs}
+        {"ratio": median over the pairs, "ratio_quartiles": [first, third] over the pairs,
+        "base_s", "arm_s": median seconds a step, "n": pairs}
     """
     first, second = (Stepper(config, corpus, WARM_UP + pairs) for config in (base, arm))
-    times = _measured(lambda: (first.step(), second.step()), pairs, seconds)
+    swapped = itertools.cycle((False, True))
+
+    def pair() -> tuple[float, float]:
+        if next(swapped):
+            arm_s = second.step()
+            return first.step(), arm_s
+        return first.step(), second.step()
+
+    times = _measured(pair, pairs, seconds, least=LEAST_PAIRS)
+    ratios = [b / a for a, b in times]
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
-        "ratio": statistics.median(b / a for a, b in times),
+        "ratio": median,
+        "ratio_quartiles": [lower, upper],
         "base_s": statistics.median(a for a, _ in times),
         "arm_s": statistics.median(b for _, b in times),
         "n": len(times),
     }
 
 
-def _measured(measure: Callable[[], T], count: int, seconds: float) -> list[T]:
-    """Up to `count` results after the warm-up, fewer (but 3) if `seconds` are over."""
+def _measured(measure: Callable[[], T], count: int, seconds: float, *, least: int) -> list[T]:
+    """Up to `count` results after the warm-up, fewer (but `least`) if `seconds` are over."""
     began = time.perf_counter()
     for _ in range(WARM_UP):
         measure()
     results: list[T] = []
-    while len(results) < count and (len(results) < 3 or time.perf_counter() - began < seconds):
+    while len(results) < count and (len(results) < least or time.perf_counter() - began < seconds):
         results.append(measure())
     return results

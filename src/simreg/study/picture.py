@@ -94,12 +94,11 @@ class Picture:
     def seconds_per_token(self) -> dict[str, float]:
         """Arm -> measured training seconds per token; empty if no step time was measured."""
         times = self.results["step_time"]
+        measured = [t["base_s"] for t in times.values() if t["n"]]
         one = next((r for r in self.results["runs"] if r["steps"]), None)
-        if not times or one is None:
+        if not measured or one is None:
             return {}
         # One time of a reference step for all, so that arms differ by their ratio alone.
-        step = (
-            float(np.median([t["base_s"] for t in times.values()])) * one["steps"] / one["tokens"]
-        )
+        step = float(np.median(measured)) * one["steps"] / one["tokens"]
         ratios = {arm: times[arm]["ratio"] for arm in self.arms if arm in times}
         return {self.arms[0]: step} | {arm: step * ratio for arm, ratio in ratios.items()}

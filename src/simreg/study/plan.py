@@ -1,6 +1,6 @@
 """The plan of a study: arms × token budgets × seeds, as typed data from YAML or from flags."""
 
-import re
+import os
 from dataclasses import field
 from itertools import product
 from pathlib import Path
@@ -12,18 +12,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from simreg.recipe import config as recipe
+from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import Positive, RunConfig
 from simreg.recipe.errors import UserError
+from simreg.study import checks
 
 REFERENCE = "baseline"
 REFERENCE_OVERRIDES: dict[str, Any] = {"simreg": {"weight": 0}}
 DEMO_MINUTES = 5.0
-DEMO_EVAL_TOKENS = 50_000
-"""Tokens of a validation pass in a study sized to the machine, if the base does not say."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")
-# What an arm may not change: the study sets it, or the comparison would no longer be paired.
-_FIXED = (("out",), ("data",), ("train", "tokens"), ("train", "seed"))
 
 Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Budgets = Annotated[list[Budget], Field(min_length=1)]
@@ -56,10 +52,11 @@ class Study:
     reference: str = REFERENCE
     """The arm that the others are compared with."""
     arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {"simreg": {}})
-    """Arm -> overrides of `base`, nested as in a run's config; `baseline` (weight 0) is added."""
+    """Arm -> overrides of `base`, nested as in a run's config. `baseline` always has weight 0, and
+    is added where it is the reference."""
     budgets: Budgets | dict[str, Budgets] = field(default_factory=lambda: [0.6, 0.8, 1.0])
     """Fractions of N for all arms but the reference (which has [1.0]), or a list for each arm."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = field(
         default_factory=lambda: [0]
     )
     """Each seed fixes initialisation and batches in every arm alike."""
@@ -67,29 +64,39 @@ class Study:
     """Size N to the machine so that the whole study takes about this long."""
 
     def __post_init__(self) -> None:
-        if self.reference == REFERENCE and REFERENCE not in self.arms:
-            object.__setattr__(self, "arms", {REFERENCE: REFERENCE_OVERRIDES, **self.arms})
-        if not self.out:
-            object.__setattr__(self, "out", f"runs/{self.name}")
-        for name in (self.name, *self.arms):
-            if not _NAME.fullmatch(name):
-                raise ValueError(f"name {name!r}: use letters, digits and _ . = + - only")
+        if REFERENCE in (self.reference, *self.arms):
+            plain = recipe.merge(REFERENCE_OVERRIDES, self.arms.get(REFERENCE, {}))
+            object.__setattr__(self, "arms", {REFERENCE: plain} | self.arms | {REFERENCE: plain})
+        object.__setattr__(self, "out", os.path.expanduser(self.out or f"runs/{self.name}"))
+        checks.names(self.name, self.arms)
+        checks.seeds(self.seeds, self.base)
         if self.reference not in self.arms:
             raise ValueError(
                 f"reference {self.reference!r} is not among the arms {list(self.arms)}"
             )
         if isinstance(self.budgets, dict) and (unknown := self.budgets.keys() - self.arms.keys()):
             raise ValueError(f"budgets for unknown arms: {', '.join(sorted(unknown))}")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} repeat")
         if 1.0 not in self.budgets_of(self.reference):
             raise ValueError(f"the reference arm {self.reference!r} needs the budget 1.0")
-        for name, overrides in self.arms.items():
-            _check_arm(name, overrides)
+        for arm in self.arms:
             try:
-                recipe.with_overrides(self.base, overrides)
+                self._check(arm)
             except UserError as error:
-                raise ValueError(f"arm {name!r}: {error}") from None
+                raise ValueError(f"arm {arm!r}: {error}") from None
+
+    def _check(self, arm: str) -> None:
+        """What can be known of an arm's runs before any text is read."""
+        checks.overrides(arm, self.arms[arm])
+        if arm == REFERENCE and (weight := self.arm_config(arm).simreg.weight):
+            raise ValueError(
+                f"arm {REFERENCE!r} may not set simreg.weight={weight:g}: it is the one without "
+                "SimReg; give the arm another name"
+            )
+        budgets = self.budgets_of(arm)
+        checks.budgets(arm, budgets)
+        if self.minutes is None:  # else the size is found later, such that budgets differ
+            cells = [Cell(arm, budget, self.seeds[0]) for budget in budgets]
+            checks.steps(arm, budgets, [self.config(cell).steps for cell in cells])
 
     def budgets_of(self, arm: str) -> list[float]:
         """The arm's budgets in ascending order."""
@@ -124,24 +131,22 @@ class Study:
         return recipe.with_overrides(self.base, self.arms[arm])
 
 
-def _check_arm(name: str, overrides: dict[str, Any]) -> None:
-    for path in _FIXED:
-        node: Any = overrides
-        for key in path:
-            node = node.get(key) if isinstance(node, dict) else None
-        if node is not None:
-            raise ValueError(
-                f"arm {name!r} may not set {'.'.join(path)}: all arms of a comparison share it"
-            )
-
-
 def from_dict(values: dict[str, Any]) -> Study:
     """Build a validated study from nested plain values; UserError names every wrong field."""
     try:
         return TypeAdapter(Study).validate_python(values)
     except ValidationError as error:
-        own = [str(e["ctx"]["error"]) for e in error.errors() if e["type"] == "value_error"]
-        raise UserError(f"study: {'; '.join(own) or recipe.describe(error)}") from None
+        raise UserError(f"study: {_described(error)}") from None
+
+
+def _described(error: ValidationError) -> str:
+    """The study's own findings if there are any, else pydantic's."""
+    findings = error.errors()
+    if own := [str(e["ctx"]["error"]) for e in findings if e["type"] == "value_error"]:
+        return "; ".join(own)
+    if bad := [e["input"] for e in findings if e["loc"][:1] == ("budgets",)]:
+        return f"budgets: a list of fractions above 0, or one for each arm (got {bad[0]!r})"
+    return recipe.describe(error)
 
 
 def to_dict(study: Study) -> dict[str, Any]:
@@ -151,14 +156,23 @@ def to_dict(study: Study) -> dict[str, Any]:
 
 
 def save(study: Study, path: str | Path) -> None:
-    """Write the study as YAML."""
+    """Write the study as YAML, if that changes the file."""
     text = yaml.safe_dump(to_dict(study), sort_keys=False)
-    Path(path).write_text(text, encoding="utf-8")
+    path = Path(path)
+    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+        write_atomically(path, text)
 
 
 def load(path: str | Path) -> Study:
-    """Read a study file; the name defaults to the file's."""
-    return from_dict({"name": Path(path).stem, **recipe.read_yaml(path)})
+    """Read a file that `save` wrote; UserError names it if it is damaged."""
+    values = recipe.read_yaml(path)
+    try:
+        if values:
+            return from_dict(values)
+        error = "it is empty"
+    except UserError as wrong:
+        error = str(wrong)
+    raise UserError(f"{path} is damaged ({error}): restore it, or delete it") from None
 
 
 def _default(text: str) -> Any:
@@ -199,7 +213,7 @@ class CompareOptions:
 def parse_assignments(text: str, flag: str) -> dict[str, Any]:
     """`section.key=value,...` as nested overrides; values are read as YAML."""
     nested: dict[str, Any] = {}
-    for item in text.split(","):
+    for item in _split(text):
         path, equals, value = item.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
@@ -212,6 +226,26 @@ def parse_assignments(text: str, flag: str) -> dict[str, Any]:
             leaf = {key: leaf}
         nested = recipe.merge(nested, leaf)
     return nested
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas, apart from commas inside brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _section(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """A mapping inside `values`, empty if it is left out."""
+    section = values.get(key)
+    if not isinstance(section, dict | None):
+        raise UserError(f"study: {where} must be a mapping (got {section!r})")
+    return section or {}
 
 
 def _parse_arm(text: str, reference: str) -> tuple[str, dict[str, Any]]:
@@ -230,7 +264,7 @@ def from_options(options: CompareOptions) -> Study:
     values: dict[str, Any] = {"name": "demo"}
     if options.study is not None:
         values = {"name": Path(options.study).stem, **recipe.read_yaml(options.study)}
-    base = values.get("base") or {}
+    base = _section(values, "base", "base")
     for text in options.set:
         base = recipe.merge(base, parse_assignments(text, "--set"))
     if options.model is not None:
@@ -238,12 +272,13 @@ def from_options(options: CompareOptions) -> Study:
     if options.data is not None:
         source = options.data[0] if len(options.data) == 1 else options.data
         base = recipe.merge(base, {"data": {"source": source}})
+    train = _section(base, "train", "base.train")
     if options.tokens is not None:
         base = recipe.merge(base, {"train": {"tokens": options.tokens}})
         values.pop("minutes", None)
     elif options.minutes is not None:
         values["minutes"] = options.minutes
-    elif "tokens" not in (base.get("train") or {}):
+    elif "tokens" not in train:
         values.setdefault("minutes", DEMO_MINUTES)
     if options.out is not None:
         values["out"] = options.out
@@ -254,5 +289,5 @@ def from_options(options: CompareOptions) -> Study:
     if options.arm:
         reference = values.get("reference", REFERENCE)
         added = dict(_parse_arm(text, reference) for text in options.arm)
-        values["arms"] = {**(values.get("arms") or {"simreg": {}}), **added}
+        values["arms"] = {**(_section(values, "arms", "arms") or {"simreg": {}}), **added}
     return from_dict({**values, "base": base})

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from simreg.study.picture import Picture
 from simreg.study.records import Run
-from simreg.study.summary import count, fewer, saving_cell
+from simreg.study.summary import bound, count, fewer, saving_cell
 
 
 def curves(picture: Picture) -> Figure | None:
@@ -165,7 +165,7 @@ def _isoloss_panel(ax: Axes, picture: Picture, arm: str, full: dict[int, Run]) -
 
 def _saving_title(saved: dict[str, Any]) -> str:
     if saved["status"] == "not_reached":
-        return f"not reached in {saved['not_reached']} of {saved['n']} seeds"
+        return saving_cell(saved)
     return f"tokens saved {saving_cell(saved)}"
 
 
@@ -198,9 +198,9 @@ def _mark_crossings(
             "shrinkB": 4,
         },
     )
-    sign = "≥ " if saved["status"] == "at_least" else ""
+    at_least = saved["status"] == "at_least"
     ax.annotate(
-        f"{sign}{fewer(saved['mean'], 'tokens')}",
+        bound(saved["mean"]) if at_least else fewer(saved["mean"], "tokens"),
         xy=((end * n_tokens) ** 0.5, target),
         xytext=(0, 5),
         textcoords="offset points",

@@ -145,16 +145,22 @@ def _caveats(results: dict[str, Any]) -> str:
         notes.append("Not all runs are finished: figures cover those that are.")
     notes += [f"{path}: {message}" for path, message in results["failures"].items()]
     for arm, saved in results["isoloss"].items():
-        wiggly = [s["seed"] for s in saved["tokens_saved"]["per_seed"] if not s["monotone"]]
+        wiggly = [s["seed"] for s in saved["tokens_saved"]["per_seed"] if s["monotone"] is False]
         if wiggly:
             notes.append(
                 f"{arm}: a longer schedule did not always end lower (seeds "
                 f"{', '.join(map(str, wiggly))}), so the crossing is the point from which it stays "
                 "at or below the reference."
             )
+    for arm, entry in results["arms"].items():
+        if entry["unpaired"]:
+            notes.append(
+                f"{arm} changes {', '.join(entry['unpaired'])}: its runs do not share initial "
+                f"weights or batches with {results['study']['reference']}."
+            )
     if any((run["epochs"] or 0) > 1 for run in results["runs"]):
         notes.append("Some runs saw the corpus more than once.")
-    for key in ("versions", "machine", "corpus"):
+    for key in ("versions", "machine"):
         if len(results[key]) > 1:
             notes.append(
                 f"The runs come from {len(results[key])} different {key} entries (see below)."

@@ -3,8 +3,10 @@
 from collections import defaultdict
 from typing import Any
 
+from simreg.recipe import config as recipe
+from simreg.recipe.errors import UserError
 from simreg.study import stats
-from simreg.study.plan import Study, to_dict
+from simreg.study.plan import Cell, Study, to_dict
 from simreg.study.records import Run
 
 SCHEMA = 1
@@ -30,10 +32,11 @@ def build(
 ) -> dict[str, Any]:
     """The content of `results.json`.
 
-    `step_time` maps an arm to `{ratio, base_s, arm_s, n}`, `failures` the path of a run to what
-    went wrong.
+    `step_time` maps an arm to `{ratio, ratio_quartiles, base_s, arm_s, n}`, `failures` the path of
+    a run that diverged to what went wrong. UserError if the runs did not all see the same corpus.
     """
-    table = grid(runs)
+    _require_one_corpus(runs)
+    table, failures = grid(runs), failures or {}
     ratios = {arm: step_time[arm]["ratio"] for arm in study.others if arm in step_time}
     return {
         "schema": SCHEMA,
@@ -45,7 +48,7 @@ def build(
         "machine": _distinct(runs, "machine"),
         "corpus": _distinct(runs, "corpus", leave_out="epochs"),
         "isoloss": {
-            arm: _isoloss(table, study.reference, arm, ratios.get(arm))
+            arm: _isoloss(study, table, arm, ratios.get(arm), failures)
             for arm in study.others
             if any(budget != 1.0 for budget in study.budgets_of(arm))
         },
@@ -55,8 +58,21 @@ def build(
         "arms": {arm: _arm(study, table, arm) for arm in study.arms},
         "step_time": {arm: step_time[arm] for arm in study.arms if arm in step_time},
         "runs": [_run(run) for run in runs],
-        "failures": failures or {},
+        "failures": failures,
     }
+
+
+def _require_one_corpus(runs: list[Run]) -> None:
+    """Losses on different text cannot be compared."""
+    seen: dict[str | None, str] = {}
+    for run in runs:
+        seen.setdefault(run.result.get("corpus", {}).get("fingerprint"), run.cell.folder)
+    if len(seen) > 1:
+        (one, first), (other, second), *_ = seen.items()
+        raise UserError(
+            f"the runs of the study saw different data ({first}: {one}, {second}: {other}): "
+            "restore the data, delete the runs on the wrong one, and repeat the command"
+        )
 
 
 def _distinct(runs: list[Run], key: str, leave_out: str = "") -> list[dict[str, Any]]:
@@ -75,26 +91,37 @@ def _curve(table: Grid, arm: str, seed: int) -> tuple[list[float], list[float]]:
     return [run.tokens for run in runs], [run.final_ce for run in runs]
 
 
-def _isoloss(table: Grid, reference: str, arm: str, ratio: float | None) -> dict[str, Any]:
-    """Savings of an arm at equal loss, over the seeds whose runs are all there."""
-    full = table[reference][1.0]
-    budgets = table[arm]
-    seeds = [s for s in full if budgets and all(s in by_seed for by_seed in budgets.values())]
-    base_tokens = {s: float(full[s].tokens) for s in seeds}
-    crossings = {s: stats.crossing(*_curve(table, arm, s), full[s].final_ce) for s in seeds}
-    midrun = {
-        s: stats.first_passing(
-            [e["tokens"] for e in run.evals if e["tokens"] > 0],
-            [e["ce"] for e in run.evals if e["tokens"] > 0],
-            full[s].final_ce,
-        )
-        for s in seeds
-        if (run := budgets.get(1.0, {}).get(s)) is not None and run.evals
-    }
+def _isoloss(
+    study: Study, table: Grid, arm: str, ratio: float | None, failures: dict[str, str]
+) -> dict[str, Any]:
+    """Savings of an arm at equal loss, over the seeds that have all of their planned runs.
+
+    A seed with a diverged run did not reach the reference's loss, whatever its other runs did.
+    """
+    full, budgets = table[study.reference][1.0], table[arm]
+    crossings, midrun, diverged = {}, {}, []
+    for seed in full:
+        cells = [Cell(arm, budget, seed) for budget in study.budgets_of(arm)]
+        if any(cell.folder in failures for cell in cells):
+            diverged.append(seed)
+            crossings[seed] = stats.Crossing("not_reached", None, None)
+        elif all(seed in budgets.get(cell.budget, {}) for cell in cells):
+            target = full[seed].final_ce
+            crossings[seed] = stats.crossing(*_curve(table, arm, seed), target)
+            run = budgets.get(1.0, {}).get(seed)
+            if evals := [e for e in run.evals if e["tokens"] > 0] if run else []:
+                curve = [e["tokens"] for e in evals], [e["ce"] for e in evals]
+                midrun[seed] = stats.first_passing(*curve, target)
+
+    def saving(found: dict[int, stats.Crossing], cost: float | None = 1.0) -> dict[str, Any]:
+        tokens = {seed: float(run.tokens) for seed, run in full.items()}
+        missing = [seed for seed in study.seeds if seed not in found]
+        return {**stats.saving(found, tokens, cost), "missing": missing, "diverged": diverged}
+
     return {
-        "tokens_saved": stats.saving(crossings, base_tokens),
-        "seconds_saved": stats.saving(crossings, base_tokens, ratio),
-        "midrun_tokens_saved": stats.saving(midrun, base_tokens) if midrun else None,
+        "tokens_saved": saving(crossings),
+        "seconds_saved": saving(crossings, ratio),
+        "midrun_tokens_saved": saving(midrun) if midrun else None,
         "budgets": sorted(budgets),
     }
 
@@ -126,10 +153,19 @@ def _arm(study: Study, table: Grid, arm: str) -> dict[str, Any]:
     runs = [run for by_seed in table[arm].values() for run in by_seed.values()]
     return {
         "overrides": study.arms[arm],
+        "unpaired": _unpaired(study, arm),
         "params": runs[0].result.get("params") if runs else None,
         "final_ce": budgets["1"]["final_ce"] if "1" in budgets else none,
         "budgets": budgets,
     }
+
+
+def _unpaired(study: Study, arm: str) -> list[str]:
+    """What the arm changes that gives it other initial weights or other batches."""
+    reference, own = (recipe.to_dict(study.arm_config(a)) for a in (study.reference, arm))
+    changed = [f"model.{key}" for key, v in own["model"].items() if reference["model"][key] != v]
+    same_batches = own["train"]["batch_rows"] == reference["train"]["batch_rows"]
+    return changed if same_batches else [*changed, "train.batch_rows"]
 
 
 def _budget(study: Study, table: Grid, arm: str, budget: float) -> dict[str, Any]:

@@ -13,19 +13,22 @@ from typing import Any
 
 from rich.console import Console
 
+from simreg.recipe import assemble, data, models, timing, train
 from simreg.recipe import config as recipe
-from simreg.recipe import data, timing, train
 from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe.config import RunConfig, TrainConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import Diverged, Locked, UserError
-from simreg.recipe.folder import FREE_FIELDS, RunFolder
-from simreg.recipe.progress import duration
+from simreg.recipe.folder import FREE_FIELDS, RunFolder, storage_errors
+from simreg.recipe.progress import duration, log_line
 from simreg.study import plan, records, report, results, sizing, summary
 from simreg.study.plan import Cell, CompareOptions, Study
 
 STUDY_FILE = "study.yaml"
 POLL_SECONDS = 5.0
 """How often to look again at runs that another process is training."""
+SLOW = 1.4
+"""A first run that takes this many times its prediction is worth a warning."""
 
 
 def main(options: CompareOptions) -> None:
@@ -38,22 +41,26 @@ def compare(
 ) -> dict[str, Any]:
     """Run what is missing of the study, write results.json and the report; returns the results.
 
-    UserError if the study's folder holds one with another base configuration.
+    UserError if the study's folder holds one with another base configuration or other data.
     """
     console = console or Console(highlight=False)
     out = Path(study.out)
     began = time.monotonic()
     with _exclusive(out):
         study = _settled(study)
-        corpus, step_time = _measure(study, console)
-        if study.minutes is not None and not (out / STUDY_FILE).exists():
-            study = _sized(study, corpus or data.prepare(study.base.data), step_time, began)
-        plan.save(study, out / STUDY_FILE)
+        _check_models(study)
+        unsized = study.minutes is not None and not (out / STUDY_FILE).exists()
+        corpus, step_time = _measure(study, console, unsized=unsized)
+        if unsized and corpus is not None:
+            study = _sized(study, corpus, step_time, began, console)
+        with storage_errors(out):
+            plan.save(study, out / STUDY_FILE)
     failures = _run_missing(study, corpus, sizing.TimeLeft(study, step_time), console)
     runs = records.collect(study)
-    found = results.build(study, runs, step_time, [command] if command else [], failures)
-    write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
-    report.write(out, runs, found)
+    found = results.build(study, runs, step_time, _commands(out, command), failures)
+    with storage_errors(out):
+        write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
+        report.write(out, runs, found)
     summary.show(found, console)
     console.print(f"\nreport  {out / 'report.html'}\nresults {out / 'results.json'}")
     return found
@@ -87,6 +94,8 @@ def _settled(study: Study) -> Study:
         sized = replace(study.base.train, tokens=stored.base.train.tokens)
         if sized.eval_tokens is None:
             sized = replace(sized, eval_tokens=stored.base.train.eval_tokens)
+            if sized.evals == TrainConfig().evals:
+                sized = replace(sized, evals=stored.base.train.evals)
         study = replace(study, base=replace(study.base, train=sized))
     changes = _changes(recipe.to_dict(stored.base), recipe.to_dict(study.base))
     if changes:
@@ -113,41 +122,72 @@ def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") ->
     return "; ".join(filter(None, found))
 
 
-def _missing(study: Study) -> list[Cell]:
-    """Runs without a result; UserError if a folder holds the run of another config."""
-
-    def finished(cell: Cell) -> bool:
-        config = study.config(cell)
-        return RunFolder(config.out).finished(config) is not None
-
-    return [cell for cell in study.cells() if not finished(cell)]
+def _check_models(study: Study) -> None:
+    """UserError for a config that cannot be trained, before any text is read."""
+    for arm in study.arms:
+        config = study.arm_config(arm)
+        models.model_config(config.model.preset, vocab_size=1, seq_len=config.data.seq_len)
 
 
-def _measure(study: Study, console: Console) -> tuple[Corpus | None, dict[str, dict[str, Any]]]:
+def _finished(study: Study) -> dict[Cell, dict[str, Any]]:
+    """Results of the finished runs; UserError if a folder holds the run of another config."""
+    configs = {cell: study.config(cell) for cell in study.cells()}
+    found = {cell: RunFolder(config.out).finished(config) for cell, config in configs.items()}
+    return {cell: result for cell, result in found.items() if result is not None}
+
+
+def _measure(
+    study: Study, console: Console, *, unsized: bool
+) -> tuple[Corpus | None, sizing.StepTimes]:
     """The corpus (None if nothing is left to train or time) and the arms' step times."""
     known = sizing.cached_step_times(study)
-    if len(known) == len(study.others) and not _missing(study):
+    finished = {} if unsized else _finished(study)
+    if len(known) == len(study.others) and len(finished) == len(study.cells()):
         return None, known
     corpus = data.prepare(study.base.data)
     corpus.require_batch(study.base.train.batch_rows)
+    for cell, result in finished.items():
+        if (before := result["corpus"]["fingerprint"]) != corpus.fingerprint:
+            raise UserError(
+                f"the data have changed since {cell.folder} of the study in {study.out} was "
+                f"trained ({before} then, {corpus.fingerprint} now): restore them, or give another "
+                "--out"
+            )
     if len(known) < len(study.others):
         console.print("timing the steps of each arm, interleaved with the reference's ...")
-    return corpus, sizing.step_times(study, corpus)
+    with storage_errors(Path(study.out)):
+        return corpus, sizing.step_times(study, corpus)
 
 
 def _sized(
-    study: Study, corpus: Corpus, step_time: dict[str, dict[str, Any]], began: float
+    study: Study, corpus: Corpus, step_time: sizing.StepTimes, began: float, console: Console
 ) -> Study:
     """The study with N such that it ends `minutes` after it began, and no token is seen twice."""
     assert study.minutes is not None
-    tokens_per_s = timing.throughput(study.arm_config(study.reference), corpus)
-    ratios = {arm: times["ratio"] for arm, times in step_time.items()}
-    total = 60 * study.minutes
-    left = max(total - (time.monotonic() - began), total / 2)
-    base = sizing.fit(study, tokens_per_s, ratios, left)
-    if base.train.tokens > corpus.tokens:
-        base = replace(base, train=replace(base.train, tokens=corpus.tokens))
-    return replace(study, base=base)
+    config = study.arm_config(study.reference)
+    step_s = sizing.reference_step(step_time)
+    if step_s is None:
+        a_step = config.train.batch_rows * config.data.seq_len
+        step_s = a_step / timing.throughput(config, corpus)
+    spent, wanted = time.monotonic() - began, 60 * study.minutes
+    seconds = max(wanted - spent, wanted / 2)
+    study = sizing.fit(study, step_s, step_time, seconds, len(corpus.train))
+    if (needed := spent + sizing.total(study, step_s, step_time)) > 1.1 * wanted:
+        console.print(
+            f"this will take about {duration(needed)} in all, more than the {study.minutes:g} "
+            "minutes asked for",
+            soft_wrap=True,
+        )
+    return study
+
+
+def _commands(out: Path, command: str | None) -> list[str]:
+    """The commands that led to these results, earlier ones first."""
+    earlier: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        earlier = [str(each) for each in stored["commands"]]
+    return list(dict.fromkeys([*earlier, *([command] if command else [])]))
 
 
 def _run_missing(
@@ -157,31 +197,89 @@ def _run_missing(
 
     Returns the runs that diverged (path -> message): they must not end a whole study.
     """
-    cells = study.cells()
-    todo = _missing(study)
-    if reused := len(cells) - len(todo):
-        console.print(f"{reused} of {len(cells)} runs are finished already")
+    cells, finished = study.cells(), _finished(study)
+    todo = [cell for cell in cells if cell not in finished]
+    if finished:
+        console.print(f"{len(finished)} of {len(cells)} runs are finished already")
+    if todo and corpus is not None:
+        console.print(_setting(study.arm_config(study.reference), corpus), markup=False)
     failures: dict[str, str] = {}
+    announced: set[Cell] = set()
+    waiting = False
     while todo:
         postponed: list[Cell] = []
         for i, cell in enumerate(todo):
-            remaining = left.of(todo[i:] + postponed)
-            about = f" · about {duration(remaining)} left in all" if remaining else ""
-            number = f"[{cells.index(cell) + 1}/{len(cells)}]"
-            title = f"{number} {cell.arm} · {cell.budget:g} N · seed {cell.seed}{about}"
-            console.print(title, style="bold", markup=False)
-            began = time.monotonic()
+            rest = todo[i + 1 :] + postponed
+            if cell not in announced:
+                announced.add(cell)
+                number = f"[{cells.index(cell) + 1}/{len(cells)}]"
+                title = f"{number} {_title(study, cell)}{_about(left.of([cell, *rest]))}"
+                console.print(title, style="bold", markup=False, soft_wrap=True)
+            first = left.slowdown is None
             try:
-                train.train(study.config(cell), corpus=corpus)
+                _train(study, cell, corpus, left, console)
             except Locked:
                 postponed.append(cell)
             except Diverged as error:
                 failures[cell.folder] = str(error)
-                console.print(f"diverged: {error}", markup=False)
-            else:
-                left.ended(cell, time.monotonic() - began)
+                console.print(f"diverged: {error}", markup=False, soft_wrap=True)
+            if first and study.minutes is not None and (left.slowdown or 0) > SLOW:
+                slow = f"slower than timed by a factor of {left.slowdown:.1f}"
+                console.print(f"{slow}{_about(left.of(rest))}", markup=False, soft_wrap=True)
         if postponed and len(postponed) == len(todo):
-            console.print(f"waiting for another process to finish {len(postponed)} run(s) ...")
+            if not waiting:
+                waiting = True
+                console.print(f"waiting for another process to finish {len(todo)} run(s) ...")
             time.sleep(POLL_SECONDS)
         todo = postponed
     return failures
+
+
+def _train(
+    study: Study, cell: Cell, corpus: Corpus | None, left: sizing.TimeLeft, console: Console
+) -> None:
+    """Train a run, each line named; its time counts if all of it passed here."""
+    config = study.config(cell)
+    afresh, stepped = not RunFolder(config.out).metrics.exists(), False
+
+    def tell(record: dict[str, Any]) -> None:
+        nonlocal stepped
+        stepped = True
+        line = log_line(record, total=record["steps"])
+        console.print(f"{cell.arm} · {cell.budget:g} N  {line}", markup=False, soft_wrap=True)
+
+    began = time.monotonic()
+    train.train(config, corpus=corpus, on_step=tell)
+    if afresh and stepped:
+        left.ended(cell, time.monotonic() - began)
+
+
+def _setting(config: RunConfig, corpus: Corpus) -> str:
+    """What all runs have in common: `llama-tiny: 1.84M parameters, cpu fp32, ...`."""
+    model = models.model_config(
+        config.model.preset,
+        vocab_size=config.model.vocab_size or corpus.vocab_size,
+        seq_len=config.data.seq_len,
+        tie_embeddings=config.model.tie_embeddings,
+    )
+    total, active = models.count_parameters(model)
+    of_active = "" if active == total else f" ({models.millions(active)} active)"
+    precision = "bf16" if assemble.use_bf16(config.train.precision) else "fp32"
+    return (
+        f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
+        f"{assemble.device().type} {precision}, a corpus of {corpus.tokens:,} tokens"
+    )
+
+
+def _title(study: Study, cell: Cell) -> str:
+    config = study.config(cell)
+    tokens = config.steps * config.train.batch_rows * config.data.seq_len
+    continues = " · continues" if RunFolder(config.out).metrics.exists() else ""
+    return (
+        f"{cell.arm} · {cell.budget:g} N · seed {cell.seed} · {config.steps} steps, "
+        f"{summary.count(tokens)} tokens{continues}"
+    )
+
+
+def _about(seconds: float | None) -> str:
+    return f" · about {duration(seconds)} left in all" if seconds else ""

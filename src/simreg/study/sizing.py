@@ -2,27 +2,51 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import simreg
 from simreg.recipe import config as recipe
-from simreg.recipe import timing
+from simreg.recipe import provenance, timing
 from simreg.recipe.checkpoints import write_atomically
-from simreg.recipe.config import RunConfig
+from simreg.recipe.config import RunConfig, TrainConfig
 from simreg.recipe.data import Corpus
-from simreg.study.plan import DEMO_EVAL_TOKENS, Cell, Study
+from simreg.recipe.errors import UserError
+from simreg.study.plan import Cell, Study
 
 STEP_TIME_FILE = "step_time.json"
-MIN_STEPS = 50
+MIN_STEPS = 20
+EVAL_TOKENS = 50_000
+"""Tokens of a validation pass in a sized study, if the base does not say and time allows."""
+FEWEST_EVALS, FEW_EVAL_TOKENS = 4, 16_384
+"""Where evaluation must be short, passes are dropped down to this before they get this small."""
+_EVAL_SHARE = 0.15
 # A forward pass costs a third of a training step, and a little more for what surrounds it.
 _EVAL_COST = 0.4
 # Start-up of a run, checkpoints, the report: seconds a run on top of its steps.
 _RUN_SECONDS = 3.0
+# Settings that leave the cost of a step as it is.
+_FREE = {
+    "optim": {"lr", "warmup", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2"},
+    "train": {"tokens", "seed", "log_every", "evals", "eval_tokens", "save_every"}
+    | {"keep_checkpoints", "report_to"},
+    "data": {"cache_dir"},
+}
+_SAME_COST = {"ratio": 1.0, "ratio_quartiles": [1.0, 1.0], "base_s": None, "arm_s": None, "n": 0}
+
+StepTimes = dict[str, dict[str, Any]]
 
 
-def step_times(study: Study, corpus: Corpus) -> dict[str, dict[str, Any]]:
-    """Each arm's `{ratio, base_s, arm_s, n}` against the reference, measured once and kept."""
+def step_times(study: Study, corpus: Corpus) -> StepTimes:
+    """Each arm's step time against the reference's, measured once and kept.
+
+    An entry is what `timing.step_time_ratio` returns; an arm whose steps cost the same by its
+    config has the ratio 1 and `n` 0.
+    """
     path = Path(study.out) / STEP_TIME_FILE
     known = cached_step_times(study)
     for arm in study.others:
@@ -35,71 +59,160 @@ def step_times(study: Study, corpus: Corpus) -> dict[str, dict[str, Any]]:
     return known
 
 
-def cached_step_times(study: Study) -> dict[str, dict[str, Any]]:
-    """The step times measured earlier that still belong to the study's arms."""
+def cached_step_times(study: Study) -> StepTimes:
+    """The step times that need no measurement: same cost, or measured earlier on this machine."""
     try:
-        known = json.loads((Path(study.out) / STEP_TIME_FILE).read_text(encoding="utf-8"))
+        stored = json.loads((Path(study.out) / STEP_TIME_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        stored = None
+    stored = stored if isinstance(stored, dict) else {}
+    known: StepTimes = {}
+    for arm in study.others:
+        entry = stored.get(arm)
+        if _cost(study, arm) == _cost(study, study.reference):
+            known[arm] = _SAME_COST
+        elif isinstance(entry, dict) and entry.get("key") == _key(study, arm):
+            known[arm] = entry
+    return known
+
+
+def _cost(study: Study, arm: str) -> dict[str, Any]:
+    """The part of an arm's config that the cost of a step depends on."""
+    config = recipe.to_dict(study.arm_config(arm))
+    config["optim"]["clip"] = config["optim"]["clip"] > 0
     return {
-        arm: known[arm] for arm in study.others if known.get(arm, {}).get("key") == _key(study, arm)
+        section: {k: v for k, v in values.items() if k not in _FREE.get(section, ())}
+        for section, values in config.items()
+        if section != "out"
     }
 
 
 def _key(study: Study, arm: str) -> str:
-    """Identifies what a step time depends on: both configs, apart from how long they run."""
-    configs = []
-    for name in (study.reference, arm):
-        config = recipe.to_dict(study.arm_config(name))
-        config["train"] = {
-            k: v for k, v in config["train"].items() if k not in ("tokens", "seed", "eval_tokens")
-        }
-        configs.append({k: v for k, v in config.items() if k != "out"})
-    return hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:16]
+    """Identifies what a step time depends on: both configs, the software and the machine."""
+    machine = provenance.machine()
+    parts = [
+        *(_cost(study, name) for name in (study.reference, arm)),
+        *(torch.__version__, simreg.__version__),
+        *(machine[name] for name in ("cpu", "device", "threads")),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fit(study: Study, tokens_per_s: float, ratios: dict[str, float], seconds: float) -> RunConfig:
-    """The base config with a full budget N such that all runs together take about `seconds`."""
-    base = study.base
-    eval_tokens = base.train.eval_tokens or DEMO_EVAL_TOKENS
-    cells = study.cells()
-    fixed = _RUN_SECONDS + base.train.evals * eval_tokens * _EVAL_COST / tokens_per_s
-    training = max(seconds - len(cells) * fixed, seconds / 3)
-    work = sum(cell.budget * ratios.get(cell.arm, 1.0) for cell in cells)
+def fit(study: Study, step_s: float, step_time: StepTimes, seconds: float, rows: int) -> Study:
+    """The study with a full budget N such that all runs together take about `seconds`.
+
+    Args:
+        study: the plan; evaluations that its base leaves open are chosen too.
+        step_s: seconds of a step of the reference.
+        step_time: of the other arms.
+        seconds: for all runs with their evaluations.
+        rows: training rows of the corpus; no run goes through them more than once.
+
+    Raises:
+        UserError: the corpus is too small for the budgets to differ.
+    """
+    base, cells = study.base, study.cells()
     a_step = base.train.batch_rows * base.data.seq_len
-    steps = max(MIN_STEPS, int(training * tokens_per_s / work / a_step))
-    return replace(base, train=replace(base.train, tokens=steps * a_step, eval_tokens=eval_tokens))
+    train = _evaluations(base, len(cells), seconds * _EVAL_SHARE * a_step / step_s)
+    a_pass = (train.eval_tokens or 0) * _EVAL_COST * step_s / a_step
+    fixed = len(cells) * (_RUN_SECONDS + train.evals * a_pass)
+    ratios = {arm: times["ratio"] for arm, times in step_time.items()}
+    work = sum(cell.budget * ratios.get(cell.arm, 1.0) for cell in cells)
+    least = _least_steps(study)
+    steps = max(MIN_STEPS, least, int((seconds - fixed) / (work * step_s)))
+    steps = min(steps, int(rows / train.batch_rows / max(cell.budget for cell in cells)))
+
+    def of(steps: int) -> Study:
+        sized = replace(train, tokens=max(1, steps) * a_step)
+        return replace(study, base=replace(base, train=sized))
+
+    while steps > least and _rows(of(steps)) > rows:  # arms may have other batches, and round up
+        steps -= 1
+    if steps < least:
+        raise UserError(
+            f"the training text fills {rows} rows, too few for budgets that differ: give more "
+            "text, or leave out budgets"
+        )
+    return of(steps)
+
+
+def _evaluations(base: RunConfig, runs: int, tokens: float) -> TrainConfig:
+    """Evaluations whose cost is that of `tokens` training tokens in all, where the base is open."""
+    train = base.train
+    if train.eval_tokens is not None:
+        return train
+    passes = tokens / (runs * _EVAL_COST)
+    evals = train.evals
+    if evals == TrainConfig().evals:
+        evals = max(FEWEST_EVALS, min(evals, int(passes / FEW_EVAL_TOKENS)))
+    eval_tokens = max(base.data.seq_len, min(EVAL_TOKENS, int(passes / evals)))
+    return replace(train, evals=evals, eval_tokens=eval_tokens)
+
+
+def _least_steps(study: Study) -> int:
+    """Steps of the full budget from which on every arm's budgets are whole steps apart."""
+    largest = max(study.arm_config(arm).train.batch_rows for arm in study.arms)
+    gaps = []
+    for arm in study.arms:
+        budgets = study.budgets_of(arm)
+        gaps += [high - low for low, high in zip([0.0, *budgets], budgets, strict=False)]
+    return math.ceil(largest / study.base.train.batch_rows / min(gaps) - 1e-9)
+
+
+def _rows(study: Study) -> int:
+    """Training rows of the longest run."""
+    configs = [study.config(cell) for cell in study.cells()]
+    return max(config.steps * config.train.batch_rows for config in configs)
+
+
+def _seconds(config: RunConfig, step_s: float, ratio: float) -> float:
+    """Of a run's steps and evaluations."""
+    eval_steps = (config.train.eval_tokens or 0) / (config.train.batch_rows * config.data.seq_len)
+    return step_s * (ratio * config.steps + _EVAL_COST * config.train.evals * eval_steps)
+
+
+def total(study: Study, step_s: float, step_time: StepTimes) -> float:
+    """Predicted seconds of all runs, from the seconds of a step of the reference."""
+    ratios = {arm: times["ratio"] for arm, times in step_time.items()}
+    return sum(
+        _RUN_SECONDS + _seconds(study.config(cell), step_s, ratios.get(cell.arm, 1.0))
+        for cell in study.cells()
+    )
+
+
+def reference_step(step_time: StepTimes) -> float | None:
+    """Seconds of a step of the reference, if it was timed beside any arm."""
+    return next((float(times["base_s"]) for times in step_time.values() if times["n"]), None)
 
 
 class TimeLeft:
     """Estimates what remains from measured step times, corrected by the runs that have ended."""
 
-    def __init__(self, study: Study, step_time: dict[str, dict[str, Any]]) -> None:
-        self._study, self._step_time = study, step_time
+    def __init__(self, study: Study, step_time: StepTimes) -> None:
+        self._study, self._step_s = study, reference_step(step_time)
+        self._ratios = {arm: times["ratio"] for arm, times in step_time.items()}
         self._predicted = self._actual = 0.0
 
-    def predict(self, cell: Cell) -> float | None:
-        """Seconds of a run by its step time alone, or None if no step time is known."""
-        times = self._step_time.get(cell.arm) or next(iter(self._step_time.values()), None)
-        if times is None:
-            return None
-        config = self._study.config(cell)
-        step = times["arm_s"] if cell.arm in self._step_time else times["base_s"]
-        eval_steps = (config.train.eval_tokens or 0) / (
-            config.train.batch_rows * config.data.seq_len
-        )
-        return float(step * (config.steps + _EVAL_COST * config.train.evals * eval_steps))
+    def predict(self, cell: Cell) -> float:
+        """Seconds of a run by its step time alone; in reference steps if none was timed."""
+        config, ratio = self._study.config(cell), self._ratios.get(cell.arm, 1.0)
+        if self._step_s is None:
+            return _seconds(config, 1.0, ratio)
+        return _RUN_SECONDS + _seconds(config, self._step_s, ratio)
 
     def ended(self, cell: Cell, seconds: float) -> None:
         """Tell how long a whole run took."""
-        if (predicted := self.predict(cell)) is not None:
-            self._predicted += predicted
-            self._actual += seconds
+        self._predicted += self.predict(cell)
+        self._actual += seconds
+
+    @property
+    def slowdown(self) -> float | None:
+        """How much longer than predicted the runs took; None before the first, or untimed."""
+        return self._actual / self._predicted if self._step_s and self._predicted else None
 
     def of(self, cells: list[Cell]) -> float | None:
-        """Seconds that these runs will take together."""
-        predictions = [self.predict(cell) for cell in cells]
-        if any(p is None for p in predictions):
+        """Seconds that these runs will take together; None while nothing is known."""
+        if self._step_s is None and not self._predicted:
             return None
         correction = self._actual / self._predicted if self._predicted else 1.0
-        return correction * sum(p for p in predictions if p is not None)
+        return correction * sum(self.predict(cell) for cell in cells)

@@ -30,7 +30,8 @@ class Crossing:
 
     status: Status
     tokens: float | None
-    monotone: bool
+    monotone: bool | None
+    """Whether the loss falls all along the curve; None without a whole curve."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ COLUMNS = (
     "tokens",
     "final CE (nats)",
     "minus reference",
-    "step time",
+    "step time, quartiles",
     "clipped steps",
     "tokens saved",
     "time saved",
@@ -42,39 +42,87 @@ def headlines(results: dict[str, Any]) -> list[str]:
 
 
 def headline(results: dict[str, Any], arm: str) -> str:
-    """One honest sentence on an arm: how much it saved, how sure that is."""
-    reference = results["study"]["reference"]
+    """What is known of an arm, in words: how much it saved, how sure that is, what is left out."""
     saved = results["isoloss"].get(arm)
     if saved is None:
-        return _by_loss(results, arm)
+        difference = results["arms"][arm]["budgets"].get("1", {}).get("ce_minus_reference")
+        counted = {entry["seed"] for entry in difference["per_seed"]} if difference else set()
+        sentence = _by_loss(results, arm, difference)
+        missing = [seed for seed in results["seeds"] if seed not in counted]
+    else:
+        sentence = _by_tokens(results, arm, saved)
+        missing = saved["tokens_saved"]["missing"]
+    parts = sentence, _left_out(missing, len(results["seeds"])), _diverged(results, arm)
+    return " ".join(filter(None, parts))
+
+
+def _by_tokens(results: dict[str, Any], arm: str, saved: dict[str, Any]) -> str:
+    """For an arm at several budgets: the tokens it took to the reference's final loss."""
+    reference = results["study"]["reference"]
     tokens, n = saved["tokens_saved"], saved["tokens_saved"]["n"]
+    budgets = sorted(results["arms"][arm]["budgets"], key=float)
     if n == 0:
         return f"{arm}: no seed has all of its runs yet."
-    largest = f"{max(saved['budgets']):g} N"
     if tokens["status"] == "not_reached":
         return (
-            f"{arm} did not reach the final loss of {reference} within {largest} "
-            f"in {tokens['not_reached']} of {_seeds(n)}: no saving is claimed."
+            f"{arm} did not reach the final loss of {reference} within {budgets[-1]} N in "
+            f"{_of_seeds(tokens['not_reached'], n)}: no saving is claimed."
         )
+    sentence = f"{arm} reached the final loss of {reference} with "
     if tokens["status"] == "at_least":
-        sentence = (
-            f"{arm} reached the final loss of {reference} with at least "
-            f"{fewer(tokens['mean'], 'tokens')}: {_where(tokens, n)} it was already better at the "
-            f"smallest budget tried, {min(saved['budgets']):g} N"
+        return (
+            f"{sentence}{bound(tokens['mean'])}: in {_of_seeds(tokens['at_least'], n)} it was "
+            "already better at the smallest budget tried, "
+            f"{budgets[0]} N ({_certainty(tokens, n)})."
         )
-        return f"{sentence} ({_certainty(tokens, n)})."
-    sentence = (
-        f"{arm} reached the final loss of {reference} with {fewer(tokens['mean'], 'tokens')} "
-        f"({_certainty(tokens, n)})"
+    sentence += f"{fewer(tokens['mean'], 'tokens')} ({_certainty(tokens, n)})"
+    return f"{sentence}{_in_time(saved['seconds_saved'], results['step_time'].get(arm))}."
+
+
+def _in_time(seconds: dict[str, Any], times: dict[str, Any] | None) -> str:
+    """What is left of the saving when the arm's own step time is counted."""
+    if times is None:
+        return ""
+    if not times["n"]:
+        return f"; its steps cost the same, so {fewer(seconds['mean'], 'training time')}"
+    text = (
+        f"; with its own step time counted ({_ratio(times)}), "
+        f"{fewer(seconds['mean'], 'training time')}"
     )
-    if (seconds := saved["seconds_saved"]["mean"]) is not None:
-        sentence += f"; with its own step time counted, {fewer(seconds, 'training time')}"
-    return f"{sentence}."
+    if seconds["low"] is None:
+        return text
+    return f"{text} (95 % interval {_limits(seconds)}, without the spread of the timing itself)"
 
 
-def _by_loss(results: dict[str, Any], arm: str) -> str:
+def _ratio(times: dict[str, Any]) -> str:
+    low, high = times["ratio_quartiles"]
+    return f"× {times['ratio']:.3f}, quartiles {low:.3f} to {high:.3f}"
+
+
+def _left_out(missing: list[int], planned: int) -> str:
+    """The planned seeds that the sentence does not cover, unless it covers none."""
+    k = len(missing)
+    if k in (0, planned):
+        return ""
+    verb, whose, seeds = ("is", "its", "seed") if k == 1 else ("are", "their", "seeds")
+    return (
+        f"{k} of {planned} seeds {verb} left out: {whose} runs are not finished "
+        f"({seeds} {', '.join(map(str, missing))})."
+    )
+
+
+def _diverged(results: dict[str, Any], arm: str) -> str:
+    """How many runs of the arm, or of the reference, became NaN."""
+    notes = []
+    for name in (arm, results["study"]["reference"]):
+        if k := sum(path.startswith(f"{name}/") for path in results["failures"]):
+            planned = len(results["arms"][name]["budgets"]) * len(results["seeds"])
+            notes.append(f"{k} of {planned} runs of {name} diverged.")
+    return " ".join(notes)
+
+
+def _by_loss(results: dict[str, Any], arm: str, difference: dict[str, Any] | None) -> str:
     """For an arm at one budget only: the difference of final losses at equal tokens."""
-    difference = results["arms"][arm]["budgets"].get("1", {}).get("ce_minus_reference")
     if difference is None:
         return f"{arm}: no run beside the reference at equal tokens yet."
     direction = "below" if difference["mean"] < 0 else "above"
@@ -89,18 +137,33 @@ def _seeds(n: int) -> str:
     return "one seed" if n == 1 else f"{n} seeds"
 
 
+def _of_seeds(k: int, n: int) -> str:
+    return "the only seed" if n == 1 else f"{k} of {n} seeds"
+
+
 def fewer(saved: float, what: str) -> str:
     """`23.4 % fewer tokens`, `1.2 % more training time`."""
-    amount, more = percent(abs(saved)), saved < 0
-    if what == "tokens":
-        return f"{amount} {'more' if more else 'fewer'} tokens"
-    return f"{amount} {'more' if more else 'less'} {what}"
+    if saved < 0:
+        return f"{percent(-saved)} more {what}"
+    return f"{percent(saved)} {'fewer' if what == 'tokens' else 'less'} {what}"
 
 
-def _where(tokens: dict[str, Any], n: int) -> str:
-    if n == 1:
-        return ""
-    return f"in {tokens['at_least']} of {n} seeds"
+def bound(saved: float) -> str:
+    """A lower bound of a saving: `at least 23.4 % fewer tokens`, `at most 1.2 % more tokens`."""
+    return f"at {'most' if saved < 0 else 'least'} {fewer(saved, 'tokens')}"
+
+
+def _limits(interval: dict[str, Any], form: str | None = None) -> str:
+    """`20.1 % to 26.5 %`, and whether no difference lies between.
+
+    A saving's limits follow its words: those of `more` are the negative ones of `fewer`.
+    """
+    low, high = interval["low"], interval["high"]
+    if form is None and interval["mean"] < 0:
+        low, high = -high, -low
+    none = ", which includes no difference" if low <= 0 <= high else ""
+    low, high = (form.format(v) if form else percent(v) for v in (low, high))
+    return f"{low} to {high}{none}"
 
 
 def _certainty(interval: dict[str, Any], n: int, form: str | None = None) -> str:
@@ -108,12 +171,7 @@ def _certainty(interval: dict[str, Any], n: int, form: str | None = None) -> str
         return "one seed: this shows the difference and claims no interval"
     text = _seeds(n)
     if interval["low"] is not None:
-        low, high = (
-            form.format(v) if form else percent(v) for v in (interval["low"], interval["high"])
-        )
-        text += f", 95 % interval {low} to {high}"
-        if interval["low"] <= 0 <= interval["high"]:
-            text += ", which includes no difference"
+        text += f", 95 % interval {_limits(interval, form)}"
     elif interval.get("status") == "at_least":
         text += ", a lower bound without an interval"
     if n < CLAIM_SEEDS:
@@ -154,9 +212,9 @@ def _row(results: dict[str, Any], arm: str, budget: str, *, first: bool) -> list
     cell = results["arms"][arm]["budgets"][budget]
     ce, difference = cell["final_ce"], cell["ce_minus_reference"]
     saved = results["isoloss"].get(arm, {}) if first else {}
-    ratio = results["step_time"].get(arm, {}).get("ratio")
+    times = results["step_time"].get(arm)
     reference = arm == results["study"]["reference"]
-    step_time = "× 1" if reference else f"× {ratio:.3f}" if ratio else "–"
+    step_time = "× 1" if reference else _step_time_cell(times) if times else "–"
     return [
         arm,
         f"{budget} N",
@@ -168,6 +226,13 @@ def _row(results: dict[str, Any], arm: str, budget: str, *, first: bool) -> list
         saving_cell(saved.get("tokens_saved")) if first else "",
         saving_cell(saved.get("seconds_saved")) if first else "",
     ]
+
+
+def _step_time_cell(times: dict[str, Any]) -> str:
+    if not times["n"]:
+        return "× 1 (same cost)"
+    low, high = times["ratio_quartiles"]
+    return f"× {times['ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _plus_minus(mean: float | None, sd: float | None) -> str:

@@ -1,0 +1,149 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from simreg.recipe.errors import UserError
+from simreg.study import plan, sizing
+from simreg.study.plan import CompareOptions
+
+TIMES = {"ratio": 1.1, "ratio_quartiles": [1.05, 1.15], "base_s": 0.4, "arm_s": 0.44, "n": 20}
+A_STEP = 16 * 256
+
+
+def fitted(study, tokens_per_s=9000.0, seconds=300.0, rows=10**8, ratio=1.2):
+    step_time = {"simreg": {**TIMES, "ratio": ratio}}
+    return sizing.fit(study, A_STEP / tokens_per_s, step_time, seconds, rows)
+
+
+def simulated(study, tokens_per_s, ratio):
+    """Seconds of a whole study on a machine of this speed, step by step and pass by pass."""
+    clock = 0.0
+    for cell in study.cells():
+        config = study.config(cell)
+        clock += 3.0  # start-up, checkpoints, export
+        step = A_STEP / tokens_per_s * (ratio if config.simreg.weight else 1.0)
+        for _ in range(config.steps):
+            clock += step
+        for _ in range(config.train.evals):
+            clock += config.train.eval_tokens / tokens_per_s * 0.4
+    return clock
+
+
+@pytest.mark.parametrize("minutes", [5, 20])
+@pytest.mark.parametrize("tokens_per_s", [1e3, 3e3, 1e4, 1e5, 1e6])
+def test_a_simulated_study_takes_the_minutes_asked_for(minutes, tokens_per_s):
+    study = plan.from_options(CompareOptions(minutes=minutes))
+    sized = fitted(study, tokens_per_s, 60 * minutes)
+    took = simulated(sized, tokens_per_s, 1.2)
+    config = sized.config(sized.cells()[0])
+    if (minutes, tokens_per_s) == (5, 1e3):  # the fewest steps: said before the start
+        assert config.steps == sizing.MIN_STEPS
+        assert took > 1.1 * 300
+    else:
+        assert 0.9 * 60 * minutes < took < 1.1 * 60 * minutes
+    times = {"simreg": {**TIMES, "ratio": 1.2}}
+    assert sizing.total(sized, A_STEP / tokens_per_s, times) == pytest.approx(took)
+    evaluation = 4 * config.train.evals * config.train.eval_tokens * 0.4 / tokens_per_s
+    assert evaluation <= 0.151 * 60 * minutes
+    assert sizing.FEWEST_EVALS <= config.train.evals <= 10
+    assert 256 <= config.train.eval_tokens <= sizing.EVAL_TOKENS
+
+
+def test_evaluations_that_the_base_sets_are_left_alone():
+    base = {"train": {"evals": 7, "eval_tokens": 123_000}}
+    train = fitted(plan.from_dict({"base": base, "minutes": 5}), 3000.0).base.train
+    assert (train.evals, train.eval_tokens) == (7, 123_000)
+    study = plan.from_dict({"base": {"train": {"evals": 7}}, "minutes": 5})
+    assert fitted(study, 3000.0).base.train.evals == 7
+
+
+@pytest.mark.parametrize(
+    "budgets", [[0.6, 0.8, 1.0], [0.7, 1.1], {"simreg": [0.33, 1.3], "x": [0.9]}]
+)
+@pytest.mark.parametrize("rows", [999, 1000, 1017, 3000])
+def test_no_run_sees_a_row_twice(budgets, rows):
+    arms = {"simreg": {}, "x": {"train": {"batch_rows": 24}}}
+    study = fitted(
+        plan.from_dict({"arms": arms, "budgets": budgets, "minutes": 60}), seconds=3600, rows=rows
+    )
+    used = [c.steps * c.train.batch_rows for c in map(study.config, study.cells())]
+    assert max(used) <= rows
+    assert max(used) > 0.9 * rows - 24
+
+
+def test_close_budgets_come_to_different_steps_or_are_refused():
+    study = plan.from_dict({"budgets": [0.97, 0.99, 1.0], "minutes": 0.1})
+    sized = fitted(study, seconds=6.0)
+    steps = [sized.config(cell).steps for cell in sized.cells() if cell.arm == "simreg"]
+    assert len(set(steps)) == 3
+    with pytest.raises(UserError, match="fills 1000 rows, too few for budgets"):
+        fitted(study, rows=1000)
+
+
+def test_what_leaves_the_cost_of_a_step_alone_is_not_timed(tmp_path):
+    arms = {
+        "lr": {"optim": {"lr": 1e-4, "warmup": 0.5, "clip": 0.5}, "train": {"log_every": 3}},
+        "noclip": {"optim": {"clip": 0}},
+        "batch": {"train": {"batch_rows": 32}},
+    }
+    plain = {arm: {"simreg": {"weight": 0}, **changes} for arm, changes in arms.items()}
+    study = plan.from_dict({"arms": {**plain, "simreg": {}}, "out": str(tmp_path)})
+    known = sizing.cached_step_times(study)
+    assert list(known) == ["lr"]
+    assert (known["lr"]["ratio"], known["lr"]["n"]) == (1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "changed", ["version", "torch", "cpu", "device", "threads", "weight", "nothing"]
+)
+def test_a_step_time_belongs_to_its_configs_software_and_machine(tmp_path, monkeypatch, changed):
+    measured = []
+
+    def measure(*args):
+        measured.append(args)
+        return TIMES
+
+    machine = {"cpu": "a", "device": "cpu", "threads": 2, "platform": "x"}
+    monkeypatch.setattr(sizing.timing, "step_time_ratio", measure)
+    monkeypatch.setattr(sizing.provenance, "machine", lambda: machine)
+    study = plan.from_dict({"out": str(tmp_path)})
+    sizing.step_times(study, None)
+    assert json.loads((Path(study.out) / sizing.STEP_TIME_FILE).read_text())["simreg"]["n"] == 20
+    if changed == "version":
+        monkeypatch.setattr(sizing.simreg, "__version__", "9")
+    elif changed == "torch":
+        monkeypatch.setattr(sizing.torch, "__version__", "9")
+    elif changed == "weight":
+        study = plan.from_dict(
+            {"out": str(tmp_path), "arms": {"simreg": {"simreg": {"weight": 2}}}}
+        )
+    elif changed != "nothing":
+        machine[changed] = "b"
+    else:
+        base = {"train": {"tokens": 900_000, "eval_tokens": 9}}
+        study = plan.from_dict({"out": str(tmp_path), "base": base})
+    sizing.step_times(study, None)
+    assert len(measured) == (1 if changed == "nothing" else 2)
+
+
+def test_time_left_learns_from_what_was_slower():
+    study = plan.from_dict({"base": {"train": {"eval_tokens": 5000}}})
+    left = sizing.TimeLeft(study, {"simreg": TIMES})
+    first, *rest = study.cells()
+    before = left.of(rest)
+    assert before > 0.44 * study.config(rest[0]).steps
+    assert left.slowdown is None
+    left.ended(first, 2 * left.predict(first))
+    assert left.of(rest) == pytest.approx(2 * before)
+    assert left.slowdown == pytest.approx(2)
+
+
+def test_time_left_without_timings_comes_from_the_runs():
+    study = plan.from_dict({"base": {"train": {"eval_tokens": 5000}}, "budgets": [1.0]})
+    left = sizing.TimeLeft(study, {})
+    first, *rest = study.cells()
+    assert left.of(rest) is None
+    left.ended(first, 77.0)
+    assert left.of(rest) == pytest.approx(77.0)
+    assert left.slowdown is None

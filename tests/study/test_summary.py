@@ -1,0 +1,162 @@
+import re
+
+import pytest
+
+from simreg.study import plan, report, results, summary
+from simreg.study.plan import Cell
+from tests.study.fakes import TIMES, made
+
+INTERVAL = {"low": 0.1, "high": 0.3}
+NONE = {"low": None, "high": None}
+
+
+def test_a_seed_that_lacks_a_run_does_not_count(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    lacking = [r for r in runs if (r.cell.arm, r.cell.budget, r.cell.seed) != ("fast", 0.6, 3)]
+    found = results.build(study, lacking, {}, [])
+    saved = found["isoloss"]["fast"]["tokens_saved"]
+    assert [s["seed"] for s in saved["per_seed"]] == [0, 1, 2, 4]
+    assert (saved["n"], saved["missing"]) == (4, [3])
+    assert found["isoloss"]["fast"]["seconds_saved"]["missing"] == [3]
+    assert summary.headlines(found)[0].endswith(
+        ". 1 of 5 seeds is left out: its runs are not finished (seed 3)."
+    )
+
+
+def test_a_budget_that_no_seed_has_run_yet_is_missing_all_the_same(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    # Without its largest budgets `slow` would seem not to reach what it was never given.
+    lacking = [r for r in runs if (r.cell.arm, r.cell.budget) != ("fast", 1.0)]
+    found = results.build(study, lacking, {}, [])
+    assert found["isoloss"]["fast"]["tokens_saved"]["missing"] == [0, 1, 2, 3, 4]
+    assert summary.headlines(found)[0] == "fast: no seed has all of its runs yet."
+    lacking = [r for r in runs if r.cell != Cell("fast", 0.6, 1) and r.cell.seed != 2]
+    found = results.build(study, lacking, {}, [])
+    assert found["isoloss"]["fast"]["tokens_saved"]["n"] == 3
+    assert (
+        "2 of 5 seeds are left out: their runs are not finished (seeds 1, 2)."
+        in (summary.headlines(found)[0])
+    )
+
+
+def test_a_diverged_seed_counts_as_not_reached(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    ended = [r for r in runs if r.cell != Cell("fast", 0.6, 3)]
+    failures = {"fast/0.6/seed-3": "NaN"}
+    found = results.build(study, ended, dict.fromkeys(study.others, TIMES), [], failures)
+    for kind in ("tokens_saved", "seconds_saved"):
+        saved = found["isoloss"]["fast"][kind]
+        assert (saved["status"], saved["mean"]) == ("not_reached", None)
+        assert (saved["n"], saved["not_reached"]) == (5, 1)
+        assert (saved["missing"], saved["diverged"]) == ([], [3])
+    assert summary.headlines(found)[0] == (
+        "fast did not reach the final loss of baseline within 1 N in 1 of 5 seeds: no saving is "
+        "claimed. 1 of 15 runs of fast diverged."
+    )
+    assert (
+        "did not always end lower"
+        not in report.html(ended, found).split("Arms")[0].split("slow:")[0]
+    )
+
+
+def test_headlines_say_no_more_than_is_known(five):
+    fast, far, slow = summary.headlines(five[1])
+    assert re.search(
+        r"2\d\.\d % fewer tokens \(5 seeds, 95 % interval 2\d\.\d % to 2\d\.\d %\)", fast
+    )
+    assert "less training time" in fast
+    assert "(× 1.050, quartiles 1.020 to 1.080)" in fast
+    assert "without the spread of the timing itself)." in fast
+    assert "at least 40.0 % fewer tokens" in far.replace("39.8", "40.0")
+    assert "in 5 of 5 seeds it was already better at the smallest budget tried, 0.6 N" in far
+    assert "did not reach" in slow
+    assert "no saving is claimed" in slow
+
+
+@pytest.mark.parametrize(
+    ("tokens", "budgets", "times", "sentence"),
+    [
+        (
+            {"status": "at_least", "mean": 0.4, "at_least": 1, "n": 1, **NONE},
+            ["1", "0.6"],
+            TIMES,
+            "a reached the final loss of baseline with at least 40.0 % fewer tokens: in the only "
+            "seed it was already better at the smallest budget tried, 0.6 N (one seed: this shows "
+            "the difference and claims no interval).",
+        ),
+        (
+            {"status": "at_least", "mean": -0.196, "at_least": 2, "n": 5, **NONE},
+            ["1.2", "1.4"],
+            TIMES,
+            "a reached the final loss of baseline with at most 19.6 % more tokens: in 2 of 5 seeds "
+            "it was already better at the smallest budget tried, 1.2 N (5 seeds, a lower bound "
+            "without an interval).",
+        ),
+        (
+            {"status": "not_reached", "mean": None, "not_reached": 1, "n": 1, **NONE},
+            ["1"],
+            TIMES,
+            "a did not reach the final loss of baseline within 1 N in the only seed: no saving is "
+            "claimed.",
+        ),
+        (
+            {"status": "ok", "mean": 0.2, "n": 5, **INTERVAL},
+            ["0.6", "1"],
+            TIMES,
+            "a reached the final loss of baseline with 20.0 % fewer tokens (5 seeds, 95 % interval "
+            "10.0 % to 30.0 %); with its own step time counted (× 1.050, quartiles 1.020 to "
+            "1.080), 1.0 % more training time (95 % interval -0.5 % to 2.0 %, which includes no "
+            "difference, without the spread of the timing itself).",
+        ),
+        (
+            {"status": "ok", "mean": -0.2, "n": 1, **NONE},
+            ["0.6", "1"],
+            {**TIMES, "n": 0},
+            "a reached the final loss of baseline with 20.0 % more tokens (one seed: this shows "
+            "the difference and claims no interval); its steps cost the same, so 1.0 % more "
+            "training time.",
+        ),
+        (
+            {"status": "ok", "mean": 0.2, "n": 1, **NONE},
+            ["0.6", "1"],
+            None,
+            "a reached the final loss of baseline with 20.0 % fewer tokens (one seed: this shows "
+            "the difference and claims no interval).",
+        ),
+    ],
+)
+def test_sentences(tokens, budgets, times, sentence):
+    limits = NONE if tokens["low"] is None else {"low": -0.02, "high": 0.005}
+    found = {
+        "study": {"reference": "baseline"},
+        "seeds": list(range(tokens["n"])),
+        "arms": {
+            "baseline": {"budgets": {"1": {}}},
+            "a": {"budgets": {key: {} for key in budgets}},
+        },
+        "isoloss": {
+            "a": {
+                "tokens_saved": {**tokens, "missing": []},
+                "seconds_saved": {"mean": -0.01, **limits},
+            }
+        },
+        "step_time": {"a": times} if times else {},
+        "failures": {},
+    }
+    assert summary.headlines(found) == [sentence]
+
+
+def test_the_table_shows_how_sure_a_step_time_is(five):
+    column = summary.COLUMNS.index("step time, quartiles")
+    cells = {row[0]: row[column] for row in summary.rows(five[1]) if row[column]}
+    assert (cells["baseline"], cells["fast"]) == ("× 1", "× 1.050 [1.020, 1.080]")
+
+
+def test_few_seeds_and_an_interval_over_zero_are_called_so(tmp_path):
+    _, found = made(tmp_path, {"simreg": 1.0}, seeds=[0, 1], budgets=[0.6, 1.0, 1.4])
+    line = summary.headlines(found)[0]
+    assert "which includes no difference" in line
+    assert "a claim takes at least 5 seeds" in line

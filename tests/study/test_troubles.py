@@ -1,0 +1,183 @@
+from dataclasses import replace
+
+import pytest
+
+from simreg.recipe.errors import Diverged, UserError
+from simreg.recipe.folder import RunFolder
+from simreg.study import plan, run, sizing
+from simreg.study.plan import CompareOptions
+from tests.study.fakes import SPEED, compare, write_run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": {"optim": {"lr": 1e-4}}}, r"optim.lr: 0.003 -> 0.0001"),
+        ({"arms": {"simreg": {"simreg": {"weight": 2.0}}}}, r"arm 'simreg'.*weight: 0.3 -> 2.0"),
+        ({"minutes": 3.0}, "was made with 1000000 tokens"),
+    ],
+)
+def test_another_base_is_refused_and_nothing_is_lost(lab, study, change, message):
+    compare(study)
+    values = plan.to_dict(study)
+    values["base"]["optim"].update(change.pop("base", {}).get("optim", {}))
+    values["arms"].update(change.pop("arms", {}))
+    with pytest.raises(UserError, match=message):
+        compare(plan.from_dict({**values, **change}))
+    assert len(lab.trained) == 4
+
+
+def test_a_foreign_run_in_the_folder_is_refused(lab, study):
+    compare(study)
+    without = replace(study, arms={"baseline": study.arms["baseline"], "other": {}})
+    compare(without)
+    changed = replace(study, arms={**study.arms, "simreg": {"simreg": {"weight": 2.0}}})
+    with pytest.raises(UserError, match="another config"):
+        compare(changed)
+
+
+def test_runs_of_another_process_come_last(lab, study):
+    held = study.config(study.cells()[1])
+    other = RunFolder(held.out).claimed(held)
+    other.__enter__()
+    waited = []
+
+    def finish_elsewhere():
+        waited.append(list(lab.trained))
+        if len(waited) < 3:
+            return
+        write_run(held, SPEED)
+        other.__exit__(None, None, None)
+
+    lab.on_sleep = finish_elsewhere
+    results, screen = compare(study)
+    assert results["complete"]
+    assert held.out not in lab.trained
+    assert len(waited[0]) == 3, "the others were not trained before waiting"
+    assert len(waited) == 3
+    assert screen.count("waiting for another process to finish 1 run(s)") == 1
+    assert screen.count("[2/4]") == 1
+
+
+def test_a_diverged_run_does_not_end_the_study(lab, study):
+    def diverge(config):
+        if config.simreg.weight and config.train.tokens == 1_000_000:
+            raise Diverged("the loss became NaN or infinite at step 7")
+
+    lab.before, lab.report = diverge, lab.draw
+    results, screen = compare(study)
+    assert results["failures"] == {"simreg/1/seed-0": "the loss became NaN or infinite at step 7"}
+    assert not results["complete"]
+    assert results["arms"]["simreg"]["final_ce"] == {"mean": None, "sd": None, "n": 0}
+    assert "step 7" in (RunFolder(study.out).root / "report.html").read_text()
+    saved = results["isoloss"]["simreg"]["tokens_saved"]
+    assert (saved["status"], saved["n"], saved["diverged"]) == ("not_reached", 1, [0])
+    assert (
+        "simreg did not reach the final loss of baseline within 1 N in the only seed: no saving is "
+        "claimed. 1 of 3 runs of simreg diverged." in " ".join(screen.split())
+    )
+
+
+def test_an_arm_that_always_diverges(lab, study):
+    def diverge(config):
+        if config.simreg.weight:
+            raise Diverged("NaN")
+
+    lab.before, lab.report = diverge, lab.draw
+    results, screen = compare(study)
+    assert "no saving is claimed. 3 of 3 runs of simreg diverged." in " ".join(screen.split())
+    assert results["isoloss"]["simreg"]["budgets"] == []
+
+
+def test_a_reference_that_diverges_leaves_nothing_to_compare(lab, study):
+    def diverge(config):
+        if not config.simreg.weight:
+            raise Diverged("NaN")
+
+    lab.before = diverge
+    results, screen = compare(study)
+    assert results["isoloss"]["simreg"]["tokens_saved"]["missing"] == [0]
+    assert "no seed has all of its runs yet. 1 of 1 runs of baseline diverged" in screen
+
+
+def test_other_errors_end_it(lab, study):
+    def full(config):
+        raise UserError("cannot write: No space left on device")
+
+    lab.before = full
+    with pytest.raises(UserError, match="No space"):
+        compare(study)
+
+
+def test_unwritable_folder(lab, study, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write in the study folder"):
+        compare(replace(study, out=str(tmp_path / "file" / "s")))
+
+
+@pytest.mark.parametrize(("tokens_per_s", "warns"), [(1_000, True), (3_000, False)])
+def test_too_few_minutes_are_said_before_the_start(lab, tmp_path, tokens_per_s, warns):
+    lab.tokens_per_s = tokens_per_s
+    _, screen = compare(plan.from_options(CompareOptions(out=str(tmp_path / "s"))))
+    assert ("more than the 5 minutes asked for" in screen.split("[1/4]")[0]) == warns
+
+
+@pytest.mark.parametrize(("factor", "warns"), [(1.3, False), (1.6, True)])
+def test_a_first_run_slower_than_timed_is_said(lab, tmp_path, monkeypatch, factor, warns):
+    study = plan.from_options(CompareOptions(out=str(tmp_path / "s")))
+    monkeypatch.setattr(
+        sizing.TimeLeft,
+        "ended",
+        lambda self, cell, seconds: (
+            setattr(self, "_predicted", self.predict(cell))
+            or setattr(self, "_actual", factor * self._predicted)
+        ),
+    )
+    _, screen = compare(study)
+    assert screen.count("slower than timed by a factor of 1.6 · about") == warns
+
+
+def test_other_data_are_refused_and_never_paired(lab, study):
+    compare(study)
+    lab.corpus.fingerprint = "beef"
+    with pytest.raises(UserError, match=r"changed since baseline/1/seed-0.*f00d then, beef now"):
+        compare(replace(study, seeds=[0, 1]))
+    assert len(lab.trained) == 4
+    result = RunFolder(study.config(study.cells()[1]).out).result
+    result.write_text(result.read_text().replace("f00d", "beef"))
+    with pytest.raises(UserError, match=r"\(baseline/1/seed-0: f00d, simreg/0.6/seed-0: beef\)"):
+        compare(study)
+
+
+def test_mistakes_are_found_before_any_text_is_read(lab, study, monkeypatch):
+    monkeypatch.setattr(run.data, "prepare", lambda config: pytest.fail("read the text"))
+    for arm in ({"model": {"preset": "nobody"}}, {"simreg": {}, "model": {"preset": "gpt"}}):
+        with pytest.raises(UserError, match="no preset"):
+            compare(replace(study, arms={"simreg": arm}))
+
+
+def test_a_damaged_or_full_study_folder_is_named(lab, study, monkeypatch):
+    compare(study)
+    path = RunFolder(study.out).root / "study.yaml"
+    path.write_text("")
+    with pytest.raises(UserError, match=r"study.yaml is damaged"):
+        compare(study)
+    path.unlink()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left"):
+        compare(study)
+    monkeypatch.setattr(plan, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left"):
+        compare(replace(study, seeds=[0, 1]))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"simreg": 5}', "{", "null"])
+def test_a_damaged_cache_of_step_times_is_as_good_as_none(lab, study, text):
+    compare(study)
+    (RunFolder(study.out).root / sizing.STEP_TIME_FILE).write_text(text)
+    compare(study)
+    assert lab.timed == [0.3, 0.3]
