@@ -157,7 +157,7 @@ class TestCheckpoints:
         target = folder / checkpoints.folder_name(step)
         with checkpoints.new_folder(target) as aside:
             (aside / "weights").write_text("1234")
-            checkpoints.seal(aside, {"step": step})
+            checkpoints.seal(aside, {"step": step, "corpus": "fingerprint"})
         return target
 
     def test_an_intact_one_verifies(self, tmp_path: Path) -> None:
@@ -171,6 +171,7 @@ class TestCheckpoints:
             (lambda p: (p / "weights").write_text("1235"), "altered"),
             (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
             (lambda p: (p / "manifest.json").write_text("{"), "unreadable"),
+            (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "unreadable"),
         ],
     )
     def test_damage_is_found(self, tmp_path: Path, damage: Any, says: str) -> None:

@@ -260,10 +260,10 @@ def test_what_is_printed(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     assert head.startswith("llama-test: 0.04M parameters, ")
     assert size.startswith("20 steps of 128 tokens = 2,560 tokens")
     assert len(steps) == 9 + 3
-    assert steps[0].startswith("step  3/20  15.0%  ce 5.")
+    assert steps[0].startswith("step  3/20  15.0%  384 tok  ce 5.")
     for part in ("simreg ", "lr 3.00e-03", "grad-norm ", " tok/s", "eta "):
         assert part in steps[0]
-    assert steps[-1].startswith("step 20/20 100.0%  validation ce ")
+    assert steps[-1].startswith("step 20/20 100.0%  2.56k tok  validation ce ")
     assert done.startswith("done: validation ce ")
 
 
