@@ -95,6 +95,13 @@ def peak_extra(step: Callable[[], None]) -> int:
     return peak - start
 
 
+def memory() -> int:
+    """Peak extra bytes of a step at MEMORY_SHAPE; right only before much else was allocated."""
+    hidden, labels = problem(*MEMORY_SHAPE)
+    loss_step(hidden[:, :600].detach().requires_grad_(), labels[:, :600])()  # load what loads once
+    return peak_extra(loss_step(hidden, labels))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -103,6 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "loss-cpu.json")
     options = parser.parse_args()
 
+    extra = memory()
     timings = []
     for batch, length, dim in SHAPES:
         times = time_in_turns(contenders(*problem(batch, length, dim)), options.rounds)
@@ -123,9 +131,6 @@ def main() -> None:
                     "over_bare": median / bare,
                 }
             )
-    hidden, labels = problem(*MEMORY_SHAPE)
-    loss_step(hidden[:, :600].detach().requires_grad_(), labels[:, :600])()
-    extra = peak_extra(loss_step(hidden, labels))
     naive = 4 * MEMORY_SHAPE[0] * MEMORY_SHAPE[1] ** 2 * 4
     print(f"\nbatch 1, L {MEMORY_SHAPE[1]}, d {MEMORY_SHAPE[2]}: {extra / 2**20:.0f} MiB extra,")
     print(f"against over {naive / 2**30:.0f} GiB for four L×L float32 matrices")

@@ -88,8 +88,9 @@ class OptimConfig:
 
     lr: Positive = 3e-3
     """Peak learning rate."""
-    warmup: Fraction = 0.1
-    """Warm-up as a fraction of all steps."""
+    warmup: Fraction = 0.3
+    """Warm-up as a fraction of all steps. The default is long, since a short one handicaps plain
+    cross-entropy in short runs and flatters SimReg (docs/log.md)."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Cosine decay, or warm-up, stable, decay over the last fifth."""
     min_lr_ratio: Fraction = 0.1
