@@ -250,7 +250,7 @@ def test_batch_is_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_printed(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    config = make()
+    config = make(optim={"warmup": 0.1})
     corpus = prepare(config.data, progress=False)
     capfd.readouterr()
     train(config, corpus=corpus)
