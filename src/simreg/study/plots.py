@@ -25,6 +25,7 @@ def curves(picture: Picture) -> Figure | None:
     panels = 2 if seconds else 1
     with rc_context(picture.theme.rc):
         figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained")
+        figure.set_layout_engine("constrained", wspace=0.06)  # the last tick label sticks out
         axes = np.atleast_1d(figure.subplots(1, panels, sharey=True))
         for arm in picture.arms:
             for budget, by_seed in table[arm].items():
