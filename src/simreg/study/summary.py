@@ -253,13 +253,19 @@ def difference_cell(difference: dict[str, Any] | None) -> str:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table (its most telling columns, to fit a terminal) and a sentence for each arm."""
-    kept = [i for i, name in enumerate(COLUMNS) if name not in ("tokens", "clipped steps")]
+    table_rows = rows(results)
+    kept = [
+        i
+        for i, name in enumerate(COLUMNS)
+        if name not in ("tokens", "clipped steps")
+        and any(row[i] not in ("", "–") for row in table_rows)
+    ]
     table = Table(title=f"Study {results['study']['name']}", title_justify="left", box=box.SIMPLE)
     for i in kept:
         table.add_column(
             COLUMNS[i], justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold"
         )
-    for row in rows(results):
+    for row in table_rows:
         table.add_row(*(row[i] for i in kept))
     console.print()
     console.print(table)
