@@ -7,13 +7,13 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from simreg.capture import attach
 from simreg.loss import SimRegLoss
+from tests.processes import leave, spawn
 
 transformers = pytest.importorskip("transformers")
 
@@ -393,31 +393,29 @@ def test_consumed_hidden_states_are_released():
 def _parallel_worker(rank, port, expected):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        ids, labels = batch(rows=4)
-        labels, items = labels % 4, 44
-        mine = slice(2 * rank, 2 * rank + 2)
-        for wrap in ("ddp", "fsdp", "compiled ddp"):
-            model = build()
-            wrapped = model
-            if wrap == "fsdp":
-                for layer in model.model.layers:
-                    fully_shard(layer)
-                fully_shard(model)
-            elif wrap == "ddp":
-                wrapped = DistributedDataParallel(model)
-            else:
-                wrapped = torch.compile(DistributedDataParallel(model), backend="eager")
-            reg = attach(wrapped, SimRegLoss(weight=1.0))
-            out = wrapped(ids[mine], labels=labels[mine], num_items_in_batch=items)
-            # Ranks are averaged: times two makes their sum.
-            (2 * (out.loss + reg(labels[mine], num_items=items))).backward()
-            actual = gradients(model)
-            if wrap == "fsdp":
-                actual = {name: value.full_tensor() for name, value in actual.items()}
-            assert_same(actual, expected, rtol=1e-4, atol=1e-6)
-    finally:
-        dist.destroy_process_group()
+    ids, labels = batch(rows=4)
+    labels, items = labels % 4, 44
+    mine = slice(2 * rank, 2 * rank + 2)
+    for wrap in ("ddp", "fsdp", "compiled ddp"):
+        model = build()
+        wrapped = model
+        if wrap == "fsdp":
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        elif wrap == "ddp":
+            wrapped = DistributedDataParallel(model)
+        else:
+            wrapped = torch.compile(DistributedDataParallel(model), backend="eager")
+        reg = attach(wrapped, SimRegLoss(weight=1.0))
+        out = wrapped(ids[mine], labels=labels[mine], num_items_in_batch=items)
+        # Ranks are averaged: times two makes their sum.
+        (2 * (out.loss + reg(labels[mine], num_items=items))).backward()
+        actual = gradients(model)
+        if wrap == "fsdp":
+            actual = {name: value.full_tensor() for name, value in actual.items()}
+        assert_same(actual, expected, rtol=1e-4, atol=1e-6)
+    leave()
 
 
 def test_data_parallel_gradients_equal_one_process(free_port):
@@ -426,7 +424,7 @@ def test_data_parallel_gradients_equal_one_process(free_port):
     reg = attach(model, SimRegLoss(weight=1.0))
     out = model(ids, labels=labels, num_items_in_batch=44)
     (out.loss + reg(labels, num_items=44)).backward()
-    mp.spawn(_parallel_worker, (free_port, gradients(model)), nprocs=2)
+    spawn(_parallel_worker, (free_port, gradients(model)))
 
 
 @pytest.fixture

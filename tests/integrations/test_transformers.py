@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from simreg.loss import SimRegLoss
+from tests.processes import leave, spawn
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -429,14 +429,14 @@ def _worker(rank, folder, port):
         run = _launch(folder, model, 2)
         results[name] = (weights(model), run.evaluate()["eval_ce"], run.state.log_history[0])
     torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_processes_equal_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (str(tmp_path), port), nprocs=2)
+    spawn(_worker, (str(tmp_path), port))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     model = build()
     before = weights(model)
