@@ -1,7 +1,7 @@
 """SimReg: embedding similarity regularization for language-model pretraining."""
 
 from simreg.capture import attach
-from simreg.loss import SimRegLoss, simreg_loss
+from simreg.loss import SimRegLoss, explain, simreg_loss
 
-__all__ = ["SimRegLoss", "attach", "simreg_loss"]
+__all__ = ["SimRegLoss", "attach", "explain", "simreg_loss"]
 __version__ = "0.1.0.dev0"

@@ -4,13 +4,13 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from simreg.kernels.blockwise import blockwise
-from simreg.kernels.reference import reference
+from simreg.kernels import op
 
 VARIANTS = ("out", "in", "decoupled")
-BACKENDS = ("auto", "blockwise", "reference")
+BACKENDS = ("auto", "triton", "blockwise", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,8 +52,9 @@ def simreg_loss(
         ignore_index: the label that means "no label".
         reduction: ``"mean"`` divides the sum by the number of valid labels (as cross-entropy
             does, so tokens without a positive count as 0); ``"sum"``; ``"none"`` is per token.
-        backend: ``"auto"``, ``"blockwise"`` (tiles, O(block² + L·d) memory) or ``"reference"``
-            (the whole L×L matrix, for tests).
+        backend: ``"triton"`` (fused, for CUDA), ``"blockwise"`` (tiles in plain PyTorch, any
+            device), ``"reference"`` (the whole L×L matrix, for tests), or ``"auto"``: triton where
+            it runs, else blockwise. `simreg.explain` says which one a tensor gets.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or the shape of ``labels`` for ``"none"``.
@@ -61,8 +62,10 @@ def simreg_loss(
         label gives 0.
 
     Raises:
-        ValueError: for arguments of a wrong shape, dtype, device or value. Double backward raises
-            RuntimeError (the reference backend supports it).
+        ValueError: for arguments of a wrong shape, dtype, device or value, and for a backend that
+            can't run here.
+        RuntimeError: for double backward, forward-mode differentiation, and transforms of
+            `torch.func`, none of which is supported.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
@@ -73,6 +76,18 @@ def simreg_loss(
         return loss
     total = loss.sum()
     return total if reduction == "sum" else total / valid.sum().clamp_min(1)
+
+
+def explain(hidden: Tensor, *, backend: str = "auto") -> str:
+    """Which backend computes the loss of `hidden`, and why: ``"blockwise: not triton: ..."``.
+
+    The logger ``"simreg"`` says the same at level DEBUG whenever the loss is computed.
+
+    Raises:
+        ValueError: for an unknown backend, or one that can't run here.
+    """
+    _check_backend(backend)
+    return ": ".join(op.choose(hidden, backend))
 
 
 class SimRegLoss(nn.Module):
@@ -169,6 +184,7 @@ def per_token(
     """
     _check_options(temperature, variant, chunk_size, backend)
     _check_tensors(hidden, labels, segments)
+    _check_transforms(hidden)
     valid = (labels != ignore_index) & (labels >= 0)
     h, y, g = hidden, labels.masked_fill(~valid, -1), segments
     if hidden.ndim == 2:
@@ -184,8 +200,7 @@ def per_token(
         h = F.pad(h, (0, 0, 0, pad)).reshape(rows, chunk, h.shape[-1])
         y = F.pad(y, (0, pad), value=-1).reshape(rows, chunk)
         g = None if g is None else F.pad(g, (0, pad)).reshape(rows, chunk)
-    kernel = reference if backend == "reference" else blockwise
-    results = kernel(h, y, g, temperature, variant)[:3]
+    results = op.loss(h, y, g, float(temperature), variant, backend)[:3]
     loss, pos_cos, neg_cos = (
         r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in results
     )
@@ -199,6 +214,10 @@ def _check_options(temperature: float, variant: str, chunk_size: int | None, bac
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
+    _check_backend(backend)
+
+
+def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
@@ -207,6 +226,11 @@ def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> N
     for name, value in (("hidden", hidden), ("labels", labels), ("segments", segments)):
         if not isinstance(value, Tensor) and not (name == "segments" and value is None):
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if hasattr(value, "device_mesh"):
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor: give its full_tensor(), or its "
+                "to_local() if that holds whole sequences"
+            )
     if hidden.ndim not in (2, 3) or hidden.dtype not in _FLOATS:
         raise ValueError(
             "hidden: expected [B, L, d] or [T, d] in float32, bfloat16, float16 or float64, "
@@ -230,3 +254,13 @@ def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> N
         raise ValueError(
             f"segments: expected on {hidden.device} like hidden, got {segments.device}"
         )
+
+
+def _check_transforms(hidden: Tensor) -> None:
+    """Refuse what the operator would answer wrongly (a tangent of 0) or obscurely."""
+    if forward_ad.unpack_dual(hidden).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError("simreg_loss: forward-mode differentiation is not supported")
+    if torch.compiler.is_compiling():  # which can't trace the next test, nor needs it
+        return
+    if torch.func.debug_unwrap(hidden, recurse=False) is not hidden:
+        raise RuntimeError("simreg_loss: not supported under transforms of torch.func")

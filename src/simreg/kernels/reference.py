@@ -1,5 +1,7 @@
 """The definition of the loss as an L×L matrix: slow, hungry, and the truth for tests."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,10 +9,37 @@ from torch.nn import functional as F
 EPS = 1e-6  # norms below this divide by it instead, so that zero vectors have a finite gradient
 
 
+class Pairs(NamedTuple):
+    """Embeddings and the similarities of all pairs of tokens, with the pairs that count."""
+
+    e: Tensor  # [B, L, d]
+    norm: Tensor  # [B, L, 1]
+    cos: Tensor  # [B, L, L], like the masks
+    candidate: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def pairs(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Pairs:
+    """All pairs of a row's tokens (design §2)."""
+    valid = labels >= 0
+    h = hidden.masked_fill(~valid[..., None], 0)
+    h = h if h.dtype == torch.float64 else h.float()
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    e = h / norm.clamp_min(EPS)
+
+    candidate = valid[:, :, None] & valid[:, None, :]
+    candidate &= ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
+    if segments is not None:
+        candidate &= segments[:, :, None] == segments[:, None, :]
+    positive = candidate & (labels[:, :, None] == labels[:, None, :])
+    return Pairs(e, norm, e @ e.mT, candidate, positive, candidate & ~positive)
+
+
 def reference(
     hidden: Tensor, labels: Tensor, segments: Tensor | None, temperature: float, variant: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token SimReg loss by autograd through the full similarity matrix (design §2).
+    """Per-token SimReg loss, differentiable by autograd through the full similarity matrix.
 
     Args:
         hidden: ``[B, L, d]`` floating. Positions with a negative label are never read.
@@ -24,22 +53,9 @@ def reference(
         loss of each token and, without gradient, its mean cosine to its positives and negatives
         (NaN where it has none).
     """
-    valid = labels >= 0
-    h = hidden.masked_fill(~valid[..., None], 0)
-    h = h if h.dtype == torch.float64 else h.float()
-    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    e = h / norm.clamp_min(EPS)
-    cos = e @ e.mT
+    _, norm, cos, candidate, positive, negative = pairs(hidden, labels, segments)
     s = cos / temperature
-
-    candidate = valid[:, :, None] & valid[:, None, :]
-    candidate &= ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
-    if segments is not None:
-        candidate &= segments[:, :, None] == segments[:, None, :]
-    positive = candidate & (labels[:, :, None] == labels[:, None, :])
-    negative = candidate & ~positive
     count = positive.sum(-1).clamp_min(1)
-
     if variant == "out":
         loss = _lse(s, candidate) - s.masked_fill(~positive, 0).sum(-1) / count
     elif variant == "in":
@@ -49,7 +65,7 @@ def reference(
         loss = (-F.logsigmoid(-gap)).masked_fill(~positive, 0).sum(-1) / count
     loss = torch.where(positive.any(-1), loss, 0)
     # A token that is NaN or infinite is NaN in the result, even if it has no positive.
-    loss = loss.masked_fill(valid & ~norm.isfinite().squeeze(-1), torch.nan)
+    loss = loss.masked_fill((labels >= 0) & ~norm.isfinite().squeeze(-1), torch.nan)
     with torch.no_grad():
         pos_cos = cos.masked_fill(~positive, 0).sum(-1) / positive.sum(-1)  # 0 / 0 = NaN: none
         neg_cos = cos.masked_fill(~negative, 0).sum(-1) / negative.sum(-1)
@@ -58,3 +74,44 @@ def reference(
 
 def _lse(s: Tensor, mask: Tensor) -> Tensor:
     return torch.logsumexp(s.masked_fill(~mask, -torch.inf), dim=-1)
+
+
+def forward(
+    hidden: Tensor, labels: Tensor, segments: Tensor | None, temperature: float, variant: str
+) -> tuple[Tensor, ...]:
+    """`reference` and, since it saves nothing for `backward`, zeros in the place of that."""
+    results = reference(hidden, labels, segments, temperature, variant)
+    nothing = (torch.zeros_like(results[0]) for _ in range(3))
+    return (*results, torch.zeros_like(labels), *nothing)
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    saved: tuple[Tensor, ...],
+    temperature: float,
+    variant: str,
+) -> Tensor:
+    """dL/dhidden from dL/dloss ``[B, L]``: the closed form of design §2, D pair by pair."""
+    e, norm, cos, candidate, positive, negative = pairs(hidden, labels, segments)
+    s = cos / temperature
+    count = positive.sum(-1, keepdim=True)
+    weight = (grad[..., None] / temperature).masked_fill(count == 0, 0)
+    pull = positive.to(s.dtype) / count.clamp_min(1)
+    if variant == "out":
+        d = _softmax(s, candidate) - pull
+    elif variant == "in":
+        d = _softmax(s, candidate) - _softmax(s, positive)
+    else:
+        sigmoid = (_lse(s, negative)[..., None] - s).sigmoid() * pull
+        d = sigmoid.sum(-1, keepdim=True) * _softmax(s, negative) - sigmoid
+    d = d * weight
+    grad_e = (d + d.mT) @ e
+    radial = (grad_e * e).sum(-1, keepdim=True).masked_fill(norm < EPS, 0)
+    return ((grad_e - radial * e) / norm.clamp_min(EPS)).to(hidden.dtype)
+
+
+def _softmax(s: Tensor, mask: Tensor) -> Tensor:
+    return (s - _lse(s, mask)[..., None]).exp().masked_fill(~mask, 0)

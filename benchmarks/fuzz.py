@@ -1,0 +1,181 @@
+"""Random problems: each backend against float64, with the naive loss in the same dtype beside it.
+
+    python benchmarks/fuzz.py blockwise            # 2,000 problems, to benchmarks/results/
+    python benchmarks/fuzz.py triton               # on CUDA
+    TRITON_INTERPRET=1 python benchmarks/fuzz.py triton    # on the CPU, with small tiles
+
+Rule: |ours − truth| ≤ 2 · (|naive − truth| + u), maxima over a tensor, where the truth is the L×L
+definition in float64, naive is the same in float32 of the same inputs, and u is the unit in the
+last place of the largest term in the dtype of the result. A value's ratio is its error over (...).
+Gradients are multiplied by ‖h‖, so that no token counts more for being short.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simreg.kernels import blockwise
+from simreg.kernels.reference import EPS
+from simreg.loss import VARIANTS, per_token
+from simreg.recipe import provenance
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = ("loss", "pos_cos", "neg_cos", "gradient")
+
+
+class Problem(NamedTuple):
+    """Arguments of `simreg.loss.per_token`, and weights of the tokens' losses."""
+
+    hidden: Tensor
+    labels: Tensor
+    segments: Tensor | None
+    temperature: float
+    variant: str
+    chunk_size: int | None
+    weights: Tensor
+
+    def __str__(self) -> str:
+        batch, length, dim = self.hidden.shape
+        segments = 0 if self.segments is None else len(self.segments.unique())
+        return (
+            f"B={batch} L={length} d={dim} {self.hidden.dtype} {self.variant} τ={self.temperature} "
+            f"classes={len(self.labels.unique())} segments={segments} chunk={self.chunk_size} "
+            f"ignored={int((self.labels == -100).sum())}"
+        )
+
+
+def random_problem(seed: int, tile: int, device: str = "cpu") -> Problem:
+    """Ragged around multiples of `tile`; every fourth is several tiles with mixed-up segments."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):  # type: ignore[no-untyped-def]
+        return choices[torch.randint(len(choices), (), generator=generator)]
+
+    large = seed % 4 == 0
+    batch = pick(1, 2, 3)
+    length = pick(2, 3) * tile + pick(-1, 0, 1, 5) if large else pick(1, 2, 5, tile - 1, tile + 1)
+    dim = pick(1, 3, 16, 33, 65)
+    shape = (batch, length)
+    hidden = torch.randn(*shape, dim, generator=generator, dtype=torch.float64)
+    # Embeddings of trained models share a direction, differ in length, and some are nearly equal.
+    hidden += pick(0, 0.5, 3) * torch.randn(dim, generator=generator, dtype=torch.float64)
+    hidden *= torch.exp(pick(0, 1) * torch.randn(*shape, 1, generator=generator))
+    if pick(False, False, True):
+        hidden[:, 0] = pick(0, 1e-7, -1) * hidden[:, -1]
+    labels = torch.randint(0, pick(1, 2, 7, 10**6), shape, generator=generator)
+    ignored = torch.rand(shape, generator=generator) < pick(0, 0.1, 0.9)
+    labels = labels.masked_fill(ignored, -100)
+    segments = None
+    if large or pick(False, True):
+        segments = torch.randint(-2, pick(-1, 0, 3), shape, generator=generator)
+    weights = torch.randn(shape, generator=generator) * 10.0 ** pick(-6, 0, 3)
+    return Problem(
+        hidden.to(pick(torch.float32, torch.bfloat16, torch.float16)).to(device),
+        labels.to(device),
+        None if segments is None else segments.to(device),
+        pick(0.01, 0.05, 0.1, 1.0),
+        VARIANTS[seed % len(VARIANTS)],
+        pick(None, None, None, 1, tile, tile + 3),
+        weights.to(device),
+    )
+
+
+def evaluate(problem: Problem, backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """Loss, cosines and gradient times ‖h‖, with hidden states in `dtype`."""
+    hidden = problem.hidden.to(dtype).requires_grad_()
+    *options, weights = problem[1:]
+    loss, pos_cos, neg_cos, _ = per_token(hidden, *options, -100, backend)
+    (gradient,) = torch.autograd.grad((loss * weights.to(loss.dtype)).sum(), hidden)
+    norm = problem.hidden.double().norm(dim=-1, keepdim=True).clamp_min(EPS)
+    return [loss.detach(), pos_cos.detach(), neg_cos.detach(), gradient * norm]
+
+
+def error_ratios(problem: Problem, backend: str) -> list[float]:
+    """For each of NAMES; not more than 2 by the rule, infinite where NaNs differ."""
+    dtype = problem.hidden.dtype
+    truth = evaluate(problem, "reference", torch.float64)
+    naive = evaluate(problem, "reference", dtype)
+    ours = evaluate(problem, backend, dtype)
+    pull = float(problem.weights.abs().max()) / problem.temperature  # on one embedding
+    scales = [
+        (torch.float32, 1 / problem.temperature),
+        (torch.float32, 1.0),
+        (torch.float32, 1.0),
+        (dtype, pull),
+    ]
+    return [
+        ratio(*values, torch.finfo(of).eps * scale)
+        for *values, (of, scale) in zip(ours, naive, truth, scales, strict=True)
+    ]
+
+
+def ratio(ours: Tensor, naive: Tensor, truth: Tensor, unit: float) -> float:
+    """Largest error of `ours` over that of `naive` plus `unit`."""
+    if not torch.equal(ours.isnan(), truth.isnan()):
+        return torch.inf
+    error, allowed = ((x - truth).abs().nan_to_num(0, torch.inf).max() for x in (ours, naive))
+    return float(error / (allowed + unit))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("backend", choices=("blockwise", "triton"))
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/fuzz-BACKEND-DEVICE.json"
+    )
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tile = small_tiles(options.backend) if device == "cpu" else 128
+
+    began, worst, failed = time.time(), dict.fromkeys(NAMES, (0.0, "")), []
+    for seed in range(options.first, options.first + options.count):
+        problem = random_problem(seed, tile, device)
+        for name, value in zip(NAMES, error_ratios(problem, options.backend), strict=True):
+            if value > 2:
+                failed.append(f"seed {seed}: {name} {value:.2f}: {problem}")
+                print(failed[-1], flush=True)
+            if value >= worst[name][0]:
+                worst[name] = (value, f"seed {seed}: {problem}")
+        if (seed + 1) % 100 == 0:
+            print(f"{seed + 1}: worst", {k: round(v[0], 2) for k, v in worst.items()}, flush=True)
+    results = {
+        "what": "worst error over that of the naive loss plus one unit in the last place; rule: 2",
+        "backend": options.backend,
+        "seeds": [options.first, options.first + options.count],
+        "tile": tile,
+        "worst": {name: {"ratio": value, "problem": text} for name, (value, text) in worst.items()},
+        "failed": failed,
+        "seconds": time.time() - began,
+        "command": " ".join(sys.argv),
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }
+    out = options.out or RESULTS / f"fuzz-{options.backend}-{device}.json"
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{len(failed)} of {options.count} failed; written to {out}")
+    sys.exit(bool(failed))
+
+
+def small_tiles(backend: str) -> int:
+    """Make the tiles small, so that small problems have many; returns their size."""
+    if backend == "blockwise":
+        blockwise._block = lambda device: 16
+    else:
+        from simreg.kernels import triton
+
+        triton.blocks = lambda dtype, device: triton.Blocks(16, 16, 16, 1, 1)
+    return 16
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""`simreg::loss`: one operator of torch over all kernels, with its shapes and its gradient.
+
+`torch.compile` sees one node. Each kernel is a module with
+
+    forward(hidden, labels, segments, temperature, variant) -> the results of `loss`
+    backward(grad, hidden, labels, segments, saved, temperature, variant) -> dL/dhidden
+
+on tensors that `simreg.loss` has checked; `saved` are the last four results of `forward`.
+"""
+
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from simreg.kernels import blockwise, reference
+
+log = logging.getLogger("simreg")
+
+
+def choose(hidden: Tensor, backend: str) -> tuple[str, str]:
+    """The kernel that computes the loss of `hidden`, and why.
+
+    Raises:
+        ValueError: if the named backend can't compute it here.
+    """
+    if backend in ("blockwise", "reference"):
+        return backend, "asked for"
+    if backend == "auto" and not hidden.is_cuda:
+        return "blockwise", f"not triton: the device is {hidden.device.type}"
+    obstacle = _no_triton(hidden)
+    if backend == "triton":
+        if obstacle:
+            raise ValueError(f"backend: 'triton' can't be used: {obstacle}")
+        return backend, "asked for"
+    if obstacle:
+        return "blockwise", f"not triton: {obstacle}"
+    return "triton", f"{hidden.dtype} on {torch.cuda.get_device_name(hidden.device)}"
+
+
+def _no_triton(hidden: Tensor) -> str | None:
+    """Why the Triton kernels can't take `hidden`; None if they can."""
+    if hidden.dtype == torch.float64:
+        return "it has no float64"
+    try:
+        from simreg.kernels import triton
+    except ImportError as error:
+        return str(error)
+    return triton.obstacle(hidden.device)
+
+
+def _kernel(name: str) -> ModuleType:
+    if name == "triton":
+        from simreg.kernels import triton
+
+        return triton
+    return {"blockwise": blockwise, "reference": reference}[name]
+
+
+@torch.library.custom_op("simreg::loss", mutates_args=())
+def loss(
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    temperature: float,
+    variant: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per-token SimReg loss; arguments and the first three results as in `reference.reference`.
+
+    The others are for the backward pass, ``[B, L]`` in sorted order: the sorting permutation
+    (int64), the norms of the hidden states, the logsumexp of each token, and a statistic of its
+    positives ("in": their logsumexp, "decoupled": their mean sigmoid). Differentiable once.
+    """
+    name, why = choose(hidden, backend)
+    log.debug("backend %s (%s) for %s", name, why, list(hidden.shape))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        results = _kernel(name).forward(hidden, labels, segments, temperature, variant)
+    return results  # type: ignore[no-any-return]
+
+
+@loss.register_fake
+def _(hidden, labels, *options):  # type: ignore[no-untyped-def]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    loss, pos_cos, neg_cos, norm, lse, statistic = (
+        hidden.new_empty(labels.shape, dtype=dtype) for _ in range(6)
+    )
+    return loss, pos_cos, neg_cos, torch.empty_like(labels), norm, lse, statistic
+
+
+@torch.library.custom_op("simreg::loss_backward", mutates_args=())
+def loss_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    index: Tensor,
+    norm: Tensor,
+    lse: Tensor,
+    statistic: Tensor,
+    temperature: float,
+    variant: str,
+    backend: str,
+) -> Tensor:
+    """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
+    kernel = _kernel(choose(hidden, backend)[0])
+    saved = (index, norm, lse, statistic)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        gradient: Tensor = kernel.backward(
+            grad, hidden, labels, segments, saved, temperature, variant
+        )
+    return gradient
+
+
+@loss_backward.register_fake
+def _(grad, hidden, *rest):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(hidden.shape)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    hidden, labels, segments, *ctx.options = inputs
+    ctx.save_for_backward(hidden, labels, segments, *output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 6
+    gradient = loss_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (gradient, *(None,) * 5)
+
+
+def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError("simreg_loss: double backward is not supported")
+
+
+loss.register_autograd(_backward, setup_context=_save)
+loss_backward.register_autograd(_refuse)

@@ -1,0 +1,142 @@
+"""What the streaming kernels share: tokens sorted by label, and what is known of a token alone.
+
+The loss does not depend on the order of tokens, so each row is first sorted by segment and label.
+Then positives lie near the diagonal of the similarity matrix, segments are contiguous whatever
+they were, ignored tokens are last, and most tiles need no mask or need not be visited at all.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simreg.kernels.reference import EPS
+
+
+class Order(NamedTuple):
+    """A row's tokens sorted by (ignored, segment, label); all ``[B, L]``, in sorted order."""
+
+    position: Tensor  # in the unsorted row
+    valid: Tensor
+    segment: Tensor  # index of its segment's first token; ignored tokens are a segment of their own
+    label: Tensor  # index of the first token of its segment with its label
+    positives: Tensor  # |P(i)|, 0 where ignored
+    negatives: Tensor  # |A(i) ∖ P(i)|, 0 where ignored
+
+    def unsort(self, values: Tensor) -> Tensor:
+        """Sorted per-token values ``[B, L]`` at their tokens' positions in the row."""
+        return torch.empty_like(values).scatter_(1, self.position, values)
+
+
+def sort_tokens(labels: Tensor, segments: Tensor | None) -> Tensor:
+    """The permutation ``[B, L]`` that sorts each row by (ignored, segment, label)."""
+    index = labels.argsort(dim=1, descending=True, stable=True)  # negative, so ignored, last
+    if segments is not None:
+        for key in (segments, (labels < 0).to(torch.uint8)):
+            index = index.gather(1, key.gather(1, index).argsort(dim=1, stable=True))
+    return index
+
+
+def describe(index: Tensor, labels: Tensor, segments: Tensor | None) -> Order:
+    """Runs and counts of the sorted tokens."""
+    label = labels.gather(1, index)
+    valid = label >= 0
+    new_segment = valid[:, 1:] != valid[:, :-1]
+    if segments is not None:
+        segment = segments.gather(1, index)
+        new_segment = new_segment | (segment[:, 1:] != segment[:, :-1])
+    new_label = new_segment | (label[:, 1:] != label[:, :-1])
+    of_segment, of_label = _starts(new_segment), _starts(new_label)
+    same_label, same_segment = _sizes(of_label), _sizes(of_segment)
+    positives = (same_label - 1).masked_fill(~valid, 0)
+    negatives = (same_segment - same_label).masked_fill(~valid, 0)
+    return Order(index, valid, of_segment, of_label, positives, negatives)
+
+
+def _starts(new: Tensor) -> Tensor:
+    """Index of the first token of each token's run; a run begins at 0 and after each `new`."""
+    index = torch.arange(1, new.shape[1] + 1, device=new.device)
+    return F.pad(torch.where(new, index, 0).cummax(1).values, (1, 0))
+
+
+def _sizes(run: Tensor) -> Tensor:
+    """How many tokens of the row are in each token's run."""
+    return torch.zeros_like(run).scatter_add_(1, run, torch.ones_like(run)).gather(1, run)
+
+
+class Sums(NamedTuple):
+    """Over the pairs of each token; all ``[B, L]``, sorted."""
+
+    lse: Tensor  # logsumexp of s over candidates ("decoupled": over negatives)
+    positive: Tensor  # Σ s over positives
+    negative: Tensor  # Σ s over negatives
+    numerator: Tensor | None = None  # "in": logsumexp of s over positives
+    softplus: Tensor | None = None  # "decoupled": Σ softplus(lse − s) over positives
+    slope: Tensor | None = None  # "decoupled": Σ sigmoid(lse − s) over positives
+
+
+def losses(
+    sums: Sums, order: Order, norm: Tensor, temperature: float, variant: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, mean positive and negative cosine in the order of the row, and what backward needs.
+
+    The last is sorted: "in": logsumexp of the positives, "decoupled": their mean sigmoid.
+    """
+    count = order.positives.clamp_min(1)
+    if variant == "out":
+        statistic = torch.zeros_like(sums.lse)
+        loss = sums.lse - sums.positive / count
+    elif variant == "in":
+        assert sums.numerator is not None
+        statistic = sums.numerator
+        loss = sums.lse - statistic + count.to(sums.lse.dtype).log()
+    else:
+        assert sums.softplus is not None
+        assert sums.slope is not None
+        statistic = sums.slope / count
+        loss = sums.softplus / count
+    loss = loss.masked_fill(order.positives == 0, 0)
+    loss = loss.masked_fill(order.valid & ~norm.isfinite(), torch.nan)
+    pos_cos = sums.positive * temperature / order.positives  # 0 / 0 = NaN: none
+    neg_cos = sums.negative * temperature / order.negatives
+    return order.unsort(loss), order.unsort(pos_cos), order.unsort(neg_cos), statistic
+
+
+class Ends(NamedTuple):
+    """What the gradient of a pair needs to know of its two tokens; all ``[B, L]``, sorted."""
+
+    lse: Tensor  # of the denominator
+    push: Tensor  # weight of exp(s − lse)
+    numerator: Tensor  # logsumexp of the positives ("in")
+    pull: Tensor  # weight of the positive's term
+
+
+def ends(
+    grad: Tensor, order: Order, lse: Tensor, statistic: Tensor, temperature: float, variant: str
+) -> Ends:
+    """From dL/dloss ``[B, L]`` in the order of the row (design §2)."""
+    weight = (grad.gather(1, order.position) / temperature).masked_fill(order.positives == 0, 0)
+    return Ends(
+        lse=lse,
+        push=weight * statistic if variant == "decoupled" else weight,
+        numerator=statistic,
+        pull=weight if variant == "in" else weight / order.positives.clamp_min(1),
+    )
+
+
+def flat(index: Tensor) -> Tensor:
+    """Positions among the flattened ``[B·L]`` tokens, so that moving embeddings copies rows."""
+    batch, length = index.shape
+    return (index + length * torch.arange(batch, device=index.device)[:, None]).flatten()
+
+
+def through_norm(grad_e: Tensor, e: Tensor, norm: Tensor) -> Tensor:
+    """dL/dh from dL/de, in place: the part orthogonal to e, unless the norm was clamped.
+
+    Args:
+        grad_e, e: ``[B, L, d]``, float32 or float64.
+        norm: ``[B, L, 1]``, before clamping.
+    """
+    radial = (grad_e * e).sum(-1, keepdim=True).masked_fill_(norm < EPS, 0)
+    return grad_e.addcmul_(e, radial, value=-1).div_(norm.clamp_min(EPS))

@@ -1,0 +1,436 @@
+"""Triton kernels of the loss, over tiles of the similarity matrix of sorted tokens.
+
+h: [B, L, d]; everything per token [B, L], sorted (`order`), flat in memory. index: int64, position
+in the row. runs: int32 [4, B, L], first token and end of the token's segment, then of its label; 0,
+0 where ignored. count: int32 [B], valid tokens of a row. The batch row of a program is `first_row`
++ its last grid index, its row tile is counted from `first_tile`: a launch covers a panel of row
+tiles (`panel` tokens) of some batch rows. Products are of raw hidden states, in their dtype with
+float32 sums; 1/‖h‖ and 1/τ scale them in float32.
+"""
+
+import triton
+import triton.language as tl
+
+OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
+
+
+@triton.jit
+def _place(program, tiles, rows, GROUP: tl.constexpr = 8):
+    """Row and column tile of a program: a few rows at a time, which find the columns in L2."""
+    group = program // (GROUP * tiles) * GROUP
+    height = tl.minimum(rows - group, GROUP)
+    return group + program % (GROUP * tiles) % height, program % (GROUP * tiles) // height
+
+
+@triton.jit
+def norms(h, index, count, norm, length, dim, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
+    """‖h‖ of every token, 0 where ignored."""
+    row = tl.program_id(1)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    base = row.to(tl.int64) * length
+    inside = t < tl.load(count + row)
+    tokens = h + (base + tl.load(index + base + t, mask=inside, other=0)) * dim
+    total = tl.zeros([TOKENS], tl.float32)
+    for k in range(0, dim, DEPTH):
+        d = k + tl.arange(0, DEPTH)
+        x = tl.load(tokens[:, None] + d, mask=inside[:, None] & (d < dim), other=0).to(tl.float32)
+        total += tl.sum(x * x, 1)
+    tl.store(norm + base + t, tl.sqrt(total), mask=t < length)
+
+
+@triton.jit
+def _products(
+    h,
+    index,
+    rows,
+    cols,
+    valid,
+    dim,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """h_r · h_c of sorted tokens, [TILE, TILE]; `index` and `h` are those of the batch row."""
+    row_in, col_in = rows < valid, cols < valid
+    left = h + tl.load(index + rows, mask=row_in, other=0) * dim
+    right = h + tl.load(index + cols, mask=col_in, other=0) * dim
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for k in range(0, dim, DEPTH):
+        d = k + tl.arange(0, DEPTH)
+        a = tl.load(left[:, None] + d[None, :], mask=row_in[:, None] & (d < dim)[None, :], other=0)
+        b = tl.load(right[None, :] + d[:, None], mask=col_in[None, :] & (d < dim)[:, None], other=0)
+        if INTERPRETED:  # the interpreter's products of bfloat16 are wrong
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:  # which would truncate, not round to nearest even
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _inverse(norm, tokens, valid, SMALLEST: tl.constexpr):
+    return 1 / tl.maximum(tl.load(norm + tokens, mask=tokens < valid, other=1), SMALLEST)
+
+
+@triton.jit
+def _similarities(products, row_inverse, col_inverse, inverse_temperature):
+    """cos / τ, the same to the last bit for (r, c) and (c, r)."""
+    return products * (row_inverse[:, None] * col_inverse[None, :]) * inverse_temperature
+
+
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLS // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _quarters(x, TILE: tl.constexpr):
+    """The columns of a tile in four parts: one after the other they need fewer registers."""
+    left, right = _halves(x, TILE, TILE)
+    return _halves(left, TILE, TILE // 2) + _halves(right, TILE, TILE // 2)
+
+
+@triton.jit
+def _within(runs, first, end, rows, cols, valid):
+    """Pairs whose column lies in the run of their row: runs are contiguous."""
+    start = tl.load(runs + first + rows, mask=rows < valid, other=0)
+    stop = tl.load(runs + end + rows, mask=rows < valid, other=0)
+    return (
+        (cols[None, :] >= start[:, None])
+        & (cols[None, :] < stop[:, None])
+        & (cols[None, :] != rows[:, None])
+    )
+
+
+@triton.jit
+def _extend(top, total, s):
+    """A logsumexp of each row as largest exponent and sum below it, extended by those of s."""
+    new = tl.maximum(top, tl.max(s, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    return new, total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+
+
+@triton.jit
+def _logarithm(top, total):
+    return tl.log(total) + tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _logsumexp_of_columns(s):
+    top = tl.max(s, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    return _logarithm(top, tl.sum(tl.exp(s - shift[None, :]), 0))
+
+
+@triton.jit
+def _finite(s):
+    return tl.where(s == float("-inf"), 0.0, s)
+
+
+@triton.jit
+def _softplus(x):
+    small = tl.exp(-tl.abs(x))
+    one = 1 + small  # log1p(small), exact where 1 + small rounds
+    log1p = tl.where(one == 1, small, tl.log(one) * small / (one - 1))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _store_columns(slot, stride, s, positive, lse, MODE: tl.constexpr, TOUCHING: tl.constexpr):
+    """Sums over the rows of a tile: `slot` for the first, `stride` to the next."""
+    if MODE == POSITIVES:
+        gap = lse[None, :] - s
+        tl.store(slot, tl.sum(tl.where(positive, _softplus(gap), 0.0), 0))
+        tl.store(slot + stride, tl.sum(tl.where(positive, _sigmoid(gap), 0.0), 0))
+    else:
+        negative = tl.where(positive, float("-inf"), s) if TOUCHING else s
+        tl.store(slot, _logsumexp_of_columns(negative if MODE == DECOUPLED else s))
+        tl.store(slot + stride, tl.sum(_finite(negative), 0))
+        if TOUCHING:
+            tl.store(slot + 2 * stride, tl.sum(tl.where(positive, s, 0.0), 0))
+            if MODE == IN:
+                chosen = tl.where(positive, s, float("-inf"))
+                tl.store(slot + 3 * stride, _logsumexp_of_columns(chosen))
+
+
+@triton.jit
+def sums(
+    h, index, count, norm, runs, lse, by_row, by_col,
+    batches, length, dim, inverse_temperature, first_row, first_tile, tiles, panel,
+    MODE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Tiles of S on and above the diagonal, for row tiles of a panel, into slots.
+
+    by_row: [sums, rows of the launch, tiles, panel]: a slot a column tile. by_col: [sums, rows of
+    the launch, panel / TILE, tiles · TILE]: a slot a row tile. A tile on the diagonal is whole and
+    serves its rows alone. Sums: logsumexp of candidates (DECOUPLED: of negatives), Σ of negatives,
+    Σ of positives, and with IN their logsumexp; POSITIVES: Σ softplus(lse − s), Σ sigmoid(lse − s).
+    """
+    launched, local = tl.num_programs(1), tl.program_id(1)
+    i, j = _place(tl.program_id(0), tiles, panel // TILE)
+    i += first_tile
+    batch = first_row + local
+    valid = tl.load(count + batch)
+    if (j < i) | (i * TILE >= valid):
+        return
+    base, per_run = batch.to(tl.int64) * length, batches.to(tl.int64) * length
+    runs += base
+    last = tl.minimum((i + 1) * TILE, valid) - 1
+    label_end = tl.load(runs + 3 * per_run + last)
+    if j * TILE >= (label_end if MODE == POSITIVES else tl.load(runs + per_run + last)):
+        return
+    rows, cols = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    products = _products(
+        h + base * dim, index + base, rows, cols, valid, dim, TILE, DEPTH, INTERPRETED
+    )
+    parts = _quarters(products, TILE)
+    row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
+    row_lse = tl.load(lse + base + rows, mask=rows < valid, other=0) if MODE == POSITIVES else 0
+    stride = launched.to(tl.int64) * tiles * panel
+    by_row += (local * tiles + j).to(tl.int64) * panel + rows - first_tile * TILE
+    by_col += (local * (panel // TILE) + i - first_tile).to(tl.int64) * tiles * TILE
+    nothing, zero = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32)
+    top, total, negatives, positives = nothing, zero, zero, zero
+    positive_top, positive_total = nothing, zero
+    WIDTH: tl.constexpr = TILE // 4
+    for part in tl.static_range(4):
+        cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
+        col_inverse = _inverse(norm + base, cols, valid, SMALLEST)
+        s = _similarities(parts[part], row_inverse, col_inverse, inverse_temperature)
+        s = tl.where(_within(runs, 0, per_run, rows, cols, valid), s, float("-inf"))
+        col_lse = tl.load(lse + base + cols, mask=cols < valid, other=0) if MODE == POSITIVES else 0
+        if j * TILE < label_end:
+            positive = _within(runs, 2 * per_run, 3 * per_run, rows, cols, valid)
+            if MODE == POSITIVES:
+                gap = row_lse[:, None] - s
+                total += tl.sum(tl.where(positive, _softplus(gap), 0.0), 1)
+                negatives += tl.sum(tl.where(positive, _sigmoid(gap), 0.0), 1)
+            else:
+                negative = tl.where(positive, float("-inf"), s)
+                top, total = _extend(top, total, negative if MODE == DECOUPLED else s)
+                negatives += tl.sum(_finite(negative), 1)
+                positives += tl.sum(tl.where(positive, s, 0.0), 1)
+                if MODE == IN:
+                    chosen = tl.where(positive, s, float("-inf"))
+                    positive_top, positive_total = _extend(positive_top, positive_total, chosen)
+            if i != j:
+                _store_columns(by_col + cols, stride, s, positive, col_lse, MODE, True)
+        elif MODE != POSITIVES:
+            top, total = _extend(top, total, s)
+            negatives += tl.sum(_finite(s), 1)
+            _store_columns(by_col + cols, stride, s, s, col_lse, MODE, False)
+    tl.store(by_row, total if MODE == POSITIVES else _logarithm(top, total))
+    tl.store(by_row + stride, negatives)
+    if MODE != POSITIVES:
+        tl.store(by_row + 2 * stride, positives)
+    if MODE == IN:
+        tl.store(by_row + 3 * stride, _logarithm(positive_top, positive_total))
+
+
+@triton.jit
+def merge(
+    slots, into, runs, batches, length, first_row, first_tile, first_slot, count, width, stride,
+    SUMS: tl.constexpr, LOGS: tl.constexpr, LABELS: tl.constexpr,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Adds the slots [count, width] of each token that were written, in order, to `into`.
+
+    into: [SUMS, 2, B, L]: the sum, or with bit k of LOGS the largest exponent seen and the sum of
+    exponentials below it. Only the tiles of a token's segment (bit k of LABELS: its label) wrote;
+    BELOW, ABOVE: only those before, not before, its own.
+    """
+    local, tile = tl.program_id(1), first_tile + tl.program_id(0)
+    base = (first_row + local).to(tl.int64) * length
+    per_run = batches.to(tl.int64) * length
+    t = tile * TILE + tl.arange(0, TILE)
+    inside = t < length
+    slots += local.to(tl.int64) * count * width + tl.program_id(0) * TILE + tl.arange(0, TILE)
+    for k in tl.static_range(SUMS):
+        run = runs + base + t + (2 * per_run if (LABELS >> k) & 1 else 0)
+        low = tl.load(run, mask=inside, other=0) // TILE
+        high = tl.cdiv(tl.load(run + per_run, mask=inside, other=0), TILE)
+        if BELOW:
+            high = tl.minimum(high, tile)
+        if ABOVE:
+            low = tl.maximum(low, tile)
+        low, high = tl.maximum(low - first_slot, 0), tl.minimum(high - first_slot, count)
+        first, last = tl.min(low, 0), tl.max(high, 0)
+        known = into + 2 * k * per_run + base + t
+        total = tl.load(known + per_run, mask=inside, other=0)
+        if (LOGS >> k) & 1:
+            old = tl.load(known, mask=inside, other=float("-inf"))
+            top = old
+            for slot in range(first, last):
+                here = inside & (slot >= low) & (slot < high)
+                x = tl.load(slots + slot * width, mask=here, other=float("-inf"))
+                top = tl.maximum(top, x)
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            total *= tl.exp(old - shift)
+            for slot in range(first, last):
+                here = inside & (slot >= low) & (slot < high)
+                x = tl.load(slots + slot * width, mask=here, other=float("-inf"))
+                total += tl.exp(x - shift)
+            tl.store(known, top, mask=inside)
+        else:
+            for slot in range(first, last):
+                here = inside & (slot >= low) & (slot < high)
+                total += tl.load(slots + slot * width, mask=here, other=0)
+        tl.store(known + per_run, total, mask=inside)
+        slots += stride
+
+
+@triton.jit
+def _pair_gradients(s, runs, ends, per_run, rows, cols, valid, touching, MODE: tl.constexpr):
+    """G of the pairs of a tile; `touching`: some of them may be positives."""
+    row_in, col_in = rows < valid, cols < valid
+    row_lse = tl.load(ends + rows, mask=row_in, other=0)[:, None]
+    col_lse = tl.load(ends + cols, mask=col_in, other=0)[None, :]
+    row_push = tl.load(ends + per_run + rows, mask=row_in, other=0)[:, None]
+    col_push = tl.load(ends + per_run + cols, mask=col_in, other=0)[None, :]
+    g = tl.exp(s - row_lse) * row_push + tl.exp(s - col_lse) * col_push
+    g = tl.where(_within(runs, 0, per_run, rows, cols, valid), g, 0.0)
+    if touching:
+        positive = _within(runs, 2 * per_run, 3 * per_run, rows, cols, valid)
+        row_pull = tl.load(ends + 3 * per_run + rows, mask=row_in, other=0)[:, None]
+        col_pull = tl.load(ends + 3 * per_run + cols, mask=col_in, other=0)[None, :]
+        if MODE == IN:
+            row_lse = tl.load(ends + 2 * per_run + rows, mask=row_in, other=0)[:, None]
+            col_lse = tl.load(ends + 2 * per_run + cols, mask=col_in, other=0)[None, :]
+            row_pull, col_pull = tl.exp(s - row_lse) * row_pull, tl.exp(s - col_lse) * col_pull
+        if MODE == DECOUPLED:
+            row_pull, col_pull = _sigmoid(row_lse - s) * row_pull, _sigmoid(col_lse - s) * col_pull
+        kept = 0.0 if MODE == DECOUPLED else g  # whose positives do not push
+        g = tl.where(positive, kept - row_pull - col_pull, g)
+    return g
+
+
+@triton.jit
+def gradients(
+    h, index, count, norm, runs, ends, powers, m, by_row, by_col,
+    batches, length, dim, inverse_temperature, first_row, first_tile, tiles, panel,
+    MODE: tl.constexpr, SYMMETRIC: tl.constexpr, RESCALED: tl.constexpr, TILE: tl.constexpr,
+    DEPTH: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Tiles of M = G / ‖h_col‖ for row tiles of a panel, and Σ_col M h_row · h_col in slots.
+
+    m: [rows of the launch, panel, tiles · TILE]. ends: [4, B, L], as `Ends` has it. RESCALED: M is
+    also divided by `powers`, since float16 has too few exponents for all 1/‖h‖. SYMMETRIC: the
+    panel is the whole row, and tiles above the diagonal also fill those below.
+    """
+    local = tl.program_id(1)
+    i, j = _place(tl.program_id(0), tiles, panel // TILE)
+    i += first_tile
+    batch = first_row + local
+    valid = tl.load(count + batch)
+    if ((j < i) & SYMMETRIC) | (i * TILE >= valid):
+        return
+    base, per_run = batch.to(tl.int64) * length, batches.to(tl.int64) * length
+    runs += base
+    ends += base
+    last = tl.minimum((i + 1) * TILE, valid) - 1
+    if (j * TILE >= tl.load(runs + per_run + last)) | ((j + 1) * TILE <= tl.load(runs + i * TILE)):
+        return
+    rows, cols = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    products = _products(
+        h + base * dim, index + base, rows, cols, valid, dim, TILE, DEPTH, INTERPRETED
+    )
+    parts = _quarters(products, TILE)
+    row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
+    row_factor = row_inverse
+    label_start = tl.load(runs + 2 * per_run + i * TILE)
+    touching = j * TILE < tl.load(runs + 3 * per_run + last)
+    touching = touching & ((j + 1) * TILE > label_start)
+    width = tiles * TILE
+    m += local.to(tl.int64) * panel * width
+    local_rows = rows - first_tile * TILE
+    by_row += (local * tiles + j).to(tl.int64) * panel + local_rows
+    by_col += (local * tiles + i).to(tl.int64) * width
+    if RESCALED:
+        powers += base
+        row_power = tl.load(powers + rows, mask=rows < valid, other=1)
+        row_factor = row_inverse / row_power
+    dtype: tl.constexpr = m.dtype.element_ty
+    along = tl.zeros([TILE], tl.float32)
+    WIDTH: tl.constexpr = TILE // 4
+    for part in tl.static_range(4):
+        cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
+        products = parts[part]
+        col_inverse = _inverse(norm + base, cols, valid, SMALLEST)
+        s = _similarities(products, row_inverse, col_inverse, inverse_temperature)
+        g = _pair_gradients(s, runs, ends, per_run, rows, cols, valid, touching, MODE)
+        if RESCALED:
+            col_power = tl.load(powers + cols, mask=cols < valid, other=1)
+            col_inverse /= col_power
+        mine = _cast(g * col_inverse[None, :], dtype, INTERPRETED)
+        tl.store(m + local_rows.to(tl.int64)[:, None] * width + cols[None, :], mine)
+        mine = mine.to(tl.float32) * products
+        along += tl.sum(mine * col_power[None, :] if RESCALED else mine, 1)
+        if SYMMETRIC:  # noqa: SIM102 (known when compiled, unlike the next)
+            if i != j:
+                theirs = _cast(g * row_factor[:, None], dtype, INTERPRETED)
+                tl.store(m + cols.to(tl.int64)[None, :] * width + rows[:, None], theirs)
+                theirs = theirs.to(tl.float32) * products
+                theirs = theirs * row_power[:, None] if RESCALED else theirs
+                tl.store(by_col + cols, tl.sum(theirs, 0))
+    tl.store(by_row, along)
+
+
+@triton.jit
+def apply(
+    h, index, count, norm, runs, radial, powers, unit, m, out,
+    batches, length, dim, first_row, first_tile, tiles, panel,
+    RESCALED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
+    SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """dL/dh of a panel: M·H, less its part along h, over unit · ‖h‖; 0 at ignored tokens."""
+    local, i = tl.program_id(2), first_tile + tl.program_id(1)
+    batch = first_row + local
+    valid = tl.load(count + batch)
+    base, per_run = batch.to(tl.int64) * length, batches.to(tl.int64) * length
+    h += base * dim
+    out += base * dim
+    index += base
+    d = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    rows = i * TILE + tl.arange(0, TILE)
+    width = tiles * TILE
+    m += (local * panel + rows - first_tile * TILE).to(tl.int64)[:, None] * width
+    total = tl.zeros([TILE, WIDE], tl.float32)
+    if i * TILE < valid:
+        # Whole tiles: those of the segments of these rows, and only those, were written.
+        first = tl.load(runs + base + i * TILE) // TILE * TILE
+        end = tl.load(runs + base + per_run + tl.minimum((i + 1) * TILE, valid) - 1)
+        for k in range(first, tl.cdiv(end, TILE) * TILE, DEPTH):
+            c = k + tl.arange(0, DEPTH)
+            inside = c < valid
+            a = tl.load(m + c[None, :])
+            tokens = h + tl.load(index + c, mask=inside, other=0) * dim
+            x = tl.load(tokens[:, None] + d, mask=inside[:, None] & (d < dim)[None, :], other=0)
+            if RESCALED:
+                scale = tl.load(powers + base + c, mask=inside, other=1)[:, None]
+                x = (x.to(tl.float32) * scale).to(x.dtype)
+            if INTERPRETED:
+                a, x = a.to(tl.float32), x.to(tl.float32)
+            total = tl.dot(a, x, total, input_precision="ieee")
+    position = tl.load(index + rows, mask=rows < length, other=0)[:, None] * dim + d
+    known = (rows < valid)[:, None] & (d < dim)[None, :]
+    x = tl.load(h + position, mask=known, other=0).to(tl.float32)
+    length_of = tl.load(norm + base + rows, mask=rows < valid, other=1)
+    inverse = 1 / tl.maximum(length_of, SMALLEST)
+    along = tl.load(radial + base + rows, mask=rows < valid, other=0) * inverse * inverse
+    along = tl.where(length_of < SMALLEST, 0.0, along)
+    g = (total - along[:, None] * x) * (inverse / tl.load(unit + batch))[:, None]
+    g = _cast(tl.where(known, g, 0.0), out.dtype.element_ty, INTERPRETED)
+    tl.store(out + position, g, mask=(rows < length)[:, None] & (d < dim)[None, :])

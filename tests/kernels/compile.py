@@ -1,0 +1,115 @@
+"""Compile the Triton kernels for GPUs that need not be there, and report what they take.
+
+    python -m tests.kernels.compile 90 bfloat16      # a JSON line a kernel
+
+Registers and spilled bytes a thread, shared memory a block in bytes, and the unit that multiplies.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from simreg.kernels import tiles
+from simreg.kernels import triton as host
+from simreg.kernels.reference import EPS
+
+DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+INPUTS = ("h", "m", "out")
+INTEGERS = {"index": "*i64", "runs": "*i32"}
+FLOATS = ("norm", "lse", "by_row", "by_col", "slots", "into", "ends", "unit", "radial", "powers")
+DIVISIBLE = ("length", "dim", "panel", "width")  # by 16, as they are in any model
+
+
+def variants(dtype: str, blocks: host.Blocks) -> Iterator[tuple[triton.JITFunction, dict, int]]:
+    """Kernels with their constants and pipeline stages, as `simreg.kernels.triton` has them."""
+    size = {"TILE": blocks.tile, "DEPTH": blocks.depth, "SMALLEST": EPS, "INTERPRETED": False}
+    rescaled = {"RESCALED": dtype == "float16"}
+    yield tiles.norms, {"TOKENS": 16, "DEPTH": 128}, 3
+    for mode in range(4):
+        yield tiles.sums, {"MODE": mode, **size}, blocks.stages
+    for mode in range(3):
+        for symmetric in (True, False):
+            yield (
+                tiles.gradients,
+                {"MODE": mode, "SYMMETRIC": symmetric, **rescaled, **size},
+                blocks.stages,
+            )
+    merging = {"LABELS": 0b1100, "LOGS": 0b1001, "BELOW": False, "ABOVE": True}
+    yield tiles.merge, {"SUMS": 4, **merging, "TILE": blocks.tile}, 3
+    yield tiles.apply, {**rescaled, **size, "WIDE": blocks.wide}, 2 * blocks.stages
+
+
+def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            types[name] = "constexpr"
+        elif name in INPUTS:
+            types[name] = DTYPES[dtype]
+        elif name in INTEGERS:
+            types[name] = INTEGERS[name]
+        elif name == "count":
+            types[name] = "i32" if kernel is tiles.merge else "*i32"
+        elif name in FLOATS:
+            types[name] = "*fp32"
+        else:
+            types[name] = "fp32" if name == "inverse_temperature" else "i32"
+    return types
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack and local memory a thread: the stack holds what was spilled."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found, text
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def main(capability: int, dtype: str) -> None:
+    known = divmod(capability, 10)
+    with mock.patch("torch.cuda.get_device_capability", return_value=known):
+        blocks = host.blocks(getattr(torch, dtype), torch.device("cuda"))
+    for kernel, constants, stages in variants(dtype, blocks):
+        types = signature(kernel, dtype)
+        divisible = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, kind) in enumerate(types.items())
+            if kind.startswith("*") or name in DIVISIBLE
+        }
+        compiled = triton.compile(
+            ASTSource(kernel, types, constexprs=constants, attrs=divisible),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": blocks.warps, "num_stages": stages},
+        )
+        registers, spilled = resources(compiled.asm["cubin"])
+        units = ("wgmma", "tcgen05", "mma.sync")
+        record = {
+            "kernel": kernel.__name__,
+            **{k: constants[k] for k in ("MODE", "SYMMETRIC") if k in constants},
+            "registers": registers,
+            "spilled": spilled,
+            "shared": compiled.metadata.shared,
+            "unit": next((unit for unit in units if unit in compiled.asm["ptx"]), "scalar"),
+        }
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

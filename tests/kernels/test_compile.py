@@ -1,0 +1,40 @@
+"""The Triton kernels compile for GPUs that are not here, spill nothing and fit their memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.problems import needs_triton
+
+pytestmark = needs_triton
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a block can have
+UNIT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float16"), (90, "float32")],
+)
+def test_kernels_compile_without_spills(capability, dtype):
+    # A process of its own: here the kernels are those of the interpreter.
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile", str(capability), dtype],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    assert run.returncode == 0, run.stderr
+    records = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(records) == 13
+    for record in records:
+        print(capability, dtype, record)
+        assert record["spilled"] == 0, record
+        assert record["shared"] <= 1024 * SHARED[capability], record
+        multiplies = record["kernel"] in ("sums", "gradients", "apply")
+        tensor_cores = multiplies and dtype != "float32"
+        assert record["unit"] == (UNIT[capability] if tensor_cores else "scalar"), record

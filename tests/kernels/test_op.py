@@ -1,0 +1,182 @@
+"""The operator, whichever kernel stands behind it: compile, autocast, checkpoints, refusals."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import simreg
+from simreg import SimRegLoss, simreg_loss
+from simreg.kernels import op
+from tests.kernels.problems import each_backend, each_variant, problem, quiet, small_tiles
+from tests.test_loss import per_token, value_and_grad
+
+pytestmark = quiet
+
+
+@pytest.fixture(autouse=True)
+def _small():
+    with small_tiles("blockwise"), small_tiles("triton"):
+        yield
+
+
+def both_equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@each_backend
+@each_variant
+def test_custom_op_is_well_formed(backend, variant):
+    hidden = torch.randn(2, 20, 4, requires_grad=True)
+    labels, ids = torch.arange(20).expand(2, 20) % 3, torch.arange(20).expand(2, 20) // 10
+    # Every token has positives and negatives: opcheck takes NaN (a mean of none) for a difference.
+    arguments = (hidden, labels.contiguous(), ids.contiguous(), 0.1, variant, backend)
+    torch.library.opcheck(op.loss, arguments)
+
+
+@each_backend
+@each_variant
+def test_storage_saved_for_backward_is_linear(backend, variant):
+    batch, length, dim = 1, 48, 64
+    hidden, labels, ids = problem(batch, length, dim, 30, 2, dtype=torch.float32)
+    hidden.requires_grad_()
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = simreg_loss(hidden, labels, segments=ids, variant=variant, backend=backend)
+    loss.backward()
+    tokens = batch * length
+    # hidden itself, labels, segments, the permutation (int64), and a few floats a token
+    assert sum(saved.values()) <= tokens * (4 * dim + 3 * 8 + 8 * 4)
+    assert sum(saved.values()) >= tokens * 4 * dim  # the hook does see what is saved
+
+
+@each_backend
+def test_compiles_once_for_all_lengths(backend):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(per_token, fullgraph=True, backend=count, dynamic=True)
+    for length in (20, 28, 33):
+        hidden, labels, _ = problem(2, length, 8, 5, dtype=torch.float32)
+        ours = value_and_grad(compiled, hidden, labels, backend=backend)
+        assert both_equal(ours, value_and_grad(per_token, hidden, labels, backend=backend))
+    assert len(graphs) == 1
+
+
+@each_backend
+def test_inductor_leaves_gradients_as_they_are(backend):
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    hidden, labels, _ = problem(2, 20, 8, 5, dtype=torch.float32)
+    compiled = torch.compile(simreg_loss, fullgraph=True)
+    grads = []
+    for loss in (simreg_loss, compiled):
+        leaf = hidden.clone().requires_grad_()
+        loss(leaf, labels, backend=backend).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_module_compiles_while_its_weight_is_scheduled(dynamic):
+    hidden, labels, _ = problem(2, 40, 8, 5, dtype=torch.float32)
+    module = SimRegLoss()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for weight in (0.1, 0.2, 0.3, 0.0):
+        module.weight = weight
+        (ours, metrics), (plain, expected) = compiled(hidden, labels), module(hidden, labels)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(metrics, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_autocast_and_checkpointing_change_nothing(backend, reentrant):
+    hidden, labels, _ = problem(2, 20, 8, 5, dtype=torch.float32)
+
+    def loss(h, y):
+        return per_token(h, y, backend=backend)
+
+    def under_autocast(h, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(h, y)
+
+    def checkpointed(h, y):
+        return checkpoint(loss, h, y, use_reentrant=reentrant)
+
+    def value_and_gradient(fn):
+        leaf = hidden.clone().requires_grad_()
+        value = fn(leaf, labels)
+        value.sum().backward()
+        return value.detach(), leaf.grad
+
+    plain = value_and_gradient(loss)
+    for changed in (under_autocast, checkpointed):
+        assert both_equal(value_and_gradient(changed), plain)
+
+
+@each_backend
+def test_differentiable_once(backend):
+    hidden, labels, _ = problem(1, 9, 4, 3, dtype=torch.float32)
+    hidden.requires_grad_()
+    loss = simreg_loss(hidden, labels, backend=backend)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_transforms_of_torch_func_are_refused():
+    hidden, labels, _ = problem(1, 9, 4, 3)
+
+    def loss(h):
+        return simreg_loss(h, labels)
+
+    with pytest.raises(RuntimeError, match="simreg_loss: forward-mode"):
+        torch.func.jvp(loss, (hidden,), (hidden,))
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.hessian):
+        with pytest.raises(RuntimeError, match=r"simreg_loss: (not supported under|forward-mode)"):
+            transform(loss)(hidden if transform is not torch.func.vmap else hidden[None])
+
+
+@each_backend
+def test_two_runs_are_bitwise_equal(backend):
+    hidden, labels, _ = problem(2, 60, 33, 20, dtype=torch.float32)
+    first, second = (value_and_grad(per_token, hidden, labels, backend=backend) for _ in range(2))
+    assert both_equal(first, second)
+
+
+def test_explain(monkeypatch, caplog):
+    hidden, labels, _ = problem(1, 9, 4, 3, dtype=torch.float32)
+    if hidden.device.type == "cpu":
+        assert simreg.explain(hidden) == "blockwise: not triton: the device is cpu"
+    assert simreg.explain(hidden, backend="reference") == "reference: asked for"
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        simreg.explain(hidden, backend="cuda")
+    with pytest.raises(ValueError, match="backend: 'triton' can't be used: it has no float64"):
+        simreg.explain(hidden.double(), backend="triton")
+    with caplog.at_level(logging.DEBUG, "simreg"):
+        simreg_loss(hidden, labels)
+    assert "backend blockwise (not triton: the device is cpu) for [1, 9, 4]" in caplog.text
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    from simreg.kernels import triton
+
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    hidden, labels, _ = problem(1, 9, 4, 3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="backend: 'triton' can't be used: it needs an NVIDIA GPU"):
+        simreg_loss(hidden, labels, backend="triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert triton.obstacle(torch.device("cuda")) == "it needs compute capability 8.0, not 7.5"
