@@ -16,6 +16,7 @@ checkpoints/ and tensorboard/."""
 _HELP = {
     "train": "train a language model, with SimReg or without",
     "compare": "say how many tokens and how much time SimReg saves",
+    "bench": "time the loss and measure its memory, beside its peers",
 }
 
 
@@ -92,7 +93,15 @@ def _compare(arguments: list[str]) -> None:
     run.main(options)
 
 
-_VERBS = {"train": _train, "compare": _compare}
+def _bench(arguments: list[str]) -> None:
+    import tyro
+
+    from simreg.bench import run
+
+    run.main(tyro.cli(run.BenchOptions, prog="simreg bench", args=arguments))
+
+
+_VERBS = {"train": _train, "compare": _compare, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,5 @@
 """What the figures of a study are drawn from: runs, results, colours."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,54 +7,7 @@ import numpy as np
 
 from simreg.study.records import Run
 from simreg.study.results import Grid, grid
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours: of text, of the grid, of the reference and then of each other arm in turn."""
-
-    text: str
-    grid: str
-    series: tuple[str, ...]
-    background: str = "none"
-
-    def of(self, arms: Iterable[str]) -> dict[str, str]:
-        """Arm -> colour; the first arm is the reference, later ones share the rest in turn."""
-        first, *others = arms
-        rest = self.series[1:]
-        return {first: self.series[0]} | {a: rest[i % len(rest)] for i, a in enumerate(others)}
-
-    @property
-    def rc(self) -> Any:
-        """matplotlib settings (untyped: its stubs list every key as a literal)."""
-        return {
-            "figure.facecolor": self.background,
-            "axes.facecolor": "none",
-            "text.color": self.text,
-            "axes.labelcolor": self.text,
-            "axes.edgecolor": self.text,
-            "xtick.color": self.text,
-            "ytick.color": self.text,
-            "grid.color": self.grid,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.linewidth": 0.6,
-            "axes.linewidth": 0.8,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 10,
-            "axes.titlelocation": "left",
-            "font.size": 9.5,
-            "legend.frameon": False,
-        }
-
-
-PRINT = Theme(
-    text="#1f2328",
-    grid="#d9dee4",
-    series=("#5b6470", "#0b6bcb", "#c2410c", "#0f8a5f", "#8b3fc7", "#a16207"),
-    background="#ffffff",
-)
+from simreg.theme import PRINT, Theme
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from simreg.recipe.checkpoints import write_atomically
 from simreg.study import plots, summary
-from simreg.study.picture import PRINT, Picture, Theme
+from simreg.study.picture import Picture
 from simreg.study.records import Run
+from simreg.theme import PRINT, Theme
 
 # Stand-ins that matplotlib can draw with; the page's style decides what they look like.
 _TEXT, _GRID = "#010203", "#010204"

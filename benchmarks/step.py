@@ -1,0 +1,66 @@
+"""How much longer a whole training step takes with the loss: interleaved steps in one process.
+
+    python benchmarks/step.py                          # llama-tiny at the shape of `simreg train`
+    python benchmarks/step.py --set model.preset=llama-130m data.seq_len=2048 train.batch_rows=32
+
+Forward, backward, clipping and AdamW, on the standard library's text.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+import yaml
+
+from simreg.recipe import config, data, provenance
+from simreg.recipe.train import step_time_ratio
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Options:
+    """Measure the step time of a training run with SimReg over that without."""
+
+    set: list[str] = field(default_factory=list)
+    """Fields of the run's config, as `section.name=value`."""
+    pairs: int = 60
+    """Pairs of steps, at most."""
+    seconds: float = 240.0
+    """No new pair after so long."""
+    out: Path | None = None
+    """The JSON file; default: benchmarks/results/step-PRESET-DEVICE.json."""
+
+
+def main(options: Options) -> None:
+    chosen = {}
+    for item in options.set:
+        path, _, value = item.partition("=")
+        section, _, name = path.partition(".")
+        chosen = config.merge(chosen, {section: {name: yaml.safe_load(value)}})
+    with_loss = config.from_dict(chosen)
+    without = config.with_overrides(with_loss, {"simreg": {"weight": 0}})
+    corpus = data.prepare(with_loss.data)
+    measured = step_time_ratio(without, with_loss, corpus, options.pairs, options.seconds)
+    results = {
+        "what": "time of a training step with SimReg over one without, median over pairs",
+        **measured,
+        "config": config.to_dict(with_loss),
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    preset = with_loss.model.preset
+    out = options.out or RESULTS / f"step-{preset}-{device}.json"
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    low, high = measured["ratio_quartiles"]
+    print(f"{preset}: × {measured['ratio']:.3f} ({low:.3f} to {high:.3f}); written to {out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

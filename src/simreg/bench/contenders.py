@@ -1,0 +1,216 @@
+"""What is compared: bare matrix products, peers, and every backend of the loss."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simreg import simreg_loss
+from simreg.bench.problem import Shape, rows
+from simreg.bench.recompute import chunked_recompute, pairs_at_a_time
+from simreg.kernels.reference import reference
+from simreg.loss import BACKENDS
+
+BARE = "bare matmuls"
+NAIVE, COMPILED, RECOMPUTE = "naive", "compiled naive", "chunked recompute"
+METRIC_LEARNING = "pytorch-metric-learning"
+SHARED = 2**31
+"""Bytes of S up to which bare products of all rows are one batched product."""
+MATRICES = {NAIVE: 7, COMPILED: 2, METRIC_LEARNING: 15, RECOMPUTE: 9}
+"""Matrices of similarities in float32 alive at once, as measured on the CPU."""
+
+Step = Callable[[], Tensor | None]
+"""Forward and backward once; gives the loss, if it computes one, and leaves its gradient."""
+Prepare = Callable[[Tensor, Tensor, Shape], Step]
+"""Inputs (`problem.inputs`) and their shape to a step."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the comparison."""
+
+    name: str
+    prepare: Prepare
+    working: Callable[[Shape], int]
+    """Predicted bytes that a step takes beyond the embeddings."""
+    variant: str | None = None
+    """Of the loss; None: it computes none."""
+    missing: str | None = None
+    """Why it cannot run on this machine."""
+    compiled: bool = False
+    """Whether its first step at a shape compiles, which takes memory of its own."""
+
+    @property
+    def title(self) -> str:
+        """Name and, unless it is the default, variant."""
+        return self.name if self.variant in (None, "out") else f"{self.name} ({self.variant})"
+
+
+def contenders(device: torch.device, variants: Sequence[str] = ("out",)) -> list[Contender]:
+    """Everything there is, bare products first; what cannot run says why in `missing`.
+
+    Peers know the "out" loss alone, and are left out if it is not among the variants.
+    """
+    peers = [
+        Contender(COMPILED, _compiled, _compiled_bytes, "out", _no_compiler(device), True),
+        Contender(RECOMPUTE, _recompute, _recompute_bytes(device), "out"),
+        Contender(METRIC_LEARNING, _metric_learning, _metric_bytes, "out", _no_metric_learning()),
+    ]
+    ours = [
+        Contender(
+            backend, _backend(backend, variant), _linear_bytes, variant, _missing(backend, device)
+        )
+        for backend in BACKENDS
+        if backend not in ("auto", "reference")
+        for variant in variants
+    ]
+    naive = [Contender(NAIVE, _naive(variant), _naive_bytes, variant) for variant in variants]
+    bare = Contender(BARE, _bare, _bare_bytes)
+    return [bare, *naive, *(c for c in peers if c.variant in variants), *ours]
+
+
+def _missing(backend: str, device: torch.device) -> str | None:
+    return "runs on CUDA only" if backend == "triton" and device.type != "cuda" else None
+
+
+def _step(hidden: Tensor, loss: Callable[[], Tensor]) -> Step:
+    def step() -> Tensor:
+        hidden.grad = None
+        value = loss()
+        torch.autograd.backward(value)
+        return value.detach()
+
+    return step
+
+
+def _bare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+    """The 6·L²·d operations of the textbook loss: S, in backward S again and G·E."""
+    e, _ = rows(hidden.detach(), labels, shape)
+    parts = [e] if shape.rows * shape.row**2 * shape.itemsize <= SHARED else torch.split(e, 1)
+
+    def step() -> None:
+        for part in parts:
+            torch.bmm(part, part.mT)
+            s = torch.bmm(part, part.mT)
+            torch.bmm(s, part)
+
+    return step
+
+
+def _backend(backend: str, variant: str) -> Prepare:
+    def prepare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+        def loss() -> Tensor:
+            return simreg_loss(
+                hidden, labels, variant=variant, chunk_size=shape.chunk, backend=backend
+            )
+
+        return _step(hidden, loss)
+
+    return prepare
+
+
+def _textbook(hidden: Tensor, labels: Tensor, variant: str) -> Tensor:
+    """The L×L definition under autograd, as one would first write it."""
+    loss, _, _ = reference(hidden, labels, None, 0.1, variant)
+    return loss.sum() / (labels >= 0).sum().clamp_min(1)
+
+
+def _naive(variant: str) -> Prepare:
+    def prepare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+        return _step(hidden, lambda: _textbook(*rows(hidden, labels, shape), variant))
+
+    return prepare
+
+
+def _compiled(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+    torch.compiler.reset()  # a shape each: else the second one would compile for any length
+    compiled = torch.compile(_textbook, dynamic=False, fullgraph=True)
+    return _step(hidden, lambda: compiled(*rows(hidden, labels, shape), "out"))
+
+
+def _recompute(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+    return _step(hidden, lambda: chunked_recompute(*rows(hidden, labels, shape)))
+
+
+def _metric_learning(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+    """SupConLoss row by row, each with its own backward so that one row's matrices are kept.
+
+    Its default reducer averages over the anchors whose loss is above 0; here they are summed and
+    divided by the valid labels of the batch, as `simreg_loss` does.
+    """
+    from pytorch_metric_learning.losses import SupConLoss
+    from pytorch_metric_learning.reducers import SumReducer
+
+    supcon = SupConLoss(temperature=0.1, reducer=SumReducer())
+    count = (labels >= 0).sum().clamp_min(1)
+    ignored = bool((labels < 0).any())
+
+    def step() -> Tensor:
+        hidden.grad = None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for embeddings, label in zip(*rows(hidden, labels, shape), strict=True):
+            if ignored:
+                embeddings, label = embeddings[label >= 0], label[label >= 0]
+            loss = supcon(embeddings, label) / count
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    return step
+
+
+def _bare_bytes(shape: Shape) -> int:
+    whole = shape.rows * shape.row**2 * shape.itemsize
+    return shape.hidden_bytes + (whole if whole <= SHARED else whole // shape.rows)
+
+
+def _naive_bytes(shape: Shape) -> int:
+    return _linear_bytes(shape) + MATRICES[NAIVE] * shape.rows * _matrix_bytes(shape)
+
+
+def _compiled_bytes(shape: Shape) -> int:
+    return _linear_bytes(shape) + MATRICES[COMPILED] * shape.rows * _matrix_bytes(shape)
+
+
+def _metric_bytes(shape: Shape) -> int:
+    return _linear_bytes(shape) + MATRICES[METRIC_LEARNING] * _matrix_bytes(shape)
+
+
+def _recompute_bytes(device: torch.device) -> Callable[[Shape], int]:
+    def predicted(shape: Shape) -> int:
+        pairs = min(pairs_at_a_time(device), shape.rows * shape.row**2)
+        return _linear_bytes(shape) + MATRICES[RECOMPUTE] * 4 * pairs
+
+    return predicted
+
+
+def _matrix_bytes(shape: Shape) -> int:
+    return shape.row**2 * _wide(shape)
+
+
+def _linear_bytes(shape: Shape) -> int:
+    """Embeddings and their gradient in float32, and the gradient in the dtype."""
+    return shape.hidden_bytes + 2 * shape.hidden_bytes // shape.itemsize * _wide(shape)
+
+
+def _wide(shape: Shape) -> int:
+    return max(4, shape.itemsize)
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "needs triton"
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    found = device.type != "cpu" or any(name and shutil.which(name) for name in names)
+    return None if found else "needs a C++ compiler"
+
+
+def _no_metric_learning() -> str | None:
+    if importlib.util.find_spec("pytorch_metric_learning"):
+        return None
+    return "not installed (pip install pytorch-metric-learning)"

@@ -1,0 +1,72 @@
+"""What the peak of a step is taken to be; tests/kernels/test_blockwise.py does it for real."""
+
+import subprocess
+import time
+
+import pytest
+import torch
+
+from simreg.bench import memory
+from simreg.bench.contenders import contenders
+from simreg.bench.problem import Shape
+
+MIB = 2**20
+CPU = torch.device("cpu")
+NAIVE = contenders(CPU)[1]
+SMALL = Shape(batch=2, length=64, dim=8, dtype="float32", chunk=32)
+
+
+def test_growth_sees_what_a_step_takes_and_gives_back():
+    def step():
+        taken = torch.ones(64 * MIB // 4)
+        time.sleep(0.1)  # long enough for a sample on a busy machine
+        del taken
+
+    step()  # so that threads and code are there
+    assert 60 * MIB < memory.growth(step) < 80 * MIB
+    assert memory.growth(lambda: None) < 8 * MIB
+
+
+def test_the_watch_ends_with_a_step_that_fails():
+    def fail():
+        raise ValueError("so")
+
+    with pytest.raises(ValueError, match="so"):
+        memory.growth(fail)
+
+
+def test_the_process_is_told_what_to_run(monkeypatch, capsys):
+    commands = []
+
+    def fake(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="4096\n")
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    assert memory.peak_extra_bytes(NAIVE, SMALL, CPU) == 4096
+    (command,) = commands
+    assert command[1:3] == ["-m", "simreg.bench.memory"]
+    monkeypatch.setattr(memory, "growth", lambda step: [step(), 77][1])
+    shapes = []
+    real = memory.problem.inputs
+    monkeypatch.setattr(
+        memory.problem,
+        "inputs",
+        lambda shape, device: [shapes.append(shape), real(shape, device)][1],
+    )
+    memory.main(*command[3:])
+    assert capsys.readouterr().out == "77\n"
+    assert shapes[-1] == SMALL
+
+
+@pytest.mark.parametrize(
+    ("status", "stderr", "says"),
+    [(-9, "", "killed"), (1, "Traceback\nMemoryError: x\n", "MemoryError: x"), (3, "", "status 3")],
+)
+def test_a_process_that_fails_says_why(monkeypatch, status, stderr, says):
+    def fake(command, **options):
+        return subprocess.CompletedProcess(command, status, stdout="", stderr=stderr)
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    with pytest.raises(RuntimeError, match=says):
+        memory.peak_extra_bytes(NAIVE, SMALL, CPU)

@@ -1,0 +1,141 @@
+"""`simreg bench` from the command line, and the recorded benchmark that calls it."""
+
+import json
+import sys
+
+import pytest
+import torch
+from benchmarks import loss
+from matplotlib.image import imread
+
+from simreg import cli
+from simreg.bench import records, run
+from simreg.bench.contenders import BARE, contenders
+
+FIELDS = {
+    *("length", "dim", "batch", "dtype", "chunk", "variant", "name", "median_s", "quartiles_s"),
+    *("rounds", "over_bare", "peak_extra_bytes", "skipped"),
+}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The shapes that are measured, without a process for each memory figure."""
+    monkeypatch.setattr(records, "peak_extra_bytes", lambda *args: 3 * 2**20)
+    shapes, real = [], run.measure_shape
+
+    def watch(shape, *args, **options):
+        shapes.append(shape)
+        return real(shape, *args, **options)
+
+    monkeypatch.setattr(run, "measure_shape", watch)
+    return shapes
+
+
+def bench(*flags):
+    return cli.main(["bench", "--device", "cpu", *map(str, flags)])
+
+
+def test_a_run_writes_table_json_and_figure(tmp_path, capsys, measured, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/simreg", "bench", "--out", "a b"])
+    out = tmp_path / "deep" / "b.json"
+    grid = ["--shapes", "2x16x8", "2x32x8", "--chunks", "0", "8", "--variants", "out", "in"]
+    chosen = ["--contenders", "naive", "blockwise", "--rounds", "3", "--out", out]
+    assert bench(*grid, *chosen) == 0
+    results = json.loads(out.read_text())
+    found = results["records"]
+    assert len(measured) == 4
+    assert len(found) == 4 * 5
+    assert all(set(record) == FIELDS for record in found)
+    assert {(r["name"], r["variant"]) for r in found} == {
+        *((BARE, None), ("naive", "out"), ("naive", "in")),
+        *(("blockwise", "out"), ("blockwise", "in")),
+    }
+    for record in found:
+        low, high = record["quartiles_s"]
+        assert 0 < low <= record["median_s"] <= high
+        assert record["rounds"] == 3
+        assert record["skipped"] is None
+        assert record["peak_extra_bytes"] == 3 * 2**20
+    assert results["machine"]["device"] == "cpu"
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["command"] == "simreg bench --out 'a b'"
+    assert imread(out.with_suffix(".png")).shape[1] > 1000
+    assert "sequence length L" in out.with_suffix(".svg").read_text()
+    text = capsys.readouterr().out
+    assert "batch 2, L 32, chunks of 8, d 8, float32" in text
+    assert "blockwise (in)" in text
+    assert str(out) in text
+
+
+def test_memory_can_be_left_out(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(records, "peak_extra_bytes", lambda *args: pytest.fail("measured"))
+    flags = ["--shapes", "1x8x4", "--contenders", "blockwise", "--rounds", "3", "--no-memory"]
+    assert bench(*flags, "--out", tmp_path / "b.json") == 0
+    found = json.loads((tmp_path / "b.json").read_text())["records"]
+    assert [r["peak_extra_bytes"] for r in found] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--device tpu", "--device: expected auto, cpu, cuda or mps, got 'tpu'"),
+        ("--device cuda", "--device cuda: PyTorch finds no such device here"),
+        ("--dtypes int8", "--dtypes: expected any of float32, bfloat16, float16, float64, got"),
+        ("--shapes 8by4", "--shapes: expected LENGTHxDIM or BATCHxLENGTHxDIM"),
+        ("--tokens 0", "--tokens: expected a positive number, got 0"),
+        ("--chunks 7", "--chunks: 7 does not divide the length 256"),
+        ("--variants up", "--variants: expected any of out, in, decoupled, got 'up'"),
+        ("--contenders fast", "--contenders: expected any of bare matmuls, naive,"),
+        ("--rounds 2", "--rounds: expected 3 or more, got 2"),
+        ("--out {tmp}", "--out {tmp}: expected a file name, this is a folder"),
+        ("--out {tmp}/file/b.json", "--out {tmp}/file/b.json: cannot write there: "),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_measured(
+    flags, says, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run, "measure_shape", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").touch()
+    words = flags.format(tmp=tmp_path).split()
+    default = [] if "--out" in words else ["--out", str(tmp_path / "b.json")]
+    assert cli.main(["bench", *default, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"simreg: error: {says.format(tmp=tmp_path)}")
+    assert error.count("\n") == 1
+
+
+def test_the_recorded_benchmark(tmp_path, monkeypatch, measured, capsys):
+    asked = []
+    monkeypatch.setattr(loss, "peak_extra_bytes", lambda *args: [asked.append(args), 5][1])
+    monkeypatch.setattr(loss, "SHAPES", ["2x8x4"])
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: 1 / 0)
+    loss.main(loss.Options(rounds=3, seconds=1.0, out=tmp_path / "loss.json"))
+    results = json.loads((tmp_path / "loss.json").read_text())
+    assert results["memory"] == {
+        **{"length": 16_384, "dim": 512, "batch": 1, "name": "blockwise", "peak_extra_bytes": 5}
+    }
+    ((contender, shape, device),) = asked
+    assert (contender.title, shape.length, device.type) == ("blockwise", 16_384, "cpu")
+    variants = {r["variant"] for r in results["records"] if r["name"] == "blockwise"}
+    assert variants == {"out", "in", "decoupled"}
+    skipped = {r["name"]: r["skipped"] for r in results["records"]}
+    assert skipped["compiled naive"].startswith("ZeroDivisionError")
+    assert "not run: compiled naive" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_cuda(tmp_path, dtype):
+    out = tmp_path / "b.json"
+    flags = ["--device", "cuda", "--shapes", "2x512x64", "--dtypes", dtype, "--rounds", "3"]
+    assert cli.main(["bench", *flags, "--out", str(out)]) == 0
+    found = {r["name"]: r for r in json.loads(out.read_text())["records"]}
+    missing = {c.name for c in contenders(torch.device("cuda")) if c.missing}
+    assert {name for name, r in found.items() if r["skipped"]} == missing
+    gradient = 2 * 512 * 64 * getattr(torch, dtype).itemsize
+    for name in found.keys() - missing:
+        assert found[name]["median_s"] > 0
+        assert found[name]["peak_extra_bytes"] >= gradient
