@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from benchmarks import loss
 from matplotlib.image import imread
 
+from benchmarks import loss
 from simreg import cli
 from simreg.bench import records, run
 from simreg.bench.contenders import BARE, contenders

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmarks import fuzz
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import fuzz
 from tests.kernels.problems import each_variant, needs_triton, problem, quiet, small_tiles
 from tests.test_loss import per_token, value_and_grad
 
@@ -92,7 +92,7 @@ def products(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter counts")
 def test_tiles_outside_a_segment_are_not_computed(products):
-    length, documents = 256, 8  # 16 tiles of S; a document is 2 of them
+    length, documents = 128, 4  # 8 rows of tiles; a document is 2 of them
     hidden = torch.randn(1, length, 16, requires_grad=True)
     labels = torch.randint(0, 50, (1, length))
     packed = (torch.arange(length) * documents // length)[None]
@@ -107,24 +107,22 @@ def test_tiles_outside_a_segment_are_not_computed(products):
             counts.append(products[0] - counts[0])
         return counts
 
-    triangle = 16 * 17 // 2
-    assert work(None) == [triangle, triangle + 16 * 16]  # S; S and M·H
-    assert work(None, limits={"SCRATCH": 0})[1] == 2 * 16 * 16
+    assert work(None) == [36, 36 + 64]  # the triangle of S; the same again and M·H
+    assert work(None, limits={"SCRATCH": 0})[1] == 64 + 64
     for ids in (packed, packed[:, torch.randperm(length)]):
         assert work(ids) == [documents * 3, documents * (3 + 4)]
     assert work(None, chunk=32) == [documents * 3, documents * (3 + 4)]
-    quarter = labels.masked_fill(torch.arange(length) >= 64, -100)
-    assert work(None, quarter) == [10, 10 + 16]
+    half = labels.masked_fill(torch.arange(length) >= 64, -100)
+    assert work(None, half) == [10, 10 + 16]
 
 
 @each_variant
-@pytest.mark.parametrize("limits", [{}, LIMITS], ids=["whole", "panels"])
-def test_no_allocation_is_quadratic(variant, limits):
+def test_no_allocation_is_quadratic(variant):
     from simreg.kernels import triton
 
-    length, dim = 320, 4
+    length, dim = 160, 2
     hidden, labels, _ = problem(1, length, dim, 50, dtype=torch.float32)
-    limits = limits or {"SLOTS": 1 << 14, "SCRATCH": 1 << 14}
+    limits = {"SLOTS": 1 << 12, "SCRATCH": 1 << 12}
     largest = [0]
 
     class Watch(TorchDispatchMode):
@@ -147,14 +145,3 @@ def test_no_allocation_is_quadratic(variant, limits):
         limits["SCRATCH"] // 2 + hidden_bytes, 4 * tiles * tile * tile, 32 * length
     )
     assert largest[0] < 4 * length * length / 8
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", ["blockwise", "triton"])
-@pytest.mark.parametrize("seed", range(60))
-def test_on_cuda(backend, seed, monkeypatch):
-    monkeypatch.undo()
-    problem = fuzz.random_problem(seed, 128, "cuda")
-    ratios = fuzz.error_ratios(problem, backend)
-    assert max(ratios) <= 2, f"{dict(zip(fuzz.NAMES, ratios, strict=True))}: {problem}"

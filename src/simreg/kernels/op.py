@@ -9,6 +9,8 @@ on tensors that `simreg.loss` has checked; `saved` are the last four results of 
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -58,6 +60,15 @@ def _kernel(name: str) -> ModuleType:
     return {"blockwise": blockwise, "reference": reference}[name]
 
 
+@contextmanager
+def _plainly(hidden: Tensor) -> Iterator[None]:
+    """Without autograd and autocast, on the device of `hidden` (where Triton would launch)."""
+    plain = torch.autocast(hidden.device.type, enabled=False)
+    device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]
+    with torch.no_grad(), plain, device:
+        yield
+
+
 @torch.library.custom_op("simreg::loss", mutates_args=())
 def loss(
     hidden: Tensor,
@@ -75,7 +86,7 @@ def loss(
     """
     name, why = choose(hidden, backend)
     log.debug("backend %s (%s) for %s", name, why, list(hidden.shape))
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _plainly(hidden):
         results = _kernel(name).forward(hidden, labels, segments, temperature, variant)
     return results  # type: ignore[no-any-return]
 
@@ -106,7 +117,7 @@ def loss_backward(
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
     kernel = _kernel(choose(hidden, backend)[0])
     saved = (index, norm, lse, statistic)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with _plainly(hidden):
         gradient: Tensor = kernel.backward(
             grad, hidden, labels, segments, saved, temperature, variant
         )

@@ -23,10 +23,10 @@ def _place(program, tiles, rows, GROUP: tl.constexpr = 8):
 
 
 @triton.jit
-def norms(h, index, count, norm, length, dim, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
-    """‖h‖ of every token, 0 where ignored."""
-    row = tl.program_id(1)
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+def norms(h, index, count, norm, parts, length, dim, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
+    """‖h‖ of every token, 0 where ignored; a batch row in `parts` programs."""
+    row = tl.program_id(0) // parts
+    t = tl.program_id(0) % parts * TOKENS + tl.arange(0, TOKENS)
     base = row.to(tl.int64) * length
     inside = t < tl.load(count + row)
     tokens = h + (base + tl.load(index + base + t, mask=inside, other=0)) * dim

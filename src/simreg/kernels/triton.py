@@ -23,6 +23,7 @@ from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
+GRID = 2**16 - 1  # programs along the second and third axis of a launch
 INTERPRETED = not isinstance(tiles.norms, triton.JITFunction)
 _MODES = {"out": tiles.OUT.value, "in": tiles.IN.value, "decoupled": tiles.DECOUPLED.value}
 
@@ -82,9 +83,9 @@ class Problem:
 
     def _norms(self) -> Tensor:
         norm = self.per_token()
-        grid = (triton.cdiv(self.length, 16), self.batch)
-        tiles.norms[grid](
-            self.hidden, self.order.position, self.count, norm, self.length, self.dim,
+        parts = triton.cdiv(self.length, 16)
+        tiles.norms[(parts * self.batch,)](
+            self.hidden, self.order.position, self.count, norm, parts, self.length, self.dim,
             TOKENS=16, DEPTH=128,
         )  # fmt: skip
         return norm
@@ -107,7 +108,7 @@ class Problem:
 
     def launches(self, tile_bytes: int, limit: int) -> Iterator[Launch]:
         """As few as keep within `limit` bytes, where a tile of a batch row takes `tile_bytes`."""
-        rows = limit // (tile_bytes * self.tiles)
+        rows = min(limit // (tile_bytes * self.tiles), GRID)
         if rows:
             for row in range(0, self.batch, rows):
                 yield Launch(row, min(rows, self.batch - row), 0, self.tiles)
