@@ -1,7 +1,9 @@
 """Compile the Triton kernels for GPUs that need not be there, and report what they take.
 
-    python -m tests.kernels.compile 90 bfloat16      # a JSON line a kernel
+    python -m tests.kernels.compile 90 bfloat16          # a JSON line a kernel
+    python -m tests.kernels.compile 90 bfloat16 single   # for one token of one dimension
 
+Triton makes arguments that are 1 constants, hence the second.
 Registers and spilled bytes a thread, shared memory a block in bytes, and the unit that multiplies.
 """
 
@@ -18,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import KernelParam
 
 from simreg.kernels import tiles
 from simreg.kernels import triton as host
@@ -68,6 +71,11 @@ def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
     return types
 
 
+def _becomes_constant(parameter: KernelParam, kind: str) -> bool:
+    at_least_a_tile = parameter.name in ("panel", "width", "stride")
+    return kind == "i32" and not parameter.do_not_specialize and not at_least_a_tile
+
+
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack and local memory a thread: the stack holds what was spilled."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -82,16 +90,19 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def main(capability: int, dtype: str) -> None:
+def main(capability: int, dtype: str, *, single: bool) -> None:
     known = divmod(capability, 10)
     with mock.patch("torch.cuda.get_device_capability", return_value=known):
         blocks = host.blocks(getattr(torch, dtype), torch.device("cuda"))
     for kernel, constants, stages in variants(dtype, blocks):
         types = signature(kernel, dtype)
+        if single:
+            ones = {p.name: 1 for p in kernel.params if _becomes_constant(p, types[p.name])}
+            constants, types = constants | ones, types | dict.fromkeys(ones, "constexpr")
         divisible = {
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(types.items())
-            if kind.startswith("*") or name in DIVISIBLE
+            if not single and (kind.startswith("*") or name in DIVISIBLE)
         }
         compiled = triton.compile(
             ASTSource(kernel, types, constexprs=constants, attrs=divisible),
@@ -112,4 +123,4 @@ def main(capability: int, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], single="single" in sys.argv)

@@ -15,14 +15,10 @@ SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a block can have
 UNIT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [(80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float16"), (90, "float32")],
-)
-def test_kernels_compile_without_spills(capability, dtype):
+def compiled(*arguments):
     # A process of its own: here the kernels are those of the interpreter.
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile", str(capability), dtype],
+        [sys.executable, "-m", "tests.kernels.compile", *arguments],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -31,7 +27,19 @@ def test_kernels_compile_without_spills(capability, dtype):
     assert run.returncode == 0, run.stderr
     records = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(records) == 13
-    for record in records:
+    return records
+
+
+def test_kernels_compile_for_a_single_token():
+    compiled("90", "float16", "single")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float16"), (90, "float32")],
+)
+def test_kernels_compile_without_spills(capability, dtype):
+    for record in compiled(str(capability), dtype):
         print(capability, dtype, record)
         assert record["spilled"] == 0, record
         assert record["shared"] <= 1024 * SHARED[capability], record

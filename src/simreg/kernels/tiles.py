@@ -11,7 +11,14 @@ float32 sums; 1/‖h‖ and 1/τ scale them in float32.
 import triton
 import triton.language as tl
 
+# Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
+VARYING = ["batches", "first_row", "first_tile", "tiles", "first_slot", "count", "parts"]
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
+
+
+def _launched(function):
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in VARYING if name in names])
 
 
 @triton.jit
@@ -22,7 +29,7 @@ def _place(program, tiles, rows, GROUP: tl.constexpr = 8):
     return group + program % (GROUP * tiles) % height, program % (GROUP * tiles) // height
 
 
-@triton.jit
+@_launched
 def norms(h, index, count, norm, parts, length, dim, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
     """‖h‖ of every token, 0 where ignored; a batch row in `parts` programs."""
     row = tl.program_id(0) // parts
@@ -165,7 +172,7 @@ def _store_columns(slot, stride, s, positive, lse, MODE: tl.constexpr, TOUCHING:
                 tl.store(slot + 3 * stride, _logsumexp_of_columns(chosen))
 
 
-@triton.jit
+@_launched
 def sums(
     h, index, count, norm, runs, lse, by_row, by_col,
     batches, length, dim, inverse_temperature, first_row, first_tile, tiles, panel,
@@ -240,7 +247,7 @@ def sums(
         tl.store(by_row + 3 * stride, _logarithm(positive_top, positive_total))
 
 
-@triton.jit
+@_launched
 def merge(
     slots, into, runs, batches, length, first_row, first_tile, first_slot, count, width, stride,
     SUMS: tl.constexpr, LOGS: tl.constexpr, LABELS: tl.constexpr,
@@ -317,7 +324,7 @@ def _pair_gradients(s, runs, ends, per_run, rows, cols, valid, touching, MODE: t
     return g
 
 
-@triton.jit
+@_launched
 def gradients(
     h, index, count, norm, runs, ends, powers, m, by_row, by_col,
     batches, length, dim, inverse_temperature, first_row, first_tile, tiles, panel,
@@ -388,7 +395,7 @@ def gradients(
     tl.store(by_row, along)
 
 
-@triton.jit
+@_launched
 def apply(
     h, index, count, norm, runs, radial, powers, unit, m, out,
     batches, length, dim, first_row, first_tile, tiles, panel,
