@@ -14,6 +14,9 @@ import argparse
 import json
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,21 +136,24 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/fuzz-BACKEND-DEVICE.json"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tile = small_tiles(options.backend) if device == "cpu" else 128
+    tile = 16 if device == "cpu" else 128
+    seeds = range(options.first, options.first + options.count)
 
     began, worst, failed = time.time(), dict.fromkeys(NAMES, (0.0, "")), []
-    for seed in range(options.first, options.first + options.count):
-        problem = random_problem(seed, tile, device)
-        for name, value in zip(NAMES, error_ratios(problem, options.backend), strict=True):
-            if value > 2:
-                failed.append(f"seed {seed}: {name} {value:.2f}: {problem}")
-                print(failed[-1], flush=True)
-            if value >= worst[name][0]:
-                worst[name] = (value, f"seed {seed}: {problem}")
-        if (seed + 1) % 100 == 0:
-            print(f"{seed + 1}: worst", {k: round(v[0], 2) for k, v in worst.items()}, flush=True)
+    check = partial(check_seed, backend=options.backend, tile=tile, device=device)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for seed, (ratios, text) in zip(seeds, pool.map(check, seeds, chunksize=8), strict=True):
+            for name, value in zip(NAMES, ratios, strict=True):
+                if value > 2:
+                    failed.append(f"seed {seed}: {name} {value:.2f}: {text}")
+                    print(failed[-1], flush=True)
+                if value >= worst[name][0]:
+                    worst[name] = (value, f"seed {seed}: {text}")
+            if (seed + 1) % 100 == 0:
+                print(f"{seed + 1}: worst", {k: round(v[0], 2) for k, v in worst.items()})
     results = {
         "what": "worst error over that of the naive loss plus one unit in the last place; rule: 2",
         "backend": options.backend,
@@ -166,15 +172,18 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
-def small_tiles(backend: str) -> int:
-    """Make the tiles small, so that small problems have many; returns their size."""
-    if backend == "blockwise":
-        blockwise._block = lambda device: 16
-    else:
-        from simreg.kernels import triton
+def check_seed(seed: int, backend: str, tile: int, device: str) -> tuple[list[float], str]:
+    """Error ratios of a random problem, with tiles so small that on the CPU it has many."""
+    torch.set_num_threads(1)
+    if tile < 128:
+        if backend == "blockwise":
+            blockwise._block = lambda device: tile
+        else:
+            from simreg.kernels import triton
 
-        triton.blocks = lambda dtype, device: triton.Blocks(16, 16, 16, 1, 1)
-    return 16
+            triton.blocks = lambda dtype, device: triton.Blocks(tile, tile, tile, 1, 1)
+    problem = random_problem(seed, tile, device)
+    return error_ratios(problem, backend), str(problem)
 
 
 if __name__ == "__main__":
