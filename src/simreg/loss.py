@@ -12,6 +12,7 @@ from simreg.kernels import op
 VARIANTS = ("out", "in", "decoupled")
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 REDUCTIONS = ("mean", "sum", "none")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -195,11 +196,11 @@ def per_token(
         return nothing, nothing.detach(), nothing.detach(), valid
     chunk = length if chunk_size is None else min(chunk_size, length)
     if chunk < length:  # a chunk is a shorter row; the last one is filled with ignored tokens
-        pad = -length % chunk
-        rows = batch * ((length + pad) // chunk)
-        h = F.pad(h, (0, 0, 0, pad)).reshape(rows, chunk, h.shape[-1])
-        y = F.pad(y, (0, pad), value=-1).reshape(rows, chunk)
-        g = None if g is None else F.pad(g, (0, pad)).reshape(rows, chunk)
+        if pad := -length % chunk:
+            h, y = F.pad(h, (0, 0, 0, pad)), F.pad(y, (0, pad), value=-1)
+            g = None if g is None else F.pad(g, (0, pad))
+        h, y = h.reshape(-1, chunk, h.shape[-1]), y.reshape(-1, chunk)
+        g = None if g is None else g.reshape(-1, chunk)
     results = op.loss(h, y, g, float(temperature), variant, backend)[:3]
     loss, pos_cos, neg_cos = (
         r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in results
@@ -245,9 +246,9 @@ def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> N
         raise ValueError(f"labels: expected on {hidden.device} like hidden, got {labels.device}")
     if segments is None:
         return
-    if segments.shape != labels.shape or segments.is_floating_point() or segments.is_complex():
+    if segments.shape != labels.shape or segments.dtype not in _INTEGERS:
         raise ValueError(
-            f"segments: expected {list(labels.shape)} of an integer dtype, "
+            f"segments: expected {list(labels.shape)} of a signed integer dtype, uint8 or bool, "
             f"got {list(segments.shape)} in {segments.dtype}"
         )
     if segments.device != hidden.device:

@@ -35,7 +35,7 @@ def sort_tokens(labels: Tensor, segments: Tensor | None) -> Tensor:
     if segments is not None:
         for key in (segments, (labels < 0).to(torch.uint8)):
             index = index.gather(1, key.gather(1, index).argsort(dim=1, stable=True))
-    return index
+    return index.contiguous()
 
 
 def describe(index: Tensor, labels: Tensor, segments: Tensor | None) -> Order:

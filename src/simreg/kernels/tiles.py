@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 
 # Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
-VARYING = ["batches", "first_row", "first_tile", "tiles", "first_slot", "count", "parts"]
+VARYING = (
+    "batches", "length", "first_row", "first_tile", "first_slot", "tiles", "panel", "parts",
+    "count", "stride",
+)  # fmt: skip
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
 
 
@@ -189,9 +192,11 @@ def sums(
     launched, local = tl.num_programs(1), tl.program_id(1)
     i, j = _place(tl.program_id(0), tiles, panel // TILE)
     i += first_tile
+    if j < i:
+        return
     batch = first_row + local
     valid = tl.load(count + batch)
-    if (j < i) | (i * TILE >= valid):
+    if i * TILE >= valid:
         return
     base, per_run = batch.to(tl.int64) * length, batches.to(tl.int64) * length
     runs += base
@@ -340,9 +345,11 @@ def gradients(
     local = tl.program_id(1)
     i, j = _place(tl.program_id(0), tiles, panel // TILE)
     i += first_tile
+    if (j < i) & SYMMETRIC:
+        return
     batch = first_row + local
     valid = tl.load(count + batch)
-    if ((j < i) & SYMMETRIC) | (i * TILE >= valid):
+    if i * TILE >= valid:
         return
     base, per_run = batch.to(tl.int64) * length, batches.to(tl.int64) * length
     runs += base

@@ -2,12 +2,12 @@
 
 - Forward: tiles on and above the diagonal of S, each for its rows and its columns. What a tile adds
   to a token goes into a slot of its own; slots are merged in order.
-- Backward: tiles of G = D + Dᵀ (design §2), rounded to the dtype of hidden as M, in a scratch that
-  is bounded by the size of `hidden`; then dH = M·H. Where the M of a whole row fits, a tile serves
-  both sides here too; else M comes in panels of rows.
+- Backward: tiles of G = D + Dᵀ (design §2), rounded to the dtype of hidden as M; then dH = M·H.
+  Where the M of a whole row fits, a tile serves both sides here too; else it comes in panels.
 
 Tiles that hold no pair of one segment are neither computed nor multiplied. Extra memory besides the
-gradient: per-token statistics, slots (at most SLOTS) and M (at most SCRATCH or the size of hidden).
+gradient: per-token statistics, slots (at most SLOTS), and M, for which with all that comes with it
+there are the size of `hidden` and SCRATCH (design §5).
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from simreg.kernels import tiles
 from simreg.kernels.order import Order, Sums, describe, ends, losses, sort_tokens
@@ -23,6 +24,7 @@ from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
+TOKEN = 200  # bytes of statistics a token, in backward
 GRID = 2**16 - 1  # programs along the second and third axis of a launch
 INTERPRETED = not isinstance(tiles.norms, triton.JITFunction)
 _MODES = {"out": tiles.OUT.value, "in": tiles.IN.value, "decoupled": tiles.DECOUPLED.value}
@@ -33,7 +35,7 @@ def obstacle(device: torch.device) -> str | None:
     if INTERPRETED:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU, not {device.type}"
+        return f"it needs an NVIDIA GPU, not {'ROCm' if torch.version.hip else device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"it needs compute capability 8.0, not {major}.{minor}"
 
@@ -70,8 +72,11 @@ class Problem:
 
     def __init__(self, hidden: Tensor, order: Order, norm: Tensor | None = None) -> None:
         """`norm`: ``[B, L]`` sorted, computed if not given."""
-        self.hidden, self.order = hidden.contiguous(), order
-        self.batch, self.length, self.dim = hidden.shape
+        # Rows that begin at multiples of 16 numbers can be copied 16 bytes at a time.
+        spare = -hidden.shape[-1] % 16
+        self.hidden = (F.pad(hidden, (0, spare)) if spare else hidden).contiguous()
+        self.order = order
+        self.batch, self.length, self.dim = self.hidden.shape
         self.blocks = blocks(hidden.dtype, hidden.device)
         self.tiles: int = triton.cdiv(self.length, self.blocks.tile)
         segment_end = order.segment + order.positives + order.negatives + 1
@@ -113,7 +118,8 @@ class Problem:
             for row in range(0, self.batch, rows):
                 yield Launch(row, min(rows, self.batch - row), 0, self.tiles)
             return
-        panel = max(1, limit // tile_bytes)
+        panels = triton.cdiv(self.tiles, max(1, limit // tile_bytes))
+        panel = triton.cdiv(self.tiles, panels)
         for row in range(self.batch):
             for tile in range(0, self.tiles, panel):
                 yield Launch(row, 1, tile, min(panel, self.tiles - tile))
@@ -159,7 +165,7 @@ def forward(
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
     order = describe(sort_tokens(labels, segments), labels, segments)
     problem = Problem(hidden, order)
-    sums = 4 if variant == "in" else 3  # in the order of `tiles._store_sums`
+    sums = 4 if variant == "in" else 3  # in the order of `tiles.sums`
     mode, logs, labels_only = _MODES[variant], 0b1001, 0b1100
     merged = _over_launches(problem, problem.norm, temperature, sums, mode, logs, labels_only)
     found = Sums(_logarithm(merged[0]), merged[2, 1], merged[1, 1])
@@ -178,7 +184,9 @@ def _over_launches(
 ) -> Tensor:
     merged = problem.per_token(sums, 2)
     merged[:, 0], merged[:, 1] = -torch.inf, 0
+    slots = None
     for launch in problem.launches(problem.slot_bytes(sums), SLOTS):
+        del slots  # before the next are allocated
         slots = problem.slots(sums, launch)
         problem.over_pairs(tiles.sums, launch, lse, *slots, temperature=temperature, MODE=mode)
         problem.merge(slots, merged, launch, logs=logs, labels=labels)
@@ -210,11 +218,14 @@ def backward(
     out = torch.empty_like(problem.hidden)
 
     b = problem.blocks
-    tile_bytes = b.tile * problem.tiles * b.tile * hidden.element_size()
+    tile_bytes = b.tile * problem.tiles * b.tile * hidden.element_size()  # of M
     room = SCRATCH // 2 + hidden.numel() * hidden.element_size()
+    room = max(0, room - TOKEN * labels.numel() - room // 16)  # statistics, and slots beside M
     symmetric = tile_bytes * problem.tiles <= room
-    limit = max(SCRATCH, tile_bytes * problem.tiles) if symmetric else room
-    for launch in problem.launches(tile_bytes, min(limit, room)):
+    limit = min(room, max(SCRATCH, tile_bytes * problem.tiles)) if symmetric else room
+    slots = m = None
+    for launch in problem.launches(tile_bytes, limit):
+        del slots, m  # before the next are allocated
         slots = problem.slots(1, launch)
         m = hidden.new_empty(launch.rows, launch.tiles * b.tile, problem.tiles * b.tile)
         problem.over_pairs(
@@ -231,7 +242,7 @@ def backward(
             INTERPRETED=INTERPRETED, num_warps=b.warps,
             num_stages=2 * b.stages,  # half of them for the indices of the rows to load
         )  # fmt: skip
-    return out
+    return out[..., : hidden.shape[-1]]
 
 
 def _scales(problem: Problem, push: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
