@@ -38,7 +38,7 @@ class Options:
 
 
 def candidates() -> list[Blocks]:
-    choices = itertools.product((64, 128), (32, 64, 128), (128, 256), (4, 8), (2, 3, 4))
+    choices = itertools.product((128,), (32, 64), (128, 256), (4, 8), (3, 4))
     return [Blocks(*choice) for choice in choices]
 
 
