@@ -85,7 +85,7 @@ def random_problem(seed: int, tile: int, device: str = "cpu") -> Problem:
         None if segments is None else segments.to(device),
         pick(0.01, 0.05, 0.1, 1.0),
         VARIANTS[seed % len(VARIANTS)],
-        pick(None, None, None, 1, tile, tile + 3),
+        pick(None, None, None, max(1, length // 3), tile, tile + 3),
         weights.to(device),
     )
 

@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import simreg
@@ -147,6 +150,22 @@ def test_transforms_of_torch_func_are_refused():
     for transform in (torch.func.grad, torch.func.vmap, torch.func.hessian):
         with pytest.raises(RuntimeError, match=r"simreg_loss: (not supported under|forward-mode)"):
             transform(loss)(hidden if transform is not torch.func.vmap else hidden[None])
+
+
+def test_dtensors_are_refused():
+    hidden, labels, _ = problem(1, 9, 4, 3)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded, sharded_labels = (distribute_tensor(x, mesh, [Shard(1)]) for x in (hidden, labels))
+        with pytest.raises(ValueError, match="hidden: expected a plain tensor, got a DTensor"):
+            simreg_loss(sharded, sharded_labels)
+        with pytest.raises(ValueError, match="labels: expected a plain tensor, got a DTensor"):
+            simreg_loss(hidden, sharded_labels)
+        local = simreg_loss(sharded.to_local(), sharded_labels.to_local())
+        assert torch.equal(local, simreg_loss(hidden, labels))
+    finally:
+        dist.destroy_process_group()
 
 
 @each_backend
