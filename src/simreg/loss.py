@@ -196,11 +196,13 @@ def per_token(
         return nothing, nothing.detach(), nothing.detach(), valid
     chunk = length if chunk_size is None else min(chunk_size, length)
     if chunk < length:  # a chunk is a shorter row; the last one is filled with ignored tokens
-        if pad := -length % chunk:
+        pad = -length % chunk
+        rows = batch * ((length + pad) // chunk)
+        if pad:
             h, y = F.pad(h, (0, 0, 0, pad)), F.pad(y, (0, pad), value=-1)
             g = None if g is None else F.pad(g, (0, pad))
-        h, y = h.reshape(-1, chunk, h.shape[-1]), y.reshape(-1, chunk)
-        g = None if g is None else g.reshape(-1, chunk)
+        h, y = h.reshape(rows, chunk, h.shape[-1]), y.reshape(rows, chunk)
+        g = None if g is None else g.reshape(rows, chunk)
     results = op.loss(h, y, g, float(temperature), variant, backend)[:3]
     loss, pos_cos, neg_cos = (
         r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in results

@@ -242,7 +242,7 @@ def backward(
             INTERPRETED=INTERPRETED, num_warps=b.warps,
             num_stages=2 * b.stages,  # half of them for the indices of the rows to load
         )  # fmt: skip
-    return out[..., : hidden.shape[-1]]
+    return out[..., : hidden.shape[-1]].contiguous()
 
 
 def _scales(problem: Problem, push: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
