@@ -30,6 +30,7 @@ from simreg.loss import VARIANTS, per_token
 from simreg.recipe import provenance
 
 RESULTS = Path(__file__).parent / "results"
+SMALL = 32  # tokens of a tile on the CPU, so that small problems have many
 NAMES = ("loss", "pos_cos", "neg_cos", "gradient")
 
 
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tile = 32 if device == "cpu" else 128
+    tile = SMALL if device == "cpu" else 128
     seeds = range(options.first, options.first + options.count)
 
     began, worst, failed = time.time(), dict.fromkeys(NAMES, (0.0, "")), []
@@ -170,7 +171,7 @@ def main() -> None:
 def check_seed(seed: int, backend: str, tile: int, device: str) -> tuple[list[float], str]:
     """Error ratios of a random problem, with tiles so small that on the CPU it has many."""
     torch.set_num_threads(1)
-    if tile < 128:
+    if tile == SMALL:
         if backend == "blockwise":
             blockwise._block = lambda device: tile
         else:

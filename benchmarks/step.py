@@ -1,7 +1,7 @@
 """How much longer a whole training step takes with the loss: interleaved steps in one process.
 
     python benchmarks/step.py                          # llama-tiny at the shape of `simreg train`
-    python benchmarks/step.py --set model.preset=llama-130m data.seq_len=2048 train.batch_rows=32
+    python benchmarks/step.py --set model.preset=llama-130m,data.seq_len=2048,train.batch_rows=32
 
 Forward, backward, clipping and AdamW, on the standard library's text.
 """
@@ -9,15 +9,15 @@ Forward, backward, clipping and AdamW, on the standard library's text.
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-import yaml
 
 from simreg.recipe import config, data, provenance
 from simreg.recipe.train import step_time_ratio
+from simreg.study.plan import parse_assignments
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,8 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 class Options:
     """Measure the step time of a training run with SimReg over that without."""
 
-    set: list[str] = field(default_factory=list)
-    """Fields of the run's config, as `section.name=value`."""
+    set: str = ""
+    """Fields of the run's config, `section.key=value,...`."""
     pairs: int = 60
     """Pairs of steps, at most."""
     seconds: float = 240.0
@@ -37,12 +37,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    chosen = {}
-    for item in options.set:
-        path, _, value = item.partition("=")
-        section, _, name = path.partition(".")
-        chosen = config.merge(chosen, {section: {name: yaml.safe_load(value)}})
-    with_loss = config.from_dict(chosen)
+    with_loss = config.from_dict(parse_assignments(options.set, "--set") if options.set else {})
     without = config.with_overrides(with_loss, {"simreg": {"weight": 0}})
     corpus = data.prepare(with_loss.data)
     measured = step_time_ratio(without, with_loss, corpus, options.pairs, options.seconds)

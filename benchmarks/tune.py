@@ -4,24 +4,29 @@ should say for it.
     python benchmarks/tune.py                     # the shapes of benchmarks/gpu_queue.md
     python benchmarks/tune.py --shapes 4096x2048
 
-Prints forward and backward of every choice, fastest last, and what the default is.
+Prints the time of every choice, forward and backward, fastest last, and what the default is.
 """
 
 import itertools
 import json
 import shlex
+import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
 
-from simreg import simreg_loss
 from simreg.bench import problem
+from simreg.bench.contenders import contenders
+from simreg.bench.measure import time_in_turns
 from simreg.kernels import triton
 from simreg.kernels.triton import Blocks
 from simreg.recipe import provenance
+
+CUDA = torch.device("cuda")
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Options:
     """Of a batch."""
     dtype: str = "bfloat16"
     rounds: int = 5
+    seconds: float = 60.0
+    """No new round for a shape after so long."""
     out: Path = Path(__file__).parent / "results" / "tune-cuda.json"
 
 
@@ -42,46 +49,28 @@ def candidates() -> list[Blocks]:
     return [Blocks(*choice) for choice in choices]
 
 
-def milliseconds(step, rounds: int) -> float:
-    times = []
-    for _ in range(rounds + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[1:])[rounds // 2]
+def step(shape: problem.Shape, chosen: Blocks) -> Callable[[], object]:
+    triton_step = next(c for c in contenders(CUDA) if c.name == "triton").prepare
+    run = triton_step(*problem.inputs(shape, CUDA), shape)
 
+    def with_blocks() -> None:
+        triton.blocks = lambda dtype, device: chosen
+        run()
 
-def measure(shape: problem.Shape, chosen: Blocks, rounds: int) -> dict[str, float]:
-    triton.blocks = lambda dtype, device: chosen
-    hidden, labels = problem.inputs(shape, torch.device("cuda"))
-
-    def loss():
-        return simreg_loss(hidden, labels, backend="triton")
-
-    value = loss()
-    return {
-        "forward_ms": milliseconds(loss, rounds),
-        "backward_ms": milliseconds(lambda: value.backward(retain_graph=True), rounds),
-    }
+    return with_blocks
 
 
 def main(options: Options) -> None:
-    default = triton.blocks(getattr(torch, options.dtype), torch.device("cuda"))
+    default = triton.blocks(getattr(torch, options.dtype), CUDA)
     records = []
     for shape in problem.shapes(options.shapes, options.tokens, [options.dtype], [None]):
-        found = []
-        for chosen in candidates():
-            try:
-                found.append((chosen, measure(shape, chosen, options.rounds)))
-            except Exception as error:  # too much shared memory, say: one choice less
-                print(f"{chosen}: {str(error).splitlines()[0]}")
+        steps = {str(chosen): step(shape, chosen) for chosen in candidates()}
+        times = time_in_turns(steps, CUDA, rounds=options.rounds, seconds=options.seconds)
+        medians = {name: statistics.median(taken) for name, taken in times.seconds.items()}
         print(f"\n{shape}; default {default}")
-        for chosen, times in sorted(found, key=lambda item: -sum(item[1].values())):
-            print(f"  {sum(times.values()):8.2f} ms  {times}  {chosen}")
-            records.append({"shape": str(shape), **chosen._asdict(), **times})
+        for name in sorted(medians, key=medians.get, reverse=True):
+            print(f"  {1e3 * medians[name]:8.2f} ms  {name}")
+        records.append({"shape": str(shape), "median_s": medians, "failed": times.failed})
     results = {
         "default": default._asdict(),
         "records": records,

@@ -28,7 +28,7 @@ from simreg.kernels.reference import EPS
 
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 INPUTS = ("h", "m", "out")
-INTEGERS = {"index": "*i64", "runs": "*i32"}
+INTEGERS = {"index": "*i64", "runs": "*i32", "count": "*i32"}
 FLOATS = ("norm", "lse", "by_row", "by_col", "slots", "into", "ends", "unit", "radial", "powers")
 DIVISIBLE = ("length", "dim", "panel", "width")  # by 16, as they are in any model
 
@@ -62,8 +62,6 @@ def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
             types[name] = DTYPES[dtype]
         elif name in INTEGERS:
             types[name] = INTEGERS[name]
-        elif name == "count":
-            types[name] = "i32" if kernel is tiles.merge else "*i32"
         elif name in FLOATS:
             types[name] = "*fp32"
         else:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from benchmarks.fuzz import SMALL
 from simreg.kernels import blockwise
 from simreg.loss import VARIANTS
 
@@ -25,14 +26,14 @@ def problem(batch, length, dim, classes, segments=0, dtype=torch.float64, seed=0
 
 @contextmanager
 def small_tiles(backend: str, **limits: int) -> Iterator[None]:
-    """Tiles of 16 tokens, 32 for triton; `limits` replace byte limits of the Triton kernels."""
+    """Tiles of 16 tokens, `SMALL` for triton; `limits` replace byte limits of its kernels."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "blockwise":
             patch.setattr(blockwise, "_block", lambda device: 16)
         elif TRITON:
             from simreg.kernels import triton
 
-            patch.setattr(triton, "blocks", lambda *_: triton.Blocks(32, 32, 32, 1, 1))
+            patch.setattr(triton, "blocks", lambda *_: triton.Blocks(*3 * (SMALL,), 1, 1))
             for name, value in limits.items():
                 patch.setattr(triton, name, value)
         yield

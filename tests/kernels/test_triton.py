@@ -1,4 +1,4 @@
-"""The Triton kernels: on the CPU by the interpreter with small tiles, on CUDA as they are."""
+"""The Triton kernels with small tiles, on the CPU by the interpreter (test_cuda: as they are)."""
 
 import weakref
 
@@ -26,7 +26,7 @@ def _poisoned_memory():
 
 @pytest.mark.parametrize("seed", range(24))
 def test_as_accurate_as_the_naive_loss(seed):
-    problem = fuzz.random_problem(seed, 16, DEVICE)
+    problem = fuzz.random_problem(seed, fuzz.SMALL, DEVICE)
     limits = LIMITS if seed % 2 else {}
     with small_tiles("triton", **limits):
         ratios = fuzz.error_ratios(problem, "triton")

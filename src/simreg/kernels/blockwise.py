@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simreg.kernels.order import (
-    Ends,
-    Order,
-    Sums,
-    describe,
-    ends,
-    flat,
-    losses,
-    sort_tokens,
-    through_norm,
-)
+from simreg.kernels.order import Ends, Order, Sums, describe, ends, losses, sort_tokens
 from simreg.kernels.reference import EPS
 
 
@@ -109,9 +99,15 @@ class _LogSumExp:
         return self.total.log() + self.top.masked_fill(self.top == -torch.inf, 0)
 
 
+def _flat(index: Tensor) -> Tensor:
+    """Positions among the flattened ``[B·L]`` tokens, so that moving embeddings copies rows."""
+    batch, length = index.shape
+    return (index + length * torch.arange(batch, device=index.device)[:, None]).flatten()
+
+
 def _embed(hidden: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """Sorted unit embeddings ``[B, L, d]`` (0 where ignored) and norms ``[B, L]``."""
-    h = hidden.flatten(0, 1).index_select(0, flat(order.position)).view_as(hidden)
+    h = hidden.flatten(0, 1).index_select(0, _flat(order.position)).view_as(hidden)
     h = h if h.dtype == torch.float64 else h.float()
     h.masked_fill_(~order.valid[..., None], 0)
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
@@ -197,6 +193,17 @@ def _pair_gradient(s: Tensor, tile: Tile, both: Ends, variant: str) -> Tensor:
     return push
 
 
+def _through_norm(grad_e: Tensor, e: Tensor, norm: Tensor) -> Tensor:
+    """dL/dh from dL/de, in place: the part orthogonal to e, unless the norm was clamped.
+
+    Args:
+        grad_e, e: ``[B, L, d]``, float32 or float64.
+        norm: ``[B, L, 1]``, before clamping.
+    """
+    radial = (grad_e * e).sum(-1, keepdim=True).masked_fill_(norm < EPS, 0)
+    return grad_e.addcmul_(e, radial, value=-1).div_(norm.clamp_min(EPS))
+
+
 def backward(
     grad: Tensor,
     hidden: Tensor,
@@ -217,7 +224,7 @@ def backward(
         grad_e[tile.batch, tile.rows].baddbmm_(g, e[tile.batch, tile.cols])
         if tile.rows != tile.cols:
             grad_e[tile.batch, tile.cols].baddbmm_(g.mT, e[tile.batch, tile.rows])
-    grad_h = through_norm(grad_e, e, norm[..., None])
+    grad_h = _through_norm(grad_e, e, norm[..., None])
     out = hidden.new_empty(hidden.shape)
-    out.flatten(0, 1).index_copy_(0, flat(index), grad_h.flatten(0, 1).to(hidden.dtype))
+    out.flatten(0, 1).index_copy_(0, _flat(index), grad_h.flatten(0, 1).to(hidden.dtype))
     return out

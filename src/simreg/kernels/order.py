@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simreg.kernels.reference import EPS
-
 
 class Order(NamedTuple):
     """A row's tokens sorted by (ignored, segment, label); all ``[B, L]``, in sorted order."""
@@ -123,20 +121,3 @@ def ends(
         numerator=statistic,
         pull=weight if variant == "in" else weight / order.positives.clamp_min(1),
     )
-
-
-def flat(index: Tensor) -> Tensor:
-    """Positions among the flattened ``[B·L]`` tokens, so that moving embeddings copies rows."""
-    batch, length = index.shape
-    return (index + length * torch.arange(batch, device=index.device)[:, None]).flatten()
-
-
-def through_norm(grad_e: Tensor, e: Tensor, norm: Tensor) -> Tensor:
-    """dL/dh from dL/de, in place: the part orthogonal to e, unless the norm was clamped.
-
-    Args:
-        grad_e, e: ``[B, L, d]``, float32 or float64.
-        norm: ``[B, L, 1]``, before clamping.
-    """
-    radial = (grad_e * e).sum(-1, keepdim=True).masked_fill_(norm < EPS, 0)
-    return grad_e.addcmul_(e, radial, value=-1).div_(norm.clamp_min(EPS))

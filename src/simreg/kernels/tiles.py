@@ -14,7 +14,7 @@ import triton.language as tl
 # Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
 VARYING = (
     "batches", "length", "first_row", "first_tile", "first_slot", "tiles", "panel", "parts",
-    "count", "stride",
+    "slot_count", "stride",
 )  # fmt: skip
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
 
@@ -216,7 +216,7 @@ def sums(
     by_col += (local * (panel // TILE) + i - first_tile).to(tl.int64) * tiles * TILE
     nothing, zero = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32)
     top, total, negatives, positives = nothing, zero, zero, zero
-    positive_top, positive_total = nothing, zero
+    positive_top, positive_total, softplus, slope = nothing, zero, zero, zero
     WIDTH: tl.constexpr = TILE // 4
     for part in tl.static_range(4):
         cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
@@ -228,8 +228,8 @@ def sums(
             positive = _within(runs, 2 * per_run, 3 * per_run, rows, cols, valid)
             if MODE == POSITIVES:
                 gap = row_lse[:, None] - s
-                total += tl.sum(tl.where(positive, _softplus(gap), 0.0), 1)
-                negatives += tl.sum(tl.where(positive, _sigmoid(gap), 0.0), 1)
+                softplus += tl.sum(tl.where(positive, _softplus(gap), 0.0), 1)
+                slope += tl.sum(tl.where(positive, _sigmoid(gap), 0.0), 1)
             else:
                 negative = tl.where(positive, float("-inf"), s)
                 top, total = _extend(top, total, negative if MODE == DECOUPLED else s)
@@ -244,21 +244,25 @@ def sums(
             top, total = _extend(top, total, s)
             negatives += tl.sum(_finite(s), 1)
             _store_columns(by_col + cols, stride, s, s, col_lse, MODE, False)
-    tl.store(by_row, total if MODE == POSITIVES else _logarithm(top, total))
-    tl.store(by_row + stride, negatives)
-    if MODE != POSITIVES:
+    if MODE == POSITIVES:
+        tl.store(by_row, softplus)
+        tl.store(by_row + stride, slope)
+    else:
+        tl.store(by_row, _logarithm(top, total))
+        tl.store(by_row + stride, negatives)
         tl.store(by_row + 2 * stride, positives)
-    if MODE == IN:
-        tl.store(by_row + 3 * stride, _logarithm(positive_top, positive_total))
+        if MODE == IN:
+            tl.store(by_row + 3 * stride, _logarithm(positive_top, positive_total))
 
 
 @_launched
 def merge(
-    slots, into, runs, batches, length, first_row, first_tile, first_slot, count, width, stride,
+    slots, into, runs,
+    batches, length, first_row, first_tile, first_slot, slot_count, width, stride,
     SUMS: tl.constexpr, LOGS: tl.constexpr, LABELS: tl.constexpr,
     BELOW: tl.constexpr, ABOVE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the slots [count, width] of each token that were written, in order, to `into`.
+    """Adds the slots [slot_count, width] of each token that were written, in order, to `into`.
 
     into: [SUMS, 2, B, L]: the sum, or with bit k of LOGS the largest exponent seen and the sum of
     exponentials below it. Only the tiles of a token's segment (bit k of LABELS: its label) wrote;
@@ -269,7 +273,7 @@ def merge(
     per_run = batches.to(tl.int64) * length
     t = tile * TILE + tl.arange(0, TILE)
     inside = t < length
-    slots += local.to(tl.int64) * count * width + tl.program_id(0) * TILE + tl.arange(0, TILE)
+    slots += local.to(tl.int64) * slot_count * width + tl.program_id(0) * TILE + tl.arange(0, TILE)
     for k in tl.static_range(SUMS):
         run = runs + base + t + (2 * per_run if (LABELS >> k) & 1 else 0)
         low = tl.load(run, mask=inside, other=0) // TILE
@@ -278,7 +282,7 @@ def merge(
             high = tl.minimum(high, tile)
         if ABOVE:
             low = tl.maximum(low, tile)
-        low, high = tl.maximum(low - first_slot, 0), tl.minimum(high - first_slot, count)
+        low, high = tl.maximum(low - first_slot, 0), tl.minimum(high - first_slot, slot_count)
         first, last = tl.min(low, 0), tl.max(high, 0)
         known = into + 2 * k * per_run + base + t
         total = tl.load(known + per_run, mask=inside, other=0)

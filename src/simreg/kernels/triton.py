@@ -61,9 +61,9 @@ def blocks(dtype: torch.dtype, device: torch.device) -> Blocks:
 class Launch(NamedTuple):
     """Some batch rows and a panel of their row tiles."""
 
-    row: int
+    first_row: int
     rows: int
-    tile: int
+    first_tile: int
     tiles: int
 
 
@@ -130,7 +130,7 @@ class Problem:
         kernel[(launch.tiles * self.tiles, launch.rows)](
             self.hidden, self.order.position, self.count, self.norm, self.runs, *tensors,
             self.batch, self.length, self.dim, 1 / temperature,
-            launch.row, launch.tile, self.tiles, launch.tiles * b.tile,
+            launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
             TILE=b.tile, DEPTH=b.depth, SMALLEST=EPS, INTERPRETED=INTERPRETED,
             num_warps=b.warps, num_stages=b.stages, **flags,
         )  # fmt: skip
@@ -148,14 +148,16 @@ class Problem:
         """Add what a launch left in its slots to ``[sums, 2, B, L]``; see `tiles.merge`."""
         tile = self.blocks.tile
         # For each side: its tiles, then first slot, slots, tokens of the launch.
-        rows = (launch.tile, launch.tiles, 0, self.tiles, launch.tiles * tile)
-        cols = (0, self.tiles, launch.tile, launch.tiles, self.tiles * tile)
+        rows = (launch.first_tile, launch.tiles, 0, self.tiles, launch.tiles * tile)
+        cols = (0, self.tiles, launch.first_tile, launch.tiles, self.tiles * tile)
         for by_col, side in enumerate((rows, cols) if symmetric else (rows,)):
-            first_tile, programs, first_slot, count, width = side
+            first_tile, programs, first_slot, slot_count, width = side
             tiles.merge[(programs, launch.rows)](
-                slots[by_col], into, self.runs, self.batch, self.length, launch.row, first_tile,
-                first_slot, count, width, slots[0][0].numel(), SUMS=len(into), LOGS=logs,
-                LABELS=labels, BELOW=bool(by_col), ABOVE=not by_col and symmetric, TILE=tile,
+                slots[by_col], into, self.runs,
+                self.batch, self.length, launch.first_row, first_tile, first_slot, slot_count,
+                width, slots[0][0].numel(),
+                SUMS=len(into), LOGS=logs, LABELS=labels, BELOW=bool(by_col),
+                ABOVE=not by_col and symmetric, TILE=tile,
             )  # fmt: skip
 
 
@@ -237,7 +239,7 @@ def backward(
         tiles.apply[(triton.cdiv(problem.dim, b.wide), launch.tiles, launch.rows)](
             problem.hidden, index, problem.count, norm, problem.runs, radial[0, 1], powers, unit, m,
             out, problem.batch, problem.length, problem.dim,
-            launch.row, launch.tile, problem.tiles, launch.tiles * b.tile,
+            launch.first_row, launch.first_tile, problem.tiles, launch.tiles * b.tile,
             RESCALED=rescaled, TILE=b.tile, DEPTH=b.depth, WIDE=b.wide, SMALLEST=EPS,
             INTERPRETED=INTERPRETED, num_warps=b.warps,
             num_stages=2 * b.stages,  # half of them for the indices of the rows to load
