@@ -62,6 +62,32 @@ def test_storage_saved_for_backward_is_linear(backend, variant):
 
 
 @each_backend
+def test_strided_labels_and_hidden(backend):
+    hidden, labels, _ = problem(3, 40, 8, 5, dtype=torch.float32)
+    labels = labels.clamp_min(-1)
+    strided = hidden.transpose(0, 1).contiguous().transpose(0, 1), labels.mT.contiguous().mT
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    plain, other = (
+        op.loss(h, y, None, 0.1, "out", backend) for h, y in ((hidden, labels), strided)
+    )
+    torch.testing.assert_close(other[0], plain[0])
+
+
+@each_backend
+def test_chunks_copy_nothing(backend):
+    hidden, labels, _ = problem(1, 48, 8, 5, dtype=torch.float32)
+    saved = set()
+
+    def pack(tensor):
+        saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        simreg_loss(hidden.requires_grad_(), labels, chunk_size=24, backend=backend)
+    assert hidden.untyped_storage().data_ptr() in saved
+
+
+@each_backend
 def test_compiles_once_for_all_lengths(backend):
     graphs = []
 

@@ -25,7 +25,6 @@ from simreg.kernels.reference import EPS
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
 TOKEN = 200  # bytes of statistics a token, in backward
-GRID = 2**16 - 1  # programs along the second and third axis of a launch
 INTERPRETED = not isinstance(tiles.norms, triton.JITFunction)
 _MODES = {"out": tiles.OUT.value, "in": tiles.IN.value, "decoupled": tiles.DECOUPLED.value}
 
@@ -113,7 +112,7 @@ class Problem:
 
     def launches(self, tile_bytes: int, limit: int) -> Iterator[Launch]:
         """As few as keep within `limit` bytes, where a tile of a batch row takes `tile_bytes`."""
-        rows = min(limit // (tile_bytes * self.tiles), GRID)
+        rows = limit // (tile_bytes * self.tiles)
         if rows:
             for row in range(0, self.batch, rows):
                 yield Launch(row, min(rows, self.batch - row), 0, self.tiles)
