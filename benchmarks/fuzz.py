@@ -93,7 +93,7 @@ def random_problem(seed: int, tile: int, device: str = "cpu") -> Problem:
 
 def evaluate(problem: Problem, backend: str, dtype: torch.dtype) -> list[Tensor]:
     """Loss, cosines and gradient times ‖h‖, with hidden states in `dtype`."""
-    hidden = problem.hidden.to(dtype).requires_grad_()
+    hidden = problem.hidden.to(dtype, copy=True).requires_grad_()
     *options, weights = problem[1:]
     loss, pos_cos, neg_cos, _ = per_token(hidden, *options, -100, backend)
     (gradient,) = torch.autograd.grad((loss * weights.to(loss.dtype)).sum(), hidden)
@@ -107,11 +107,16 @@ def error_ratios(problem: Problem, backend: str) -> list[float]:
     truth = evaluate(problem, "reference", torch.float64)
     naive = evaluate(problem, "reference", dtype)
     ours = evaluate(problem, backend, dtype)
+    values = zip(ours, naive, truth, units(problem, truth[3]), strict=True)
+    return [ratio(*value) for value in values]
+
+
+def units(problem: Problem, gradient: Tensor) -> list[float]:
+    """For each of NAMES the unit in the last place, given the true gradient times ‖h‖."""
     single = torch.finfo(torch.float32).eps
     pull = float(problem.weights.abs().max()) / problem.temperature  # on one embedding
-    of_gradient = torch.finfo(dtype).eps * truth[3].abs().nan_to_num(0).max()
-    units = [single / problem.temperature, single, single, float(of_gradient) + 4 * single * pull]
-    return [ratio(*values) for values in zip(ours, naive, truth, units, strict=True)]
+    largest = torch.finfo(problem.hidden.dtype).eps * gradient.abs().nan_to_num(0).max()
+    return [single / problem.temperature, single, single, float(largest) + 4 * single * pull]
 
 
 def ratio(ours: Tensor, naive: Tensor, truth: Tensor, unit: float) -> float:
@@ -173,7 +178,7 @@ def check_seed(seed: int, backend: str, tile: int, device: str) -> tuple[list[fl
     torch.set_num_threads(1)
     if tile == SMALL:
         if backend == "blockwise":
-            blockwise._block = lambda device: tile
+            blockwise.block = lambda device: tile
         else:
             from simreg.kernels import triton
 

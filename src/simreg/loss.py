@@ -12,8 +12,8 @@ from simreg.kernels import op
 VARIANTS = ("out", "in", "decoupled")
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 REDUCTIONS = ("mean", "sum", "none")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def simreg_loss(
@@ -111,7 +111,7 @@ class SimRegLoss(nn.Module):
         super().__init__()
         if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
             raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
-        _check_options(temperature, variant, chunk_size, backend)
+        check_options(temperature, variant, chunk_size, backend)
         self.weight = weight
         self.temperature = temperature
         self.variant = variant
@@ -150,16 +150,7 @@ class SimRegLoss(nn.Module):
             self.ignore_index,
             self.backend,
         )
-        total, count = loss.sum(), valid.sum().clamp_min(1)
-        weighted = self.weight * (total / (count if num_items is None else num_items))
-        positives, negatives = ~pos_cos.isnan(), ~neg_cos.isnan()
-        metrics = {
-            "loss": total.detach() / count,
-            "pos_fraction": positives.sum() / count,
-            "pos_cos": pos_cos.nansum() / positives.sum().clamp_min(1),
-            "neg_cos": neg_cos.nansum() / negatives.sum().clamp_min(1),
-        }
-        return weighted, metrics
+        return weigh(self.weight, loss, pos_cos, neg_cos, valid, num_items)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
@@ -167,6 +158,27 @@ class SimRegLoss(nn.Module):
             f"weight={self.weight}, temperature={self.temperature}, variant={self.variant!r}, "
             f"chunk_size={self.chunk_size}"
         )
+
+
+def weigh(
+    weight: float,
+    loss: Tensor,
+    pos_cos: Tensor,
+    neg_cos: Tensor,
+    valid: Tensor,
+    num_items: Tensor | float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `SimRegLoss` returns, from the results of `per_token`."""
+    total, count = loss.sum(), valid.sum().clamp_min(1)
+    weighted = weight * (total / (count if num_items is None else num_items))
+    positives, negatives = ~pos_cos.isnan(), ~neg_cos.isnan()
+    metrics = {
+        "loss": total.detach() / count,
+        "pos_fraction": positives.sum() / count,
+        "pos_cos": pos_cos.nansum() / positives.sum().clamp_min(1),
+        "neg_cos": neg_cos.nansum() / negatives.sum().clamp_min(1),
+    }
+    return weighted, metrics
 
 
 def per_token(
@@ -183,9 +195,9 @@ def per_token(
 
     The cosines are means over a token's positives and negatives, NaN where it has none.
     """
-    _check_options(temperature, variant, chunk_size, backend)
-    _check_tensors(hidden, labels, segments)
-    _check_transforms(hidden)
+    check_options(temperature, variant, chunk_size, backend)
+    check_tensors(hidden, labels, segments)
+    check_transforms(hidden)
     valid = (labels != ignore_index) & (labels >= 0)
     h, y, g = hidden, labels.masked_fill(~valid, -1), segments
     if hidden.ndim == 2:
@@ -210,7 +222,8 @@ def per_token(
     return loss, pos_cos, neg_cos, valid
 
 
-def _check_options(temperature: float, variant: str, chunk_size: int | None, backend: str) -> None:
+def check_options(temperature: float, variant: str, chunk_size: int | None, backend: str) -> None:
+    """Refuse settings that mean nothing."""
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if variant not in VARIANTS:
@@ -225,7 +238,8 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
-def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> None:
+def check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> None:
+    """Refuse shapes, dtypes and devices that do not go together."""
     for name, value in (("hidden", hidden), ("labels", labels), ("segments", segments)):
         if not isinstance(value, Tensor) and not (name == "segments" and value is None):
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -234,7 +248,7 @@ def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> N
                 f"{name}: expected a plain tensor, got a DTensor: give its full_tensor(), or its "
                 "to_local() if that holds whole sequences"
             )
-    if hidden.ndim not in (2, 3) or hidden.dtype not in _FLOATS:
+    if hidden.ndim not in (2, 3) or hidden.dtype not in FLOATS:
         raise ValueError(
             "hidden: expected [B, L, d] or [T, d] in float32, bfloat16, float16 or float64, "
             f"got {list(hidden.shape)} in {hidden.dtype}"
@@ -248,7 +262,7 @@ def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> N
         raise ValueError(f"labels: expected on {hidden.device} like hidden, got {labels.device}")
     if segments is None:
         return
-    if segments.shape != labels.shape or segments.dtype not in _INTEGERS:
+    if segments.shape != labels.shape or segments.dtype not in INTEGERS:
         raise ValueError(
             f"segments: expected {list(labels.shape)} of a signed integer dtype, uint8 or bool, "
             f"got {list(segments.shape)} in {segments.dtype}"
@@ -259,7 +273,7 @@ def _check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> N
         )
 
 
-def _check_transforms(hidden: Tensor) -> None:
+def check_transforms(hidden: Tensor) -> None:
     """Refuse what the operator would answer wrongly (a tangent of 0) or obscurely."""
     if forward_ad.unpack_dual(hidden).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError("simreg_loss: forward-mode differentiation is not supported")

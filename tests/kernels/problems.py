@@ -29,7 +29,7 @@ def small_tiles(backend: str, **limits: int) -> Iterator[None]:
     """Tiles of 16 tokens, `SMALL` for triton; `limits` replace byte limits of its kernels."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "blockwise":
-            patch.setattr(blockwise, "_block", lambda device: 16)
+            patch.setattr(blockwise, "block", lambda device: 16)
         elif TRITON:
             from simreg.kernels import triton
 

@@ -1,13 +1,11 @@
 """The Triton kernels with small tiles, on the CPU by the interpreter (test_cuda: as they are)."""
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import fuzz
 from tests.kernels.problems import each_variant, needs_triton, problem, quiet, small_tiles
+from tests.peak import Peak
 from tests.test_loss import per_token, value_and_grad
 
 pytestmark = [needs_triton, quiet]
@@ -142,36 +140,6 @@ def test_tiles_outside_a_segment_are_not_computed(products):
     assert work(None, chunk=64) == [documents * 3, documents * (3 + 4)]
     half = labels.masked_fill(torch.arange(length) >= 128, -100)
     assert work(None, half) == [10, 10 + 16]
-
-
-class Peak(TorchDispatchMode):
-    """Bytes of the storages alive at once, of those made within."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.watch(tensor.untyped_storage())
-        return result
-
-    def watch(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-        def freed():
-            self.seen.discard(key)
-            self.alive -= size
-
-        weakref.finalize(storage, freed)
 
 
 class Unlaunched:

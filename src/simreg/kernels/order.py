@@ -77,9 +77,9 @@ class Sums(NamedTuple):
 def losses(
     sums: Sums, order: Order, norm: Tensor, temperature: float, variant: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, mean positive and negative cosine in the order of the row, and what backward needs.
+    """Loss, mean positive and negative cosine, and what backward needs; ``[B, L]``, sorted.
 
-    The last is sorted: "in": logsumexp of the positives, "decoupled": their mean sigmoid.
+    The last is with "in" the logsumexp of the positives, with "decoupled" their mean sigmoid.
     """
     count = order.positives.clamp_min(1)
     if variant == "out":
@@ -98,7 +98,7 @@ def losses(
     loss = loss.masked_fill(order.valid & ~norm.isfinite(), torch.nan)
     pos_cos = sums.positive * temperature / order.positives  # 0 / 0 = NaN: none
     neg_cos = sums.negative * temperature / order.negatives
-    return order.unsort(loss), order.unsort(pos_cos), order.unsort(neg_cos), statistic
+    return loss, pos_cos, neg_cos, statistic
 
 
 class Ends(NamedTuple):

@@ -177,7 +177,7 @@ def forward(
         merged = _over_launches(problem, found.lse, temperature, 2, mode, 0, 0b11)
         found = found._replace(softplus=merged[0, 1], slope=merged[1, 1])
     *results, statistic = losses(found, order, problem.norm, temperature, variant)
-    return (*results, order.position, problem.norm, found.lse, statistic)
+    return (*map(order.unsort, results), order.position, problem.norm, found.lse, statistic)
 
 
 def _over_launches(

@@ -1,0 +1,268 @@
+"""`simreg_loss` and `SimRegLoss` for tokens, or work, that are spread over processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from simreg.kernels import rectangular
+from simreg.kernels.order import Ends
+from simreg.kernels.order import ends as ends_of
+from simreg.loss import (
+    INTEGERS,
+    REDUCTIONS,
+    SimRegLoss,
+    check_options,
+    check_tensors,
+    check_transforms,
+    weigh,
+)
+from simreg.parallel.peers import Header, Peers, agree, header
+from simreg.parallel.placement import localize
+from simreg.parallel.shards import Shards
+
+
+def sharded_simreg_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    replicas: dist.ProcessGroup | None = None,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    temperature: float = 0.1,
+    variant: str = "out",
+    chunk_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """`simreg.simreg_loss` of rows whose tokens are spread over a process group.
+
+    Every rank of the groups must call, and call backward; the loss and the gradients are those of
+    one process that holds whole rows. Embeddings travel to the ranks that need them, in chunks,
+    while others are computed with (see docs/parallel.md for bytes and memory).
+
+    Args:
+        hidden: ``[B, l, d]`` or ``[l, d]``: this rank's tokens of the same B rows; l may differ
+            from rank to rank, and be 0. Or a DTensor, whose placements then give the groups:
+            sharded along the tokens, `group`; replicated, `replicas`.
+        labels: ``[B, l]`` or ``[l]`` int64, already shifted (before sharding). Beside a DTensor: a
+            DTensor, or a plain tensor in the shape of the whole or of the local part; so too
+            `segments` and `positions`.
+        group: over which tokens are spread (context or sequence parallelism). None: they are not.
+        replicas: whose ranks hold the same tokens (tensor parallelism). They share the work; the
+            result and the gradient are the same, and whole, on each. Must not overlap with `group`.
+        positions: ``[l]`` or ``[B, l]`` integer, of each token in its row. Only `chunk_size` reads
+            them. None: the ranks of `group` hold consecutive parts.
+        segments, temperature, variant, chunk_size, ignore_index: as in `simreg_loss`.
+        reduction: this rank's part of the loss, for the ranks of `group` to add up: ``"sum"`` over
+            its tokens; ``"mean"``, that over the number of valid labels of all ranks; ``"none"``:
+            per token, in the shape of its ``labels``.
+
+    Returns:
+        As `simreg_loss`, a plain tensor.
+
+    Raises:
+        ValueError: as `simreg_loss`; on all ranks if arguments are wrong on one or do not agree.
+        RuntimeError: for double backward and transforms of `torch.func`.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    settings = _Settings(temperature, variant, chunk_size, ignore_index)
+    found: _Found = _per_token(hidden, labels, segments, positions, group, replicas, settings)
+    if reduction == "none":
+        return found.loss
+    total = found.loss.sum()
+    return total if reduction == "sum" else total / found.labelled.clamp_min(1)
+
+
+class ShardedSimRegLoss(SimRegLoss):
+    """`simreg.SimRegLoss` of rows whose tokens, or the work on them, are spread over processes.
+
+    Args:
+        weight, temperature, variant, chunk_size, ignore_index: as in `SimRegLoss`.
+        group, replicas: as in `sharded_simreg_loss`.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.3,
+        temperature: float = 0.1,
+        variant: str = "out",
+        chunk_size: int | None = None,
+        ignore_index: int = -100,
+        *,
+        group: dist.ProcessGroup | None = None,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(weight, temperature, variant, chunk_size, ignore_index)
+        self.group, self.replicas = group, replicas
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's part of the weighted loss, and metrics of its tokens.
+
+        Args:
+            hidden, labels, segments, positions: as in `sharded_simreg_loss`.
+            num_items: the divisor of the summed loss; None: the valid labels of all ranks.
+
+        Returns:
+            As `SimRegLoss`; the parts of the ranks of `group` add up to its loss.
+        """
+        found = _per_token(
+            hidden.detach() if self.weight == 0 else hidden,
+            labels,
+            segments,
+            positions,
+            self.group,
+            self.replicas,
+            _Settings(self.temperature, self.variant, self.chunk_size, self.ignore_index),
+        )
+        divisor = found.labelled.clamp_min(1) if num_items is None else num_items
+        return weigh(self.weight, found.loss, found.pos_cos, found.neg_cos, found.valid, divisor)
+
+
+class _Settings(NamedTuple):
+    temperature: float
+    variant: str
+    chunk_size: int | None
+    ignore_index: int
+
+
+class _Found(NamedTuple):
+    """Of this rank's tokens, in the shape of its labels; labelled: valid tokens of all ranks."""
+
+    loss: Tensor
+    pos_cos: Tensor
+    neg_cos: Tensor
+    valid: Tensor
+    labelled: Tensor
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _per_token(
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    positions: Tensor | None,
+    group: dist.ProcessGroup | None,
+    replicas: dist.ProcessGroup | None,
+    settings: _Settings,
+) -> _Found:
+    (hidden, labels, segments, positions), peers, copies = localize(
+        hidden, labels, segments, positions, Peers(group), Peers(replicas)
+    )
+    own, error = Header(), None
+    try:
+        check_options(settings.temperature, settings.variant, settings.chunk_size, "auto")
+        check_tensors(hidden, labels, segments)
+        check_transforms(hidden)
+        _check_positions(positions, labels)
+        own = header(hidden if hidden.ndim == 3 else hidden[None], segments, settings)
+    except ValueError as refused:
+        error = refused
+    device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+    lengths = agree(peers, copies, own, device, error)
+
+    valid = (labels != settings.ignore_index) & (labels >= 0)
+    scopes = [] if segments is None else [segments.long()]
+    if settings.chunk_size is not None:
+        if positions is None:
+            first = sum(lengths[: peers.rank])
+            positions = torch.arange(first, first + labels.shape[-1], device=device)
+        chunks = positions.long().div(settings.chunk_size, rounding_mode="floor")
+        scopes.append(chunks.expand_as(labels))
+    row = labels.masked_fill(~valid, -1), *scopes
+    if hidden.ndim == 2:
+        hidden, row = hidden[None], tuple(keys[None] for keys in row)
+    shards = Shards(row[0], list(row[1:]), lengths, peers, copies)
+    temperature = float(settings.temperature)
+    results = _Loss.apply(hidden, shards, temperature, settings.variant)  # type: ignore[no-untyped-call]
+    loss, pos_cos, neg_cos = (result.view(labels.shape) for result in results)
+    return _Found(loss, pos_cos, neg_cos, valid, shards.count)
+
+
+def _check_positions(positions: Tensor | None, labels: Tensor) -> None:
+    if positions is None:
+        return
+    if not isinstance(positions, Tensor) or positions.dtype not in INTEGERS:
+        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"positions: expected a tensor of integers, got {got}")
+    if positions.shape not in (labels.shape, labels.shape[-1:]):
+        raise ValueError(
+            f"positions: expected {list(labels.shape)} or {list(labels.shape[-1:])} to go with "
+            f"labels, got {list(positions.shape)}"
+        )
+    if positions.device != labels.device:
+        raise ValueError(
+            f"positions: expected on {labels.device} like labels, got {positions.device}"
+        )
+
+
+class _Loss(torch.autograd.Function):
+    """Per-token loss and mean cosines ``[B, l]`` of this rank's hidden states ``[B, l, d]``."""
+
+    @staticmethod
+    def forward(ctx, hidden, shards, temperature, variant):  # type: ignore[no-untyped-def]
+        with _plainly(hidden):
+            norm = rectangular.norms(hidden, shards.own, shards.mine)
+            norms = shards.peers.gather(norm)
+            results = rectangular.forward(
+                shards.own_rows(hidden, norm),
+                lambda: shards.pieces(hidden, norms),
+                temperature,
+                variant,
+            )
+        *values, lse, statistic = shards.collect(torch.stack(results))
+        ctx.save_for_backward(hidden, norms, lse, statistic)
+        ctx.shards, ctx.temperature, ctx.variant = shards, temperature, variant
+        length = hidden.shape[1]
+        outputs = tuple(shards.own.unsort(value)[:, :length] for value in values)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+        options = ctx.shards, ctx.temperature, ctx.variant
+        gradient = _Gradient.apply(grad, *ctx.saved_tensors, *options)  # type: ignore[no-untyped-call]
+        return gradient, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """dL/dhidden ``[B, l, d]`` from dL/dloss ``[B, l]``; a function of its own to refuse more."""
+
+    @staticmethod
+    def forward(ctx, grad, hidden, norms, lse, statistic, shards, temperature, variant):  # type: ignore[no-untyped-def]
+        grad = F.pad(grad, (0, shards.width - grad.shape[1]))
+        with _plainly(hidden):
+            mine = ends_of(grad, shards.own, lse, statistic, temperature, variant)
+            everyone = Ends(*shards.peers.gather(torch.stack(mine)).unbind(1))
+            found = rectangular.backward(
+                shards.own_rows(hidden, norms[shards.peers.rank]),
+                Ends(*map(shards.deal, mine)),
+                shards.pieces(hidden, norms, everyone),
+                temperature,
+                variant,
+            )
+            return shards.scatter(found, hidden)
+
+    @staticmethod
+    def backward(ctx, *unused):  # type: ignore[no-untyped-def]
+        raise RuntimeError("sharded_simreg_loss: double backward is not supported")
+
+
+@contextmanager
+def _plainly(hidden: Tensor) -> Iterator[None]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        yield

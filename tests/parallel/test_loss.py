@@ -1,0 +1,185 @@
+"""Tokens spread over processes, against one process that holds whole rows."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks import fuzz
+from simreg import SimRegLoss, simreg_loss
+from simreg.loss import VARIANTS
+from simreg.parallel import ShardedSimRegLoss, sharded_simreg_loss
+from tests.kernels.problems import problem as plain_problem
+from tests.parallel import worlds
+
+LAYOUTS = ("even", "uneven", "head-tail", "mixed")
+
+
+def check(problem, parts, rank, **groups):
+    """float64: within 1e-12 of the reference; else the rule of `fuzz`, in each rank's tokens."""
+    ours = worlds.evaluate(worlds.take(problem, parts[rank]), parts[rank], **groups)
+    exact = fuzz.evaluate(problem, "reference", torch.float64)
+    truth = [value[:, parts[rank]] for value in exact]
+    if not ours[0].numel():
+        return
+    if problem.hidden.dtype == torch.float64:
+        pull = problem.weights.abs().max() / problem.temperature  # what a gradient is a sum of
+        scales = [1, 1, 1, max(exact[3].abs().max(), pull)]
+        for name, a, b, scale in zip(fuzz.NAMES, ours, truth, scales, strict=True):
+            torch.testing.assert_close(
+                a / scale, b / scale, rtol=1e-12, atol=1e-12, equal_nan=True,
+                msg=lambda text: f"{name}: {problem}\n{text}",  # noqa: B023
+            )  # fmt: skip
+        return
+    naive = [v[:, parts[rank]] for v in fuzz.evaluate(problem, "reference", problem.hidden.dtype)]
+    if naive[3].isinf().any():  # a gradient beyond float16
+        return
+    units = fuzz.units(problem, exact[3])
+    for name, *values in zip(fuzz.NAMES, ours, naive, truth, units, strict=True):
+        assert fuzz.ratio(*values) <= 2, f"{name}: {problem}"
+
+
+def _random_problems(rank, ranks, seeds):
+    for seed in seeds:
+        problem = fuzz.random_problem(seed, worlds.BLOCK)
+        if seed % 3:
+            problem = problem._replace(hidden=problem.hidden.double())
+        layout = LAYOUTS[seed // 4 % 4]
+        parts = worlds.deal(layout, problem.labels.shape[1], ranks, seed)
+        if seed % 5 == 0:  # one rank holds only ignored tokens
+            problem.labels[:, parts[seed % ranks]] = -100
+        check(problem, parts, rank, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_sharded_rows_are_whole_rows(ranks):
+    worlds.run(_random_problems, ranks, ranks, range(100 * ranks, 100 * ranks + 40))
+
+
+def _replicated_and_both(rank, seeds):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    sharded, copied = mesh.get_local_rank("cp"), mesh.get_group("tp")
+    for seed in seeds:
+        problem = fuzz.random_problem(seed, worlds.BLOCK)
+        problem = problem._replace(hidden=problem.hidden.double()) if seed % 3 else problem
+        length = problem.labels.shape[1]
+        check(problem, [torch.arange(length)] * 4, rank, replicas=dist.group.WORLD)
+        parts = worlds.deal(LAYOUTS[seed % 4], length, 2, seed)
+        check(problem, parts, sharded, group=mesh.get_group("cp"), replicas=copied)
+
+
+def test_copies_share_the_work_and_have_the_whole_result():
+    worlds.run(_replicated_and_both, 4, range(1000, 1030))
+
+
+def _reductions(rank, variant):
+    hidden, labels, ids = plain_problem(2, 50, 8, 6, segments=2)
+    part = slice(None), (slice(0, 20), slice(20, 50))[rank]
+    options = {"variant": variant, "temperature": 0.2}
+    for reduction in ("sum", "mean"):
+        whole = simreg_loss(hidden, labels, segments=ids, reduction=reduction, **options)
+        mine = sharded_simreg_loss(
+            hidden[part], labels[part], segments=ids[part], reduction=reduction,
+            group=dist.group.WORLD, **options,
+        )  # fmt: skip
+        dist.all_reduce(mine)
+        torch.testing.assert_close(mine, whole)
+
+    objective = ShardedSimRegLoss(0.7, group=dist.group.WORLD, **options)
+    expected, metrics = SimRegLoss(0.7, **options)(hidden, labels, ids)
+    loss, mine = objective(hidden[part], labels[part], ids[part])
+    tokens = (labels[part] >= 0).sum()
+    positives = mine["pos_fraction"] * tokens
+    values = torch.stack([loss, mine["loss"] * tokens, positives, mine["pos_cos"] * positives])
+    dist.all_reduce(values)
+    torch.testing.assert_close(values[0], expected)
+    torch.testing.assert_close(values[1] / (labels >= 0).sum(), metrics["loss"])
+    assert float(values[2] / (labels >= 0).sum()) == pytest.approx(float(metrics["pos_fraction"]))
+    torch.testing.assert_close(values[3] / values[2], metrics["pos_cos"], rtol=1e-6, atol=0)
+    scaled, _ = objective(hidden[part], labels[part], ids[part], num_items=1000)
+    torch.testing.assert_close(scaled * 1000, loss * (labels >= 0).sum())
+    _refusals(rank)
+
+
+def _refusals(rank):
+    """An error on one rank is one on all, at once."""
+    hidden, labels = torch.randn(1, 8, 4, requires_grad=True), torch.zeros(1, 8, dtype=torch.int64)
+    bad = labels.int() if rank else labels
+    shorter = hidden[:, : 8 - rank], labels[:, : 8 - rank]
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="labels: expected" if rank else "refused on rank 1"):
+        sharded_simreg_loss(hidden, bad, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"temperature, variant.*same on all ranks"):
+        sharded_simreg_loss(hidden, labels, temperature=0.1 + rank, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"tokens of a row.*got . on rank . and . on"):
+        sharded_simreg_loss(*shorter, replicas=dist.group.WORLD)
+    with pytest.raises(ValueError, match="requires_grad"):
+        sharded_simreg_loss(hidden.detach() if rank else hidden, labels, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="positions"):
+        sharded_simreg_loss(hidden, labels, positions=labels[0, :3], group=dist.group.WORLD)
+    loss = sharded_simreg_loss(hidden, labels, group=dist.group.WORLD)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.sum().backward()
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parts_add_up_and_errors_reach_every_rank(variant):
+    worlds.run(_reductions, 2, variant)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_one_process_needs_no_group(flat):
+    hidden, labels, ids = plain_problem(1 if flat else 3, 70, 8, 6, segments=2)
+    if flat:
+        hidden, labels, ids = hidden[0], labels[0], ids[0]
+    options = {"segments": ids, "chunk_size": 33, "reduction": "none"}
+    results = []
+    for function in (simreg_loss, sharded_simreg_loss):
+        x = hidden.clone().requires_grad_()
+        loss = function(x, labels, **options)
+        loss.square().sum().backward()
+        results.append((loss, x.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["labels", "positions", "variant", "chunk_size", "reduction"])
+def test_refuses_what_simreg_loss_refuses(name):
+    arguments = {"hidden": torch.randn(1, 8, 4), "labels": torch.zeros(1, 8, dtype=torch.int64)}
+    arguments[name] = 0.5
+    with pytest.raises(ValueError, match=name):
+        sharded_simreg_loss(**arguments)
+
+
+def test_ignored_tokens_are_never_read():
+    hidden, labels, _ = plain_problem(1, 40, 8, 5)
+    clean = hidden.masked_fill((labels < 0)[..., None], 0).requires_grad_()
+    dirty = hidden.masked_fill((labels < 0)[..., None], torch.nan).requires_grad_()
+    for x in (clean, dirty):
+        sharded_simreg_loss(x, labels).backward()
+    assert torch.equal(clean.grad, dirty.grad)
+
+
+def test_nothing_to_compare_gives_zero():
+    for labels in (torch.full((2, 5), -100), torch.arange(10).view(2, 5)):
+        hidden = torch.randn(2, 5, 4, requires_grad=True)
+        loss = sharded_simreg_loss(hidden, labels)
+        loss.backward()
+        assert loss == 0
+        assert not hidden.grad.any()
+
+
+def test_works_inside_a_compiled_function_and_under_autocast():
+    hidden, labels, _ = plain_problem(1, 40, 8, 5, dtype=torch.float32)
+
+    @torch.compile
+    def step(x):
+        return sharded_simreg_loss(2 * x, labels, temperature=0.1)
+
+    expected = simreg_loss(2 * hidden, labels)
+    torch.testing.assert_close(step(hidden), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(sharded_simreg_loss(2 * hidden, labels), expected)
