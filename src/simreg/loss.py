@@ -245,8 +245,9 @@ def check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> No
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
         if hasattr(value, "device_mesh"):
             raise ValueError(
-                f"{name}: expected a plain tensor, got a DTensor: give its full_tensor(), or its "
-                "to_local() if that holds whole sequences"
+                f"{name}: expected a plain tensor, got a DTensor: use "
+                "simreg.parallel.sharded_simreg_loss, or give its to_local() if that holds whole "
+                "sequences"
             )
     if hidden.ndim not in (2, 3) or hidden.dtype not in FLOATS:
         raise ValueError(

@@ -9,8 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import fuzz
 from simreg import SimRegLoss, simreg_loss
+from simreg.kernels import rectangular
 from simreg.loss import VARIANTS
-from simreg.parallel import ShardedSimRegLoss, sharded_simreg_loss
+from simreg.parallel import ShardedSimRegLoss, sharded_simreg_loss, shards
 from tests.kernels.problems import problem as plain_problem
 from tests.parallel import worlds
 
@@ -56,6 +57,17 @@ def _random_problems(rank, ranks, seeds):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_sharded_rows_are_whole_rows(ranks):
     worlds.run(_random_problems, ranks, ranks, range(100 * ranks, 100 * ranks + 40))
+
+
+@pytest.mark.parametrize("seed", range(0, 120, 3))
+def test_products_of_bfloat16_are_as_accurate_as_the_naive_loss(monkeypatch, seed):
+    """What CUDA does with bfloat16, its product being exact here."""
+    monkeypatch.setattr(rectangular, "_mixed", lambda hidden: hidden.dtype == torch.bfloat16)
+    monkeypatch.setattr(rectangular, "_product", lambda a, b: torch.bmm(a.float(), b.float()))
+    monkeypatch.setattr(shards, "block", lambda device: worlds.BLOCK)
+    problem = fuzz.random_problem(seed, worlds.BLOCK)
+    problem = problem._replace(hidden=problem.hidden.bfloat16())
+    check(problem, [torch.arange(problem.labels.shape[1])], 0)
 
 
 def _replicated_and_both(rank, seeds):

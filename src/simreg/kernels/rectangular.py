@@ -131,11 +131,15 @@ def _mixed(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == torch.bfloat16
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(left, right, out_dtype=torch.float32)
+
+
 def _similarity(rows: Rows, cols: Piece, b: int, row: Span, tile: Tile, tau: float) -> Tensor:
     mine, my_inverse = rows.embed(b, row)
     theirs, inverse = cols.embed(tile)
     if _mixed(mine):
-        s = torch.bmm(mine, theirs.mT, out_dtype=torch.float32)
+        s = _product(mine, theirs.mT)
         return s.mul_(my_inverse / tau).mul_(inverse.mT)
     dtype = wide(mine.dtype)
     return torch.bmm(mine.to(dtype) * my_inverse, (theirs.to(dtype) * inverse).mT).div_(tau)
@@ -145,7 +149,7 @@ def _pulled(g: Tensor, cols: Piece, tile: Tile) -> Tensor:
     """G·E of a tile, ``[1, r, d]``; overwrites G."""
     theirs, inverse = cols.embed(tile)
     if _mixed(theirs):
-        return torch.bmm(g.mul_(inverse.mT).to(theirs.dtype), theirs, out_dtype=torch.float32)
+        return _product(g.mul_(inverse.mT).to(theirs.dtype), theirs)
     return torch.bmm(g, theirs.to(g.dtype) * inverse)
 
 
