@@ -61,7 +61,9 @@ def take(problem: fuzz.Problem, positions: torch.Tensor) -> fuzz.Problem:
     return problem._replace(**parts)
 
 
-def evaluate(problem: fuzz.Problem, positions: torch.Tensor, **groups: Any) -> list[torch.Tensor]:
+def evaluate(
+    problem: fuzz.Problem, positions: torch.Tensor | None, **groups: Any
+) -> list[torch.Tensor]:
     """As `fuzz.evaluate`: loss, cosines and gradient times ‖h‖ of this rank's tokens."""
     hidden = problem.hidden.clone().requires_grad_()
     settings = parallel_loss._Settings(
