@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb, rest = _verb(sys.argv[1:] if arguments is None else list(arguments))
         _VERBS[verb](rest)
     except UserError as error:
-        print(f"simreg: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"simreg: error: {error}\n")  # at once: other processes write too
         return 2
     except KeyboardInterrupt as error:
         print(f"simreg: {error}" if str(error) else "simreg: interrupted", file=sys.stderr)

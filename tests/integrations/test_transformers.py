@@ -1,5 +1,3 @@
-import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from simreg.loss import SimRegLoss
-from tests.processes import leave, spawn
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -399,57 +396,3 @@ def _tensor_names(folder):
 
     with safe_open(folder / "model.safetensors", "pt") as file:
         return list(file.keys())
-
-
-def _launch(folder, model, size):
-    return train(
-        folder,
-        model,
-        objective=SimRegLoss(**SIMREG),
-        max_steps=2,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=2,
-        logging_steps=2,
-        extra={"eval_dataset": rows(7)},
-        per_device_eval_batch_size=2,
-    )
-
-
-def _worker(rank, folder, port):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
-    results = {}
-    for name in ("llama", "mixtral"):
-        model = build(name)
-        run = _launch(folder, model, 2)
-        results[name] = (weights(model), run.evaluate()["eval_ce"], run.state.log_history[0])
-    torch.save(results, f"{folder}/{rank}.pt")
-    leave()
-
-
-def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_worker, (str(tmp_path), port))
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    model = build()
-    before = weights(model)
-    run = _launch(tmp_path, model, 4)
-    expected_ce = run.evaluate()["eval_ce"]
-    for rank in ranks:
-        actual, ce, record = rank["llama"]
-        assert relative(actual - before, weights(model) - before) < 1e-5
-        assert ce == pytest.approx(expected_ce, rel=1e-6)
-        for key, value in run.state.log_history[0].items():
-            assert record[key] == pytest.approx(value, rel=1e-5), key
-    # The router loss is not additive over rows, but its scale must not grow with the ranks.
-    model = build("mixtral")
-    before = weights(model)
-    run = _launch(tmp_path, model, 4)
-    assert relative(ranks[0]["mixtral"][0] - before, weights(model) - before) < 0.1

@@ -25,7 +25,7 @@ LAST = f"checkpoints/step-{tiny.STEPS:07d}"
 def run_and_die(config: RunConfig, folder: Path, where: str) -> None:
     file = folder / "config.yaml"
     file.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), where]
+    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), f"kill@{where}"]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
 

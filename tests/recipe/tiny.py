@@ -1,7 +1,7 @@
 """Whole runs in a second: two layers, d = 32, 20 steps of 4 rows of 32 tokens.
 
-As a program: train the config of a YAML file, and die by SIGKILL where told to:
-`python -m tests.recipe.tiny CONFIG.yaml step:9 | save:14`.
+As a program, `simreg train CONFIG.yaml`, hit by a signal at a place, perhaps in one process only:
+`python -m tests.recipe.tiny CONFIG.yaml kill@step:9 | kill@save:14 | int@step:9/1 | none`.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from simreg.cli import main
 from simreg.recipe import loop, models
-from simreg.recipe.config import RunConfig, from_dict, load, merge
-from simreg.recipe.train import train
+from simreg.recipe.config import RunConfig, from_dict, merge
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -65,8 +65,14 @@ def metrics(out: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(x).items() if k not in TIMING} for x in lines]
 
 
-def die_at(where: str) -> None:
-    """Arrange for a SIGKILL at the start of a step, or before a checkpoint is whole."""
+def strike(plan: str) -> None:
+    """Arrange for a signal at the start of a step, or before a checkpoint is whole."""
+    name, _, where = plan.partition("@")
+    where, _, rank = where.partition("/")
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not where or again or os.environ.get("RANK", "") != rank:
+        return
+    number = {"kill": signal.SIGKILL, "int": signal.SIGINT, "stop": signal.SIGSTOP}[name]
     what, step = where.split(":")
     if what == "step":
         victim, name = loop.RunTrainer, "training_step"
@@ -77,7 +83,7 @@ def die_at(where: str) -> None:
     def deadly(*args: Any, **kwargs: Any) -> Any:
         now = args[0].state.global_step + 1 if what == "step" else args[1]["step"]
         if now == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(victim, name, deadly)
@@ -87,5 +93,5 @@ models.PRESETS.update(PRESETS)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    die_at(sys.argv[2])
-    train(load(sys.argv[1]))
+    strike(sys.argv[2])
+    sys.exit(main(["train", sys.argv[1]]))

@@ -87,7 +87,7 @@ class SimRegTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """`Trainer`'s loss; in training the router loss is rescaled and the objective added."""
+        """`Trainer`'s loss, its router loss rescaled; in training the objective is added."""
         inputs = dict(inputs)
         segments = inputs.pop(SEGMENTS, None)
         inputs.pop("skip_logits", None)  # fused heads: evaluation needs the logits of each row
@@ -97,16 +97,35 @@ class SimRegTrainer(Trainer):
         )
         if targets is None and self._reg is not None and model.training:
             raise ValueError("inputs: expected `labels` in every training batch, for the objective")
-        if targets is not None and model.training:
-            loss = self._training_loss(loss, outputs, targets, segments, num_items_in_batch)
-        elif targets is not None and self._evaluated is not None:
-            self._record_rows(outputs, targets)
+        if targets is not None:
+            loss, router = self._share_router(loss, outputs, targets, num_items_in_batch)
+            if model.training:
+                loss = self._training_loss(loss, router, targets, segments, num_items_in_batch)
+            elif self._evaluated is not None:
+                self._record_rows(outputs, targets)
         return (loss, outputs) if return_outputs else loss
+
+    def _share_router(
+        self, loss: Tensor, outputs: Any, targets: Tensor, num_items: Tensor | int | None
+    ) -> tuple[Tensor, tuple[Tensor | float, Tensor] | None]:
+        """The loss with its router loss weighed, and that weight and router loss, if there is one.
+
+        The model adds it undivided in each micro-batch: it is to count by the share of tokens.
+        """
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            return loss, None
+        router = _router_loss(self.accelerator.unwrap_model(self.model), outputs)
+        if router is None or num_items is None or not self.model_accepts_loss_kwargs:
+            return loss, router
+        coefficient, balance = router
+        share = targets.ne(IGNORE_INDEX).sum() / num_items
+        loss = loss + self._loss_scale(num_items) * (share - 1) * coefficient * balance
+        return loss, (share * coefficient, balance)
 
     def _training_loss(
         self,
         loss: Tensor,
-        outputs: Any,
+        router: tuple[Tensor | float, Tensor] | None,
         targets: Tensor,
         segments: Tensor | None,
         num_items: Tensor | int | None,
@@ -116,14 +135,10 @@ class SimRegTrainer(Trainer):
         tokens = targets.ne(IGNORE_INDEX).sum()
         if self.label_smoother is None and self.compute_loss_func is None:
             cross_entropy = loss.detach() / scale
-            router = _router_loss(self.accelerator.unwrap_model(self.model), outputs)
             if router is not None:
-                coefficient, balance = router
-                cross_entropy = cross_entropy - coefficient * balance.detach()
+                weight, balance = router
+                cross_entropy = cross_entropy - weight * balance.detach()
                 self._window.add("router_loss", balance, tokens)
-                if num_items is not None and self.model_accepts_loss_kwargs:
-                    # The model adds it undivided in each micro-batch: weigh by the share of tokens.
-                    loss = loss + scale * (tokens / num_items - 1) * coefficient * balance
             divisor = tokens if num_items is None else num_items
             self._window.add("ce", cross_entropy * divisor / tokens.clamp_min(1), tokens)
         if self._reg is not None:

@@ -4,10 +4,12 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import (
@@ -74,8 +76,15 @@ def use_bf16(precision: str) -> bool:
 
 
 def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
-    """transformers' arguments; when to log, evaluate and save is the run's own callback's."""
+    """transformers' arguments; when to log, evaluate and save is the run's own callback's.
+
+    Where there are several processes, this is where they meet.
+    """
     train, optim = config.train, config.optim
+    on_cpu = device().type == "cpu"
+    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Joined here, since with use_cpu transformers 5.23 leaves ddp_timeout out.
+        PartialState(cpu=True, timeout=timedelta(seconds=train.timeout))
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=config.steps,
@@ -90,13 +99,16 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         warmup_steps=round(optim.warmup * config.steps),
         **_schedule(optim, config.steps),
         seed=train.seed,
-        use_cpu=device().type == "cpu",
+        use_cpu=on_cpu,
         bf16=use_bf16(train.precision),
         torch_compile=train.compile,
         **_activation_checkpointing(train.gradient_checkpointing),
         train_sampling_strategy="sequential",  # the data set comes in its order
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_timeout=train.timeout,
+        # Every parameter of every preset takes part in each step, experts too.
+        ddp_find_unused_parameters=False,
         logging_strategy="no",
         logging_nan_inf_filter=False,
         eval_strategy="no",
@@ -104,6 +116,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
     )
     # Several GPUs need a process each (torchrun): nn.DataParallel would split the rows unasked.
     arguments._n_gpu = min(1, arguments.n_gpu)

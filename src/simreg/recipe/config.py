@@ -141,6 +141,8 @@ class TrainConfig:
     """torch.compile the model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    timeout: Count = 1800
+    """Seconds that a process waits for the others before the run ends with an error."""
     log_every: Count = 10
     """Steps between log lines."""
     evals: Count = 10

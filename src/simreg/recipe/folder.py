@@ -14,15 +14,19 @@ from simreg.recipe import checkpoints
 from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Locked, UserError
+from simreg.recipe.processes import is_main_process
 
-# A run may continue with these changed: they alter neither its weights nor its evaluations.
+# A run may continue with these changed: they alter neither its weights nor its evaluations
+# (`accumulate`, as the number of processes: by rounding, and by what a router loss balances over).
 FREE_FIELDS = (
     "out",
     "data.cache_dir",
+    "train.accumulate",
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
     "train.report_to",
+    "train.timeout",
 )
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -113,11 +117,6 @@ def storage_errors(root: Path) -> Iterator[None]:
             f"cannot write {error.filename or f'in {root}'}: {error.strerror}; {advice} another "
             "`out`; the same command continues from the last checkpoint"
         ) from None
-
-
-def is_main_process() -> bool:
-    """True in the process that writes, the first of those that torchrun or accelerate started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def warn(message: str) -> None:

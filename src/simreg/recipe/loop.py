@@ -20,7 +20,8 @@ from simreg.integrations.transformers import SimRegTrainer
 from simreg.recipe import checkpoints
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Diverged
-from simreg.recipe.folder import RunFolder, is_main_process, storage_errors
+from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.recipe.processes import is_main_process
 from simreg.recipe.progress import Clock, MetricsFile
 
 _OBJECTIVE_KEYS = ("simreg", "pos_cos", "neg_cos", "pos_fraction")
@@ -35,7 +36,8 @@ class RunTrainer(SimRegTrainer):
         """`corpus` is the fingerprint of the data, kept in every checkpoint."""
         super().__init__(**kwargs)
         self.config, self.folder, self.clock, self.corpus = config, folder, clock, corpus
-        self.interrupted = False
+        self.interrupted = False  # this process was asked to stop
+        self.stopping = False  # all of them stop after this step
         self.metrics_file: MetricsFile | None = None
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
@@ -50,6 +52,13 @@ class RunTrainer(SimRegTrainer):
         """UserError if a loss since the start was not finite (waits for the device)."""
         if step := int(self._bad_step):
             self.diverged(f"the loss became NaN or infinite at step {step}")
+
+    def agree_to_stop(self) -> None:
+        """Ctrl-C reaches each process in a step of its own; all stop after the same one."""
+        self.stopping = self.interrupted
+        if self.args.world_size > 1:
+            asked = torch.tensor(float(self.interrupted), device=self.args.device)
+            self.stopping = bool(self.accelerator.reduce(asked, "sum"))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: the run reports MFU itself, and counting parameters at every step costs time."""
@@ -67,7 +76,7 @@ class RunTrainer(SimRegTrainer):
                     f"the weights became NaN or infinite by step {self.state.global_step}"
                 )
             self._save_whole(model, trial)
-        if self.interrupted:
+        if self.stopping:
             raise KeyboardInterrupt(
                 f"stopped after step {self.state.global_step} of {self.state.max_steps}, "
                 "checkpoint saved; the same command continues from there"
@@ -87,7 +96,12 @@ class RunTrainer(SimRegTrainer):
             saved.rmdir()
             if self.metrics_file is not None:
                 self.metrics_file.sync()
-            facts = {"step": step, "seconds": self.clock.seconds, "corpus": self.corpus}
+            facts = {
+                "step": step,
+                "seconds": self.clock.seconds,
+                "corpus": self.corpus,
+                "processes": self.args.world_size,
+            }
             checkpoints.seal(aside, facts)
         checkpoints.prune(self.folder.checkpoints, step, self.config.train.keep_checkpoints)
 
@@ -140,12 +154,16 @@ class RunCallback(TrainerCallback):
         regular = control.should_evaluate
         if train.save_every is not None:
             regular = step % train.save_every == 0
-        control.should_save = regular or step == self.steps or self.trainer.interrupted
-        # A checkpoint falls between two logging windows, so that a resumed run logs the same means.
-        due = control.should_evaluate or control.should_save
-        control.should_log = due or step % train.log_every == 0
-        if control.should_log or args.device.type == "cpu":  # elsewhere looking means waiting
+        control.should_save = regular or step == self.steps
+        due = control.should_evaluate or control.should_save or step % train.log_every == 0
+        waits = args.device.type != "cpu"  # there looking means waiting for the device
+        if due or not waits:
             self.trainer.check_finite()
+        if due or not waits or args.world_size == 1:
+            self.trainer.agree_to_stop()
+        control.should_save |= self.trainer.stopping
+        # A checkpoint falls between two logging windows, so that a resumed run logs the same means.
+        control.should_log = due or control.should_save
 
     def on_log(
         self,

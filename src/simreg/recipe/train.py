@@ -3,21 +3,24 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from simreg.recipe import assemble, checkpoints, models, progress, provenance
 from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, Rows, ordered, prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import RunFolder, is_main_process, storage_errors
+from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
+from simreg.recipe.processes import from_main, is_main_process, lost_contact
 from simreg.recipe.timing import step_time_ratio, throughput
 
 __all__ = ["step_time_ratio", "throughput", "train"]
@@ -28,6 +31,8 @@ def train(
     config: RunConfig, *, corpus: Corpus | None = None, on_step: Tell | None = None
 ) -> dict[str, Any]:
     """Run, resume or recall the training run of `config`; returns the content of `result.json`.
+
+    Called in each of several processes (torchrun, accelerate), it shares every batch among them.
 
     Args:
         config: what to train and where (`config.out`). A folder that holds an unfinished run of
@@ -41,24 +46,30 @@ def train(
         KeyboardInterrupt: Ctrl-C, after a checkpoint; its text says how to continue.
     """
     folder = RunFolder(config.out)
-    with storage_errors(folder.root), _quiet():
-        result = folder.finished(config)
+    with storage_errors(folder.root), _quiet(), lost_contact():
+        arguments = assemble.training_arguments(config, folder.checkpoints)  # here processes meet
+        result = from_main(lambda: folder.finished(config))
         if result is None:
             with folder.claimed(config):
-                result = _run(config, folder, corpus or prepare(config.data), on_step)
-        elif on_step is None:
+                corpus = corpus or prepare(config.data, progress=is_main_process())
+                result = _run(config, folder, arguments, corpus, on_step)
+        elif on_step is None and is_main_process():
             print(f"{folder.root} holds the finished run of this config")
         return result
 
 
 def _run(
-    config: RunConfig, folder: RunFolder, corpus: Corpus, on_step: Tell | None
+    config: RunConfig,
+    folder: RunFolder,
+    arguments: TrainingArguments,
+    corpus: Corpus,
+    on_step: Tell | None,
 ) -> dict[str, Any]:
     say = print if on_step is None and is_main_process() else _silent
     corpus.require_batch(config.train.batch_rows)
     # Asked now: by the end of a long run the checkout may have moved on.
     origin = {"versions": provenance.versions(), "machine": provenance.machine()}
-    checkpoint, manifest = folder.resume_point()
+    checkpoint, manifest = _agreed(folder, corpus)
     if manifest.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise UserError(
             f"the data of the run in {folder.root} has changed since it began: "
@@ -77,7 +88,7 @@ def _run(
         clock=clock,
         corpus=corpus.fingerprint,
         model=model,
-        args=assemble.training_arguments(config, folder.checkpoints),
+        args=arguments,
         train_dataset=rows,
         eval_dataset=_validation(config, corpus.validation),
         data_collator=assemble.collator(config.simreg),
@@ -87,22 +98,44 @@ def _run(
     _add_callbacks(trainer, on_step or _print_line(config.steps), flops, manifest.get("step", 0))
     if checkpoint is not None:
         say(f"resuming after step {manifest['step']}")
+        before, now = manifest.get("processes", arguments.world_size), arguments.world_size
+        if before != now:
+            warn(f"the number of processes was {before} and is {now}: equal but for rounding")
     with _metrics(trainer, manifest.get("step", 0)), interruptible(trainer), _out_of_memory():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    result = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds) | origin
-    if is_main_process():
+
+    def finish() -> dict[str, Any]:
+        facts = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds)
+        result = facts | {"processes": arguments.world_size} | origin
         _export(folder, model, corpus, result)
+        return result
+
+    result = from_main(finish)
     say(f"done: validation ce {result['final_ce']:.4f}; model in {folder.model}")
     return result
 
 
+def _agreed(folder: RunFolder, corpus: Corpus) -> tuple[Path | None, dict[str, Any]]:
+    """Where the main process resumes; UserError where another process does not see the same."""
+    checkpoint, manifest, theirs = from_main(lambda: (*folder.resume_point(), corpus.fingerprint))
+    if not folder.config.exists():
+        raise UserError(
+            f"{folder.root} is not the same folder on all machines: choose an `out` that they share"
+        )
+    if theirs != corpus.fingerprint:
+        raise UserError("data.source or data.tokenizer is not the same on all machines")
+    return checkpoint, manifest
+
+
 def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str:
     per_step = config.train.batch_rows * config.data.seq_len
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    where = assemble.device().type + (f" × {processes}" if processes > 1 else "")
     of_active = "" if active == total else f" ({models.millions(active)} active)"
     precision = "bf16" if assemble.use_bf16(config.train.precision) else "fp32"
     return (
         f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
-        f"{assemble.device().type} {precision}\n"
+        f"{where} {precision}\n"
         f"{config.steps} steps of {per_step:,} tokens = {config.steps * per_step:,} tokens, "
         f"from a corpus of {corpus.tokens:,}"
     )

@@ -1,0 +1,51 @@
+"""The processes of one run, as torchrun or accelerate start them: who writes, what all know."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from simreg.recipe.errors import UserError
+
+T = TypeVar("T")
+
+
+def is_main_process() -> bool:
+    """True in the process that writes, the first of all nodes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, given to every process; only the main one calls it.
+
+    The value is pickled. If `make` raises there, the launcher ends the others.
+    """
+    if not _several():
+        return make()
+    box = [make() if is_main_process() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def lost_contact() -> Iterator[None]:
+    """Turn what torch.distributed raises when another process is gone or stuck into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's errors have no class of their own, but name its source file.
+        if not _several() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        raise UserError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost contact with another "
+            f"({reason}), whose own output says why; the same command continues from the last "
+            "checkpoint"
+        ) from None
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,137 @@
+"""`simreg train` in several processes: one dies, hangs, is told to stop; their number changes."""
+
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simreg.recipe import checkpoints
+from simreg.recipe import train as module
+from simreg.recipe.config import RunConfig, to_yaml, with_overrides
+from simreg.recipe.errors import UserError
+from simreg.recipe.train import train
+from tests.processes import free_port, launch
+from tests.recipe import tiny
+from tests.recipe.test_resume import interrupt_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROGRAM = ["-m", "tests.recipe.tiny"]
+
+
+def torchrun(
+    processes: int, config: RunConfig, plan: str = "none", restarts: int = 0
+) -> CompletedProcess[str]:
+    """`simreg train` of the config, with a signal where `tiny` is told to send one."""
+    file = Path(config.out).parent / "run.yaml"
+    file.write_text(to_yaml(config))
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--standalone"]
+    run = [sys.executable, "-m", "torch.distributed.run", *options, *PROGRAM, str(file), plan]
+    # Else processes started again may read the addresses of those before them.
+    [done] = launch(run, environments=[{"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}], limit=120)
+    return done
+
+
+def assert_close_run(one: RunConfig, other: RunConfig) -> None:
+    """The same but for rounding; a record that a stop added has no counterpart."""
+    expected = {(x["kind"], x["step"]): x for x in tiny.metrics(one.out)}
+    actual = {(x["kind"], x["step"]): x for x in tiny.metrics(other.out)}
+    assert expected.keys() <= actual.keys()
+    for key, record in expected.items():
+        assert actual[key].pop("kind") == record.pop("kind")
+        assert actual[key] == pytest.approx(record, rel=2e-4, abs=1e-6), key
+    a, b = (load_file(Path(c.out) / "model/model.safetensors") for c in (one, other))
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> RunConfig:
+    """The run of one process that nothing disturbed."""
+    config = tiny.config(tmp_path_factory.mktemp("whole"), text)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(config)
+    torch.set_num_threads(threads)
+    return config
+
+
+def test_a_killed_process_ends_the_run_and_the_same_command_continues(
+    tmp_path: Path, text: Path, whole: RunConfig
+) -> None:
+    config = tiny.config(tmp_path, text)
+    died = torchrun(4, config, "kill@step:9/2")
+    assert died.returncode == 1
+    cause = died.stderr.partition("Root Cause")[2]
+    assert "rank      : 2 " in cause
+    assert "Signal 9 (SIGKILL)" in cause
+    # The others say in a line that they lost contact, or are ended before they can: no traceback.
+    assert "[rank" not in died.stderr
+    assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["step-0000007"]
+    again = torchrun(4, config)
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step 7" in again.stdout
+    assert_close_run(config, whole)
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(
+    tmp_path: Path, text: Path, whole: RunConfig
+) -> None:
+    config = tiny.config(tmp_path, text)
+    done = torchrun(2, config, "kill@step:9/1", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 7" in done.stdout
+    assert_close_run(config, whole)
+
+
+def test_a_process_that_hangs_is_given_up(tmp_path: Path, text: Path) -> None:
+    config = tiny.config(tmp_path, text, {"train": {"timeout": 3}})
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [here | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    run = [sys.executable, *PROGRAM, str(file), "stop@step:9/1"]
+    # Without a launcher, whose grace for a stopped process is 30 s: the first ends the second.
+    done = launch(run, run, environments=ranks, limit=120, leader=True)
+    assert done[0].returncode == 2
+    assert "simreg: error: process 0 of 2 lost contact with another (Timed out waiting" in (
+        done[0].stderr
+    )
+    assert "the same command continues from the last checkpoint" in done[0].stderr
+
+
+def test_another_number_of_processes_continues(
+    tmp_path: Path, text: Path, whole: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.config(tmp_path, text)
+    assert interrupt_at(9, config, tmp_path).startswith("stopped after step 9 ")
+    # One process becomes two; Ctrl-C reaches one of them within a step, and both stop after it.
+    two = torchrun(2, config, "int@step:15/1")
+    assert two.returncode == 1
+    assert "the number of processes was 1 and is 2: equal but for rounding" in two.stderr
+    assert two.stderr.count("stopped after step 15 of 20, checkpoint saved; the same") == 2
+    manifest = checkpoints.verify(Path(config.out) / "checkpoints/step-0000015")
+    assert manifest["processes"] == 2
+    # Two become one, with the same micro-batches.
+    capsys.readouterr()
+    train(with_overrides(config, {"train": {"accumulate": 2}}))
+    assert "the number of processes was 2 and is 1" in capsys.readouterr().err
+    assert_close_run(config, whole)
+
+
+def test_machines_must_share_the_folder(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")  # the first process has written its config elsewhere
+    with pytest.raises(UserError, match=r"run is not the same folder on all machines: choose an"):
+        train(tiny.config(tmp_path, text))
+
+
+def test_machines_must_have_the_same_text(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_main = iter([None, (None, {}, "another fingerprint")])
+    monkeypatch.setattr(module, "from_main", lambda make: next(of_main))
+    with pytest.raises(UserError, match=r"data\.source or data\.tokenizer is not the same on all"):
+        train(tiny.config(tmp_path, text))
