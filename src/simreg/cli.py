@@ -17,6 +17,7 @@ _HELP = {
     "train": "train a language model, with SimReg or without",
     "compare": "say how many tokens and how much time SimReg saves",
     "bench": "time the loss and measure its memory, beside its peers",
+    "plan": "compute what the loss costs on a model and a cluster",
 }
 
 
@@ -101,7 +102,15 @@ def _bench(arguments: list[str]) -> None:
     run.main(tyro.cli(run.BenchOptions, prog="simreg bench", args=arguments))
 
 
-_VERBS = {"train": _train, "compare": _compare, "bench": _bench}
+def _plan(arguments: list[str]) -> None:
+    import tyro
+
+    from simreg.plan import run
+
+    run.main(tyro.cli(run.PlanOptions, prog="simreg plan", args=arguments))
+
+
+_VERBS = {"train": _train, "compare": _compare, "bench": _bench, "plan": _plan}
 
 if __name__ == "__main__":
     sys.exit(main())

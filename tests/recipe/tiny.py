@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from simreg.cli import main
-from simreg.recipe import loop, models
+from simreg.recipe import loop, presets
 from simreg.recipe.config import RunConfig, from_dict, merge
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 PRESETS = {
-    "llama-test": models.Shape(32, 64, 2, 2),
-    "mixtral-test": models.Shape(32, 64, 2, 2, experts=4),
+    "llama-test": presets.Shape(32, 64, 2, 2),
+    "mixtral-test": presets.Shape(32, 64, 2, 2, experts=4),
 }
 TIMING = ("seconds", "tokens_per_s")
 
@@ -89,7 +89,7 @@ def strike(plan: str) -> None:
     setattr(victim, name, deadly)
 
 
-models.PRESETS.update(PRESETS)
+presets.PRESETS.update(PRESETS)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

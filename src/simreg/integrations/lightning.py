@@ -1,0 +1,114 @@
+"""A Lightning callback that adds an objective on the final hidden states to the training loss.
+
+trainer = Trainer(callbacks=[SimRegCallback(SimRegLoss(weight=0.3))])
+trainer.fit(module)  # whose `training_step` returns cross-entropy
+"""
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+
+from simreg.capture import Attached, attach
+from simreg.objectives import Objective
+
+Field = str | Callable[[Any], Tensor]
+
+
+class SimRegCallback(Callback):
+    """Adds `objective` to what `training_step` returns, a loss or a mapping with a "loss".
+
+    Lightning lets no callback change the loss, so for the time of `fit` the `training_step` of the
+    module is wrapped: what it returns is completed within the forward pass of DDP. It must run one
+    forward pass of the language model. The objective's divisor is the labels of the batch, as that
+    of the usual mean cross-entropy; Lightning then averages over accumulated batches and ranks,
+    which equals one large batch where all hold the same number of labels. Logs the objective's
+    metrics as `simreg/loss` (unweighted) and so on. Validation is without the objective.
+
+    Args:
+        objective: such as `SimRegLoss(weight=0.3)`. Its own parameters, if any, are not trained.
+        labels: key of the batch, or a function of the batch: `[B, L]` int64, -100 where ignored.
+        segments: the same for the document of each position, `[B, L]`; None: rows are whole.
+        shift: False if position t of the labels already holds the token that follows it.
+        module: a function of the LightningModule that gives the submodule whose output enters the
+            LM head; None: the decoder of the first causal LM of transformers in it.
+
+    Raises:
+        ValueError: in `fit`: under manual optimization, or where no decoder is found.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        labels: Field = "labels",
+        segments: Field | None = None,
+        shift: bool = True,
+        module: Callable[[LightningModule], nn.Module] | None = None,
+    ) -> None:
+        self.objective = objective
+        self.labels, self.segments, self.shift, self.module = labels, segments, shift, module
+        self._reg: Attached | None = None
+        self._before: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the objective and wrap `training_step`."""
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "pl_module: expected automatic optimization; in a training_step that calls "
+                "manual_backward, attach the objective yourself and add it to the loss there"
+            )
+        self._reg = self._attach(pl_module)
+        step = pl_module.training_step
+
+        @wraps(step)  # Lightning reads the signature
+        def training_step(batch: Any, *rest: Any, **named: Any) -> STEP_OUTPUT:
+            return self._complete(step(batch, *rest, **named), batch, pl_module)
+
+        attributes = vars(pl_module)
+        self._before = {k: attributes[k] for k in ("training_step",) if k in attributes}
+        attributes["training_step"] = training_step
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the module as it was."""
+        self._detach(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        self._detach(pl_module)
+
+    def _attach(self, pl_module: LightningModule) -> Attached:
+        if self.module is not None:
+            return attach(pl_module, self.objective, module=self.module(pl_module))
+        models = (m for m in pl_module.modules() if callable(getattr(m, "get_decoder", None)))
+        return attach(next(models, pl_module), self.objective)
+
+    def _detach(self, pl_module: LightningModule) -> None:
+        if self._reg is None:
+            return
+        self._reg.detach()
+        self._reg = None
+        del vars(pl_module)["training_step"]
+        vars(pl_module).update(self._before)
+
+    def _complete(self, output: STEP_OUTPUT, batch: Any, pl_module: LightningModule) -> STEP_OUTPUT:
+        if output is None:  # a batch that is skipped
+            return None
+        assert self._reg is not None
+        segments = None if self.segments is None else _field(batch, self.segments)
+        added = self._reg(_field(batch, self.labels), segments, shift=self.shift)
+        metrics = {f"simreg/{key}": value for key, value in self._reg.metrics.items()}
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False)
+        if isinstance(output, Mapping):
+            return {**output, "loss": output["loss"] + added}
+        return output + added
+
+
+def _field(batch: Any, field: Field) -> Tensor:
+    value: Tensor = batch[field] if isinstance(field, str) else field(batch)
+    return value

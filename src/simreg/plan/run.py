@@ -1,0 +1,163 @@
+"""`simreg plan`: what the loss costs on a cluster, and which setting costs little enough."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from simreg.plan import costs, models
+from simreg.plan.advice import Option, options, within
+from simreg.plan.costs import Job, Setting
+from simreg.plan.models import Model
+from simreg.plan.table import cells, columns, grid, name, percent, si, size
+from simreg.recipe.errors import UserError
+
+
+@dataclass
+class PlanOptions:
+    """What SimReg adds to the FLOPs, memory and communication of a training step, by formulas.
+
+    Nothing is run: docs/plan.md derives the formulas and says what they leave out. All figures are
+    of one rank that holds the LM head, for one forward and backward pass over its rows.
+    """
+
+    model: str | None = None
+    """A preset, such as llama-130m, llama-8b, llama-70b, mixtral-8x7b; for another model
+    --params, --hidden and --layers."""
+    params: float | None = None
+    """All parameters, such as 8e9."""
+    active_params: float | None = None
+    """Those that a token is multiplied with (mixture of experts); default: all."""
+    hidden: int | None = None
+    """The width d of the hidden states."""
+    layers: int | None = None
+    """Transformer layers."""
+    seq: int = 8192
+    """Tokens of a row."""
+    rows: int = 1
+    """Rows of each data-parallel rank in a pass (the micro-batch)."""
+    document: int | None = None
+    """Tokens of a packed document; those of others are neither attended to nor compared."""
+    gpus: int = 1
+    """Of the whole cluster; what tp, cp and pp leave is data parallelism. FSDP shards all."""
+    tp: int = 1
+    """Tensor parallelism."""
+    cp: int = 1
+    """Context parallelism."""
+    pp: int = 1
+    """Pipeline parallelism."""
+    variant: Literal["out", "in", "decoupled"] = "out"
+    """Of the loss."""
+    chunk: int | None = None
+    """Compare tokens within chunks of so many; default: whole rows."""
+    bound: float = 0.01
+    """Advise the widest setting that adds at most this fraction of the step's time."""
+    tflops: float = 400.0
+    """10^12 FLOP/s that a rank achieves, in the model and in the loss alike."""
+    link: float = 50.0
+    """10^9 bytes/s that a rank receives: 50 is a link of 400 Gbit/s for each GPU."""
+    table: bool = False
+    """Print the table of docs/plan.md instead: five models, 1 to 4,096 GPUs, 2k to 1M tokens."""
+
+
+def main(chosen: PlanOptions) -> None:
+    """Run the command; UserError for options that cannot be met."""
+    _check_positive(chosen, "bound", "tflops", "link")
+    rate = {"tflops": chosen.tflops, "link": chosen.link}
+    lines = grid(bound=chosen.bound, **rate) if chosen.table else _report(chosen, rate)
+    print("\n".join(lines))
+
+
+def _report(chosen: PlanOptions, rate: dict[str, float]) -> Iterator[str]:
+    job = _job(chosen)
+    setting = Setting(chosen.variant, chosen.chunk)
+    yield from _situation(job)
+    yield ""
+    yield from _costs(job, setting, costs.shares(job, setting, **rate))
+    yield ""
+    yield from _advice(job, options(job, chosen.variant, **rate), chosen.bound)
+
+
+def _check_positive(chosen: PlanOptions, *names: str) -> None:
+    for field in names:
+        value = getattr(chosen, field)
+        if value is not None and not value > 0:
+            flag = field.replace("_", "-")
+            raise UserError(f"--{flag}: expected a positive number, got {value}")
+
+
+def _job(chosen: PlanOptions) -> Job:
+    _check_positive(chosen, "seq", "rows", "document", "gpus", "tp", "cp", "pp", "chunk")
+    if chosen.gpus % (ranks := chosen.tp * chosen.cp * chosen.pp):
+        raise UserError(f"--gpus: {chosen.gpus} is not a multiple of tp × cp × pp = {ranks}")
+    if chosen.seq % chosen.cp:
+        raise UserError(f"--seq: {chosen.seq} is not a multiple of --cp {chosen.cp}")
+    return Job(
+        _model(chosen),
+        length=chosen.seq,
+        rows=chosen.rows,
+        gpus=chosen.gpus,
+        tp=chosen.tp,
+        cp=chosen.cp,
+        pp=chosen.pp,
+        document=chosen.document,
+    )
+
+
+def _model(chosen: PlanOptions) -> Model:
+    params, hidden, layers = chosen.params, chosen.hidden, chosen.layers
+    active = params if chosen.active_params is None else chosen.active_params
+    if chosen.model is not None:
+        if (params, active, hidden, layers) != (None,) * 4:
+            raise UserError("--model: give a preset, or --params, --hidden and --layers; not both")
+        return models.find(chosen.model)
+    if params is None or active is None or hidden is None or layers is None:
+        raise UserError("give --model, such as llama-8b, or all of --params, --hidden and --layers")
+    _check_positive(chosen, "params", "active_params", "hidden", "layers")
+    if active > params:
+        raise UserError(f"--active-params: expected at most --params, got {active:g}")
+    return Model("your model", hidden, layers, int(params), int(active), keys=hidden)
+
+
+def _situation(job: Job) -> Iterator[str]:
+    model, data = job.model, job.gpus // (job.tp * job.cp * job.pp)
+    yield (
+        f"{model.name}: {si(model.parameters)} parameters, {si(model.multiplied)} multiplied with "
+        f"a token, d {model.hidden:,}, {model.layers} layers"
+    )
+    documents = f" (documents of {job.document:,})" if job.document else ""
+    yield (
+        f"{job.gpus:,} GPUs = data {data:,} × tp {job.tp} × cp {job.cp} × pp {job.pp}; "
+        f"{job.rows} × {job.length:,} tokens{documents} for {job.cp * job.tp} ranks in a pass"
+    )
+
+
+def _costs(job: Job, setting: Setting, shares: costs.Shares) -> Iterator[str]:
+    traffic = costs.model_traffic(job)
+    flops, received = costs.loss_flops(job, setting), costs.loss_traffic(job, setting)
+    rows = (
+        ("FLOPs", si, flops.total, costs.model_flops(job), shares.flops),
+        ("memory", size, costs.loss_memory(job, setting), costs.model_memory(job), shares.memory),
+        ("received", size, received.total, sum(traffic), shares.received),
+    )
+    yield f"{'a rank, a pass':<16}{'SimReg':>12}{'the model':>12}{'share':>10}"
+    for what, unit, loss, model, share in rows:
+        yield f"{what:<16}{unit(loss):>12}{unit(model):>12}{percent(share):>10}"
+    yield f"{'time, estimated':<40}{percent(shares.time):>10}"
+    yield f"SimReg: {name(job, setting)}; receives {size(received.forward)} in forward"
+    parts = zip(traffic._fields, traffic, strict=True)
+    yield "the model receives for " + ", ".join(f"{kind} {size(part)}" for kind, part in parts)
+
+
+def _advice(job: Job, every: list[Option], bound: float) -> Iterator[str]:
+    best = within(every, bound)
+    if best is None:
+        least = min(every, key=lambda option: option.shares.time)
+        yield f"no setting is within {percent(bound)} of the step's time; the cheapest is"
+        yield f"{name(job, least.setting)}: {percent(least.shares.time)}"
+    else:
+        yield f"within {percent(bound)} of the step's time: {name(job, best.setting)}"
+    yield ""
+    yield columns()
+    for option in every:
+        mark = "*" if option is best else " "
+        yield f"{mark} {name(job, option.setting):<44}{cells(option.shares)}"

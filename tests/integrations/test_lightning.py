@@ -1,0 +1,204 @@
+"""The Lightning callback: its gradients are those of the sum written by hand, and it leaves."""
+
+import logging
+import os
+import socket
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from simreg import SimRegLoss, simreg_loss
+from simreg.capture import shift_left
+from simreg.integrations.lightning import SimRegCallback
+from tests.processes import leave, spawn
+
+WEIGHT, ROWS, LENGTH, WORDS = 0.7, 8, 24, 16
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=WORDS, num_attention_heads=2, use_cache=False, **sizes)
+    return LlamaForCausalLM(config).double()
+
+
+def make_rows() -> list[dict[str, Tensor]]:
+    ids = torch.randint(WORDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    documents = (torch.arange(LENGTH) // 10).expand(ROWS, -1)
+    return [{"labels": y, "documents": d} for y, d in zip(ids, documents, strict=True)]
+
+
+class Module(LightningModule):
+    """Cross-entropy alone, returned in one of the forms that Lightning takes."""
+
+    def __init__(self, form: str = "tensor") -> None:
+        super().__init__()
+        self.model, self.form = make_model(), form
+        self.automatic_optimization = form != "manual"
+
+    def training_step(self, batch: Any) -> Any:  # without batch_idx, which is optional
+        if self.form == "fails":
+            raise RuntimeError("in the step")
+        if self.form == "skipped":
+            return None
+        labels = batch["labels"]
+        loss = self.model(labels, labels=labels).loss
+        return {"loss": loss, "extra": 1} if self.form == "mapping" else loss
+
+    def validation_step(self, batch: Any) -> None:
+        labels = batch["labels"]
+        self.log("val", self.model(labels, labels=labels).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Recorder(Callback):
+    """Gradients of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[list[Tensor | None]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
+        found = [p.grad for p in module.parameters()]
+        self.gradients.append([None if grad is None else grad.clone() for grad in found])
+
+
+def trainer(*callbacks: Callback, steps: int = 1, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = {"accelerator": "cpu", "enable_model_summary": False, **quiet, **options}
+    return Trainer(max_steps=steps, callbacks=list(callbacks), **options)
+
+
+def fit(
+    callback: Callback, module: Module, *, batch: int = ROWS, steps: int = 1, **options: Any
+) -> tuple[list[list[Tensor | None]], Trainer]:
+    recorder = Recorder()
+    run = trainer(callback, recorder, steps=steps, **options)
+    run.fit(module, DataLoader(make_rows(), batch_size=batch))
+    return recorder.gradients, run
+
+
+def by_hand(documents: bool = False, weight: float = WEIGHT) -> tuple[list[Tensor], Tensor]:
+    """Gradients of cross-entropy + λ × SimReg on all rows, and SimReg."""
+    model, rows = make_model(), make_rows()
+    labels = torch.stack([row["labels"] for row in rows])
+    segments = torch.stack([row["documents"] for row in rows]) if documents else None
+    hidden = model.get_decoder()(labels).last_hidden_state
+    targets = shift_left(labels)
+    ce = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
+    added = simreg_loss(hidden, targets, segments=segments)
+    (ce + weight * added).backward()
+    return [p.grad for p in model.parameters()], added.detach()
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_are_those_of_the_sum(form: str, accumulate: int) -> None:
+    callback = SimRegCallback(SimRegLoss(WEIGHT))
+    gradients, run = fit(
+        callback, Module(form), batch=ROWS // accumulate, accumulate_grad_batches=accumulate
+    )
+    expected, added = by_hand()
+    torch.testing.assert_close(gradients, [expected])
+    if accumulate == 1:
+        torch.testing.assert_close(run.callback_metrics["simreg/loss"].double(), added)
+    assert {"simreg/pos_cos", "simreg/neg_cos", "simreg/pos_fraction"} < set(run.callback_metrics)
+
+
+def test_fields_by_key_and_by_function() -> None:
+    expected, _ = by_hand(documents=True)
+    keys = {"segments": "documents"}
+    functions = {
+        "labels": lambda batch: shift_left(batch["labels"]),
+        "segments": lambda batch: batch["documents"],
+        "shift": False,
+        "module": lambda module: module.model.model.norm,
+    }
+    for options in (keys, functions):
+        gradients, _ = fit(SimRegCallback(SimRegLoss(WEIGHT), **options), Module())
+        torch.testing.assert_close(gradients, [expected])
+
+
+def left_alone(module: Module) -> bool:
+    hooks = sum(len(m._forward_hooks) for m in module.modules())
+    return "training_step" not in vars(module) and hooks == 0
+
+
+def test_fit_again_adds_once_and_leaves_nothing() -> None:
+    callback, module = SimRegCallback(SimRegLoss(WEIGHT)), Module()
+    for _ in range(2):
+        gradients, _ = fit(callback, module)
+        torch.testing.assert_close(gradients, [by_hand()[0]])
+        assert left_alone(module)
+
+
+def test_validation_within_fit_is_without_it() -> None:
+    module = Module()
+    run = trainer(SimRegCallback(SimRegLoss(WEIGHT)))
+    run.fit(module, DataLoader(make_rows(), ROWS), DataLoader(make_rows(), ROWS))
+    labels = torch.stack([row["labels"] for row in make_rows()])
+    ce = make_model()(labels, labels=labels).loss
+    torch.testing.assert_close(run.callback_metrics["val"], ce.detach().float())
+
+
+def test_an_error_in_the_step_leaves_nothing() -> None:
+    module = Module("fails")
+    with pytest.raises(RuntimeError, match="in the step"):
+        fit(SimRegCallback(SimRegLoss()), module)
+    assert left_alone(module)
+
+
+def test_skipped_batches_stay_skipped() -> None:
+    gradients, _ = fit(SimRegCallback(SimRegLoss()), Module("skipped"))
+    assert set(gradients[0]) == {None}
+
+
+def test_a_step_that_was_set_on_the_instance_is_put_back() -> None:
+    module = Module()
+    step = module.training_step
+    module.training_step = step
+    fit(SimRegCallback(SimRegLoss()), module)
+    assert vars(module)["training_step"] is step
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="automatic optimization"):
+        fit(SimRegCallback(SimRegLoss()), Module("manual"))
+    module = Module()
+    module.model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="get_decoder"):
+        fit(SimRegCallback(SimRegLoss()), module)
+
+
+def _ddp(rank: int, port: int) -> None:
+    warnings.simplefilter("ignore")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2"}
+    strategy = DDPStrategy(process_group_backend="gloo")
+    callback = SimRegCallback(SimRegLoss(WEIGHT))
+    options = {"strategy": strategy, "devices": 2, "plugins": [TorchElasticEnvironment()]}
+    gradients, _ = fit(callback, Module(), batch=ROWS // 2, **options)
+    assert dist.get_world_size() == 2
+    torch.testing.assert_close(gradients, [by_hand()[0]])
+    leave()
+
+
+def test_two_processes_of_ddp_equal_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_ddp, (port,))

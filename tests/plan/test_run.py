@@ -1,0 +1,133 @@
+"""`simreg plan`: what it says, what it advises, what it refuses, and the table of the docs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from simreg import cli
+from simreg.plan.advice import options, within
+from simreg.plan.costs import Job, Setting
+from simreg.plan.models import find
+from simreg.plan.table import count, name, percent, si, size
+
+DOCS = Path(__file__).parents[2] / "docs" / "plan.md"
+RATE = {"tflops": 400.0, "link": 50.0}
+
+
+def printed(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["plan", *arguments.split()]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_of_the_docs_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = printed("--table", capsys)
+    assert table in DOCS.read_text()
+    assert table.count("\n") == 2 + 25
+
+
+def test_the_example_of_the_docs_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    example = re.search(r"    \$ simreg plan (.*)\n((?:    .*\n|\n)+)", DOCS.read_text())
+    assert example is not None
+    shown = "".join(line[4:] or "\n" for line in example[2].splitlines(keepends=True))
+    report = printed(example[1], capsys)
+    assert report.startswith(shown.rstrip().removesuffix("..."))
+    assert len(shown.splitlines()) > 12
+
+
+@pytest.mark.parametrize("variant", ["out", "decoupled"])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_advice_is_the_widest_span_within_the_bound(variant: str, tp: int) -> None:
+    job = Job(find("llama-130m"), length=65_536, gpus=4 * tp, tp=tp, cp=4)
+    every = options(job, variant, **RATE)
+    assert len(every) == (1 + 5) * (2 if tp > 1 else 1) * (2 if variant == "decoupled" else 1)
+    for bound in (0.01, 0.02, 0.04, 1.0):
+        best = within(every, bound)
+        assert best is not None
+        assert best.shares.time <= bound
+        for other in every:
+            wider = other.setting.span(job) > best.setting.span(job)
+            same = other.setting.span(job) == best.setting.span(job)
+            assert not (wider and other.shares.time <= bound)
+            assert not (same and other.shares.time < best.shares.time)
+    assert within(every, 1e-9) is None
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed("--model llama-8b --seq 32768 --gpus 64 --cp 4", capsys)
+    assert "64 GPUs = data 16 × tp 1 × cp 4 × pp 1" in text
+    flops = re.search(r"FLOPs +(\S+) T +(\S+) T +(\S+) %", text)
+    assert flops is not None
+    loss, model, share = map(float, flops.groups())
+    assert loss == pytest.approx(6 * 8192 * 32_768 * 4096 / 1e12, rel=0.01)
+    assert share == pytest.approx(100 * loss / model, rel=0.06)
+    assert "within 1.0 % of the step's time: out, chunks of 16,384" in text
+    assert len(re.findall(r"^\*", text, re.M)) == 1
+    assert "out, whole rows" in printed("--model llama-8b --bound 0.02 --seq 32768", capsys)
+
+
+def test_report_where_nothing_is_within_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed("--model llama-8b --bound 1e-7", capsys)
+    assert "no setting is within < 0.01 %" in text
+    assert "out, chunks of 256: 0.01 %" in text
+    assert not re.findall(r"^\*", text, re.M)
+
+
+def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed("--params 47e9 --active-params 13e9 --hidden 4096 --layers 32", capsys)
+    assert "47 G parameters, 13 G multiplied" in text
+    share = float(re.search(r"FLOPs.* (\S+) %", text)[1])  # type: ignore[index]
+    model = 6 * 13e9 + 6 * 32 * 4096 * 8192
+    assert share == pytest.approx(100 * 5 * 8192 * 4096 / model, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "give --model"),
+        ("--params 1e9 --hidden 64", "give --model"),
+        ("--model gpt-9", "--model: no model 'gpt-9'; there are llama-tiny"),
+        ("--model llama-8b --layers 3", "--model: give a preset, or"),
+        ("--params 1e9 --active-params 2e9 --hidden 64 --layers 2", "--active-params: expected"),
+        ("--params -1 --hidden 64 --layers 2", "--params: expected a positive number, got -1"),
+        ("--model llama-8b --gpus 12 --tp 8", "--gpus: 12 is not a multiple of tp × cp × pp = 8"),
+        ("--model llama-8b --gpus 3 --cp 3", "--seq: 8192 is not a multiple of --cp 3"),
+        ("--model llama-8b --chunk 0", "--chunk: expected a positive number, got 0"),
+        ("--model llama-8b --bound nan", "--bound: expected a positive number, got nan"),
+        ("--table --link 0", "--link: expected a positive number, got 0"),
+    ],
+)
+def test_what_is_refused(arguments: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"simreg: error: {says}")
+    assert error.count("\n") == 1
+
+
+def test_names() -> None:
+    job = Job(find("llama-8b"), length=4096, gpus=2, tp=2)
+    assert name(job, Setting()) == "out, whole rows, shared by TP"
+    assert name(job, Setting("in", 512, False)) == "in, chunks of 512, repeated by TP"
+    packed = Job(find("llama-8b"), length=4096, document=1000)
+    assert name(packed, Setting(chunk=2048)) == "out, whole documents"
+
+
+def test_units() -> None:
+    values = (0, 0.00001, 0.000123, 0.00996, 0.0123, 0.0995, 0.123, 12.3)
+    texts = ["0", "< 0.01", "0.01", "1.0", "1.2", "10", "12", "1,230"]
+    assert [percent(value) for value in values] == [f"{text} %" for text in texts]
+    assert [si(v) for v in (7, 999, 1234, 8.03e9, 4.2e20)] == [
+        "7",
+        "999",
+        "1.23 k",
+        "8.03 G",
+        "420 E",
+    ]
+    assert [size(v) for v in (5, 2048, 96 * 2**20, 1.5 * 2**30, 2**41)] == [
+        "5 B", "2 KiB", "96 MiB", "1.5 GiB", "2 TiB",
+    ]  # fmt: skip
+    assert [count(v) for v in (2048, 131_072, 2**20)] == ["2k", "128k", "1M"]
