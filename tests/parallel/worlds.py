@@ -66,12 +66,9 @@ def evaluate(
 ) -> list[torch.Tensor]:
     """As `fuzz.evaluate`: loss, cosines and gradient times ‖h‖ of this rank's tokens."""
     hidden = problem.hidden.clone().requires_grad_()
-    settings = parallel_loss._Settings(
-        problem.temperature, problem.variant, problem.chunk_size, -100
-    )
-    found = parallel_loss._per_token(
-        hidden, problem.labels, problem.segments, positions,
-        groups.get("group"), groups.get("replicas"), settings,
+    found = parallel_loss.per_token(
+        hidden, problem.labels, problem.segments, positions, problem.temperature, problem.variant,
+        problem.chunk_size, -100, groups.get("group"), groups.get("replicas"),
     )  # fmt: skip
     (found.loss * problem.weights.to(found.loss.dtype)).sum().backward()
     norm = problem.hidden.double().norm(dim=-1, keepdim=True).clamp_min(EPS)

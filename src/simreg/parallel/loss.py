@@ -72,8 +72,10 @@ def sharded_simreg_loss(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    settings = _Settings(temperature, variant, chunk_size, ignore_index)
-    found: _Found = _per_token(hidden, labels, segments, positions, group, replicas, settings)
+    found: Found = per_token(
+        hidden, labels, segments, positions, temperature, variant, chunk_size, ignore_index,
+        group, replicas,
+    )  # fmt: skip
     if reduction == "none":
         return found.loss
     total = found.loss.sum()
@@ -120,27 +122,23 @@ class ShardedSimRegLoss(SimRegLoss):
         Returns:
             As `SimRegLoss`; the parts of the ranks of `group` add up to its loss.
         """
-        found = _per_token(
+        found: Found = per_token(
             hidden.detach() if self.weight == 0 else hidden,
             labels,
             segments,
             positions,
+            self.temperature,
+            self.variant,
+            self.chunk_size,
+            self.ignore_index,
             self.group,
             self.replicas,
-            _Settings(self.temperature, self.variant, self.chunk_size, self.ignore_index),
         )
         divisor = found.labelled.clamp_min(1) if num_items is None else num_items
         return weigh(self.weight, found.loss, found.pos_cos, found.neg_cos, found.valid, divisor)
 
 
-class _Settings(NamedTuple):
-    temperature: float
-    variant: str
-    chunk_size: int | None
-    ignore_index: int
-
-
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Of this rank's tokens, in the shape of its labels; labelled: valid tokens of all ranks."""
 
     loss: Tensor
@@ -151,46 +149,50 @@ class _Found(NamedTuple):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _per_token(
+def per_token(
     hidden: Tensor,
     labels: Tensor,
     segments: Tensor | None,
     positions: Tensor | None,
+    temperature: float,
+    variant: str,
+    chunk_size: int | None,
+    ignore_index: int,
     group: dist.ProcessGroup | None,
     replicas: dist.ProcessGroup | None,
-    settings: _Settings,
-) -> _Found:
+) -> Found:
+    """As `simreg.loss.per_token`, of arguments as `sharded_simreg_loss` takes them."""
     (hidden, labels, segments, positions), peers, copies = localize(
         hidden, labels, segments, positions, Peers(group), Peers(replicas)
     )
     own, error = Header(), None
     try:
-        check_options(settings.temperature, settings.variant, settings.chunk_size, "auto")
+        check_options(temperature, variant, chunk_size, "auto")
         check_tensors(hidden, labels, segments)
         check_transforms(hidden)
         _check_positions(positions, labels)
+        settings = float(temperature), variant, chunk_size, ignore_index
         own = header(hidden if hidden.ndim == 3 else hidden[None], segments, settings)
     except ValueError as refused:
         error = refused
     device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
     lengths = agree(peers, copies, own, device, error)
 
-    valid = (labels != settings.ignore_index) & (labels >= 0)
+    valid = (labels != ignore_index) & (labels >= 0)
     scopes = [] if segments is None else [segments.long()]
-    if settings.chunk_size is not None:
+    if chunk_size is not None:
         if positions is None:
             first = sum(lengths[: peers.rank])
             positions = torch.arange(first, first + labels.shape[-1], device=device)
-        chunks = positions.long().div(settings.chunk_size, rounding_mode="floor")
+        chunks = positions.long().div(chunk_size, rounding_mode="floor")
         scopes.append(chunks.expand_as(labels))
     row = labels.masked_fill(~valid, -1), *scopes
     if hidden.ndim == 2:
         hidden, row = hidden[None], tuple(keys[None] for keys in row)
     shards = Shards(row[0], list(row[1:]), lengths, peers, copies)
-    temperature = float(settings.temperature)
-    results = _Loss.apply(hidden, shards, temperature, settings.variant)  # type: ignore[no-untyped-call]
+    results = _Loss.apply(hidden, shards, float(temperature), variant)  # type: ignore[no-untyped-call]
     loss, pos_cos, neg_cos = (result.view(labels.shape) for result in results)
-    return _Found(loss, pos_cos, neg_cos, valid, shards.count)
+    return Found(loss, pos_cos, neg_cos, valid, shards.count)
 
 
 def _check_positions(positions: Tensor | None, labels: Tensor) -> None:

@@ -1,0 +1,49 @@
+"""Where the tokens of a batch belong: their documents, and their places in the row."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.distributed.context_parallel.api import cp_shard
+
+
+class Rows(NamedTuple):
+    """Beside labels `[B, l]`: the document and the place in its row of each token, or None."""
+
+    documents: Tensor | None = None
+    places: Tensor | None = None
+
+
+def documents_of(positions: Tensor) -> Tensor:
+    """Document ids `[B, L]` of whole rows, from positions that start at 0 in every document."""
+    return (positions == 0).cumsum(1)
+
+
+def shard(rows: Rows, mesh: DeviceMesh, balancer: str | None) -> Rows:
+    """The part of whole rows that this rank of context parallelism holds.
+
+    Raises:
+        ValueError: for the balancer "ptrr", which follows the attention mask.
+    """
+    if rows.documents is None and rows.places is None:
+        return rows
+    if balancer == "ptrr":
+        raise ValueError(
+            "context_parallel_load_balancer: 'ptrr' permutes tokens by the attention mask, which "
+            "loss.scope='document' and loss.chunk_size can't follow; use 'headtail'"
+        )
+
+    def part(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        parts, _ = cp_shard(mesh, (value,), None, balancer)
+        local: Tensor = parts[0]
+        return local
+
+    return Rows(part(rows.documents), part(rows.places))
+
+
+def places_of(labels: Tensor) -> Tensor:
+    """The place of each token `[B, L]` in its row."""
+    return torch.arange(labels.shape[1], device=labels.device).expand(labels.shape).contiguous()

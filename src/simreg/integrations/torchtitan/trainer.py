@@ -1,0 +1,132 @@
+"""torchtitan's trainer with the SimReg loss, and configs turned into its configs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, metrics_of
+from simreg.integrations.torchtitan.rows import Rows, documents_of, places_of, shard
+
+
+class SimRegTrainer(Trainer):
+    """`Trainer` for a `ChunkedSimRegLoss`: tells it where tokens belong, logs what it did.
+
+    Metrics, over the global batch of the step: `simreg/ce`, `simreg/loss` (per valid token, without
+    the weight), `simreg/pos_fraction`, `simreg/pos_cos`, `simreg/neg_cos`, beside torchtitan's own.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        """That of `Trainer`, with a `ChunkedSimRegLoss.Config` for its loss."""
+
+    config: Config
+    loss_fn: ChunkedSimRegLoss
+    simreg_metrics: dict[str, float]
+
+    def __init__(self, config: Config) -> None:
+        if not isinstance(config.loss, ChunkedSimRegLoss.Config):
+            raise ValueError(
+                f"loss: expected a ChunkedSimRegLoss.Config, got {type(config.loss).__qualname__}"
+            )
+        places = config.loss.scope == "document" or config.loss.chunk_size is not None
+        spread = config.parallelism.context_parallel_degree > 1
+        if places and spread and not config.training.disable_cuda_graphs:
+            raise ValueError(
+                "training.disable_cuda_graphs: expected True with context parallelism and "
+                "loss.scope='document' or loss.chunk_size: a graph would keep the first step's rows"
+            )
+        super().__init__(config)
+        self.simreg_metrics = {}
+        self.loss_fn.bind(self.parallel_dims)
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """As torchtitan; before tokens are spread, notes where they belong."""
+        spread = self.parallel_dims.pp_enabled or self.parallel_dims.cp_enabled
+        rows = self._rows(input_dict.get("positions"), labels) if spread else None
+        inputs, labels, others = super().post_dataloading_process(input_dict, labels)
+        if rows is not None:
+            self.loss_fn.expect(labels, rows)
+        return inputs, labels, others
+
+    def _rows(self, positions: Tensor | None, labels: Tensor) -> Rows:
+        documents = None
+        if self.loss_fn.scope == "document":
+            if positions is None:
+                raise ValueError("loss.scope: 'document' needs a dataloader that gives positions")
+            documents = documents_of(positions)
+        if not self.parallel_dims.cp_enabled:
+            return Rows(documents)
+        rows = Rows(documents, None if self.config.loss.chunk_size is None else places_of(labels))
+        balancer = self.config.parallelism.context_parallel_load_balancer
+        return shard(rows, self.parallel_dims.get_mesh("cp"), balancer)
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """As torchtitan; then logs SimReg's metrics.
+
+        Raises:
+            RuntimeError: a pipeline schedule gave the loss other labels than the trainer gave it.
+        """
+        super().train_step(data_iterator)
+        if self.parallel_dims.pp_enabled and self.pp_has_last_stage:
+            wanted = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+            if self.loss_fn.totals.batches != wanted:
+                raise RuntimeError(
+                    f"loss: expected SimReg of {wanted} micro-batches, got "
+                    f"{self.loss_fn.totals.batches}: does the pipeline schedule copy labels?"
+                )
+        if self.metrics_processor.should_log(self.step):
+            self._log()
+        self.loss_fn.totals.reset()
+
+    def _log(self) -> None:
+        sums = self.loss_fn.totals.sums
+        if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
+            return
+        assert sums is not None
+        if self.parallel_dims.dp_cp_enabled:
+            mesh = self.parallel_dims.get_optional_mesh("loss")
+            sums = dist_utils.dist_sum_tensor(sums, mesh)
+        self.simreg_metrics = metrics_of(sums.tolist())
+        named = {f"simreg/{name}": value for name, value in self.simreg_metrics.items()}
+        self.metrics_processor.logger.log(named, self.step)
+        logger.info("  ".join(f"{name}: {value:.5f}" for name, value in named.items()))
+
+
+def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
+    """A torchtitan config with SimReg added to its chunked loss.
+
+    `options` are those of `ChunkedSimRegLoss.Config`: weight, temperature, variant, chunk_size,
+    scope. CUDA graphs are switched off: this loss was not tried in one.
+
+    Raises:
+        ValueError: the loss is not a `ChunkedLossWrapper.Config` (others never see hidden states),
+            or the trainer is a subclass of `Trainer` that is not one of `SimRegTrainer`.
+    """
+    chunked = config.loss
+    if type(chunked) is not ChunkedLossWrapper.Config:
+        raise ValueError(
+            f"loss: expected a ChunkedLossWrapper.Config, got {type(chunked).__qualname__}"
+        )
+    loss = ChunkedSimRegLoss.Config(**_fields(chunked), **options)
+    if type(config) is Trainer.Config:
+        config = SimRegTrainer.Config(**_fields(config))
+    if not isinstance(config, SimRegTrainer.Config):
+        raise ValueError(
+            f"config: expected a Trainer.Config, got {type(config).__qualname__}: derive the "
+            "trainer from SimRegTrainer"
+        )
+    config.loss = loss
+    config.training.disable_cuda_graphs = True
+    return config
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(config)}

@@ -1,0 +1,266 @@
+"""The real torchtitan trainer, on gloo with 1, 2 and 4 processes, against one process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from simreg import simreg_loss
+from tests.integrations import titan_cpu
+from tests.processes import spawn
+
+pytestmark = pytest.mark.skipif(find_spec("torchtitan") is None, reason="needs torchtitan")
+
+DEEPSEEK = {"config": "deepseek_v3_debugmodel_simreg"}
+TP, PP, CP, EP, REPLICATE, BATCH = (
+    "parallelism.tensor_parallel_degree",
+    "parallelism.pipeline_parallel_degree",
+    "parallelism.context_parallel_degree",
+    "parallelism.expert_parallel_degree",
+    "parallelism.data_parallel_replicate_degree",
+    "training.local_batch_size",
+)
+BACKEND, SP, SCHEDULE = (
+    "parallelism.spmd_backend",
+    "parallelism.enable_sequence_parallel",
+    "parallelism.pipeline_parallel_schedule",
+)
+DOCUMENTS, CHUNKS = {"loss.scope": "document"}, {"loss.chunk_size": 12, "loss.variant": "decoupled"}
+
+# name: (what one process does, or None; how else to do it). The global batch is 4 rows.
+ONE = {
+    "row": (None, {}),
+    "document": (None, DOCUMENTS),
+    "chunks": (None, CHUNKS),
+    "deepseek": (None, DEEPSEEK),
+    "accumulation": ("row", {BATCH: 1, "training.global_batch_size": 4}),
+    "cross-entropy in one chunk": ("row", {"loss.num_chunks": 1}),
+    "full activation checkpointing": ("row", {"full_checkpointing": True}),
+    "compile": ("row", {"compile.enable": True, "compile.backend": "aot_eager"}),
+    "spmd_types": ("row", {BACKEND: "spmd_types"}),
+}
+TWO = {
+    "FSDP": ("row", {BATCH: 2}),
+    "FSDP, documents": ("document", {BATCH: 2, **DOCUMENTS}),
+    "FSDP, full_dtensor": ("row", {BATCH: 2, BACKEND: "full_dtensor"}),
+    "TP, SP": ("row", {TP: 2}),
+    "TP": ("chunks", {TP: 2, SP: False, **CHUNKS}),
+    "TP, full_dtensor": ("document", {TP: 2, BACKEND: "full_dtensor", **DOCUMENTS}),
+    "PP": ("row", {PP: 2, SCHEDULE: "1F1B"}),
+    "PP, interleaved, documents": ("document", {PP: 2, **DOCUMENTS}),
+    "EP": ("deepseek", {EP: 2, BATCH: 2, **DEEPSEEK}),
+    "CP": ("row", {CP: 2}),
+    "CP, documents": ("document", {CP: 2, **DOCUMENTS}),
+    "CP, chunks": ("chunks", {CP: 2, **CHUNKS}),
+}
+FOUR = {
+    "FSDP, TP": ("row", {TP: 2, BATCH: 2}),
+    "HSDP": ("row", {REPLICATE: 2, BATCH: 1}),
+    "PP, FSDP": ("document", {PP: 2, BATCH: 2, SCHEDULE: "1F1B", **DOCUMENTS}),
+    "PP, TP": ("row", {PP: 2, TP: 2, SCHEDULE: "1F1B"}),
+    "EP, FSDP": ("deepseek", {EP: 2, BATCH: 1, **DEEPSEEK}),
+    "CP, TP": ("document", {CP: 2, TP: 2, **DOCUMENTS}),
+}
+
+INSPECTED = {"loss.weight": 0.7, "loss.temperature": 0.2, "loss.variant": "in"}
+SCOPES = ("row", "document")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A folder with initial weights, and what one process does from them."""
+    folder = tmp_path_factory.mktemp("titan")
+    jobs = {
+        "seed": ("seed", {"config": "llama3_debugmodel_simreg"}),
+        "seed of experts": ("seed", DEEPSEEK),
+        **{name: ("train", job) for name, (_, job) in ONE.items()},
+        **{f"inspect {s}": ("inspect", {**INSPECTED, "loss.scope": s}) for s in SCOPES},
+        "head": ("vocabulary_parallel", {}),
+    }
+    return folder, work(folder, 1, jobs)
+
+
+def work(folder, processes, jobs):
+    """What the last of the processes got for each (task, job)."""
+    spawn(titan_cpu.run, (processes, folder, jobs), processes)
+    return json.loads((folder / f"{processes}.json").read_text())
+
+
+def compare(found, wanted, name):
+    """Equal within the rounding of float32, step by step."""
+    assert len(found) == len(wanted) == 3
+    for step, (mine, truth) in enumerate(zip(found, wanted, strict=True)):
+        message = f"{name}, step {step}"
+        tolerance = 2e-6
+        if "EP" in name:  # experts compute in bfloat16; rounding can move a token to another
+            tolerance = 1e-3 if step else 1e-4
+        mine, truth = dict(mine), dict(truth)
+        assert truth["total"] == pytest.approx(truth["ce"] + 0.3 * truth["loss"], rel=1e-6)
+        gradients, true_gradients = mine.pop("gradients"), truth.pop("gradients")
+        if "full_dtensor" in name:  # torchtitan logs the loss times the data-parallel ranks
+            mine.pop("total"), truth.pop("total")
+        assert mine == pytest.approx(truth, rel=tolerance, abs=1e-7), message
+        assert gradients == pytest.approx(true_gradients, rel=tolerance), message
+
+
+def test_one_process(single):
+    _, results = single
+    for name, (reference, _) in ONE.items():
+        if reference:
+            compare(results[name], results[reference], name)
+    assert results["row"][0]["total"] != pytest.approx(results["document"][0]["total"], rel=1e-3)
+
+
+def test_two_processes_equal_one(single):
+    folder, results = single
+    jobs = {name: ("train", job) for name, (_, job) in TWO.items()}
+    found = work(folder, 2, {**jobs, "head": ("vocabulary_parallel", {})})
+    for name, (reference, _) in TWO.items():
+        compare(found[name], results[reference], name)
+    mine, truth = found["head"], results["head"]
+    assert mine["total"] == pytest.approx(truth["total"], rel=1e-6)
+    torch.testing.assert_close(torch.tensor(mine["gradient"]), torch.tensor(truth["gradient"]))
+
+
+def test_four_processes_equal_one(single):
+    folder, results = single
+    found = work(folder, 4, {name: ("train", job) for name, (_, job) in FOUR.items()})
+    for name, (reference, _) in FOUR.items():
+        compare(found[name], results[reference], name)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_loss_gradient_metrics_and_validation(single, scope):
+    """Against cross-entropy and simreg_loss of the hidden states that enter the head."""
+    folder, results = single
+    found, seen = results[f"inspect {scope}"], torch.load(folder / f"{scope}.pt")
+    hidden, labels = seen["hidden"].double().requires_grad_(), seen["labels"]
+    documents = (seen["positions"] == 0).cumsum(1) if scope == "document" else None
+
+    def cross_entropy(hidden, head):
+        return F.cross_entropy((hidden @ head.double().T).flatten(0, 1), labels.flatten())
+
+    simreg = simreg_loss(
+        hidden, labels, segments=documents, temperature=0.2, variant="in", backend="reference"
+    )
+    ce = cross_entropy(hidden, seen["hidden head"])
+    (ce + 0.7 * simreg).backward()
+    assert found["total"] == pytest.approx((ce + 0.7 * simreg).item(), rel=1e-6)
+    assert found["loss"] == pytest.approx(simreg.item(), rel=1e-6)
+    assert found["ce"] == pytest.approx(ce.item(), rel=1e-6)
+    torch.testing.assert_close(seen["gradient"].double(), hidden.grad, rtol=1e-4, atol=1e-8)
+    validated = cross_entropy(seen["validated"].double(), seen["validated head"]).item()
+    assert found["validated"] == pytest.approx(validated, rel=1e-6)
+
+
+def command(*arguments, folder, **environment):
+    """Output of the shimmed entry point; raises if it fails or takes too long."""
+    done = subprocess.run(
+        [sys.executable, *arguments, "--dump_folder", str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def test_command_line(tmp_path):
+    """The command of the documentation, with the options that torchtitan makes of the config."""
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --local-ranks-filter 0"
+    options = "--training.steps 1 --training.seq_len 64 --training.local_batch_size 2 "
+    options += "--loss.weight 0.5 --loss.scope document --loss.chunk_size 32"
+    out = command(
+        *torchrun.split(),
+        *["-m", "tests.integrations.titan_cpu", "--module", "simreg.integrations.torchtitan"],
+        *["--config", "llama3_debugmodel_simreg"],
+        *options.split(),
+        folder=tmp_path,
+    )
+    logged = {k: float(v) for k, v in re.findall(r"simreg/(\w+): (-?[\d.]+)", out)}
+    total = float(re.search(r"loss: +([\d.]+) .*grad_norm", out)[1])
+    assert set(logged) == {"ce", "loss", "pos_fraction", "pos_cos", "neg_cos"}
+    assert total == pytest.approx(logged["ce"] + 0.5 * logged["loss"], abs=1e-4)
+    assert 0 < logged["pos_fraction"] < 1
+
+
+def test_8b_on_64_ranks(tmp_path):
+    """Two of its layers: one dry step of one of 8 x 8 ranks, on torchtitan's fake backend."""
+    options = "--comm.mode fake_backend --parallelism.tensor_parallel_degree 8 "
+    options += "--training.steps 1 --training.seq_len 64"
+    out = command(
+        *["-m", "tests.integrations.titan_cpu", "--module", "tests.integrations.titan_jobs"],
+        *["--config", "short_8b"],
+        *options.split(),
+        folder=tmp_path,
+        NGPU="64",
+        LOCAL_RANK="0",
+    )
+    assert "simreg/loss" in out
+
+
+CONFIGS = """
+import json, sys
+from torchtitan.config import ConfigManager
+from simreg.integrations.torchtitan import with_simreg
+from simreg.integrations.torchtitan.data import BOS, EOS, ByteTokenizer, StandardLibrary
+from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel_mtp
+from torchtitan.models.llama3.config_registry import llama3_debugmodel_ce_loss
+
+found = {}
+for name in sys.argv[1:]:
+    arguments = ["--module", "simreg.integrations.torchtitan", "--config", name]
+    config = ConfigManager().parse_args([*arguments, "--loss.scope", "document"])
+    config.model_spec.model.update_from_config(config=config)
+    found[name] = type(config).__qualname__, config.loss.scope, config.loss.weight
+for wrong in (llama3_debugmodel_ce_loss, deepseek_v3_debugmodel_mtp):
+    try:
+        with_simreg(wrong())
+    except ValueError as error:
+        found[wrong.__name__] = str(error)
+
+tokenizer = ByteTokenizer.Config().build()
+assert tokenizer.decode(tokenizer.encode("é!", add_bos=True, add_eos=True)) == "é!"
+rows = iter(StandardLibrary(tokenizer, 4096, 0, 1, True))
+first = [next(rows) for _ in range(8)]
+for rank in (0, 1):
+    shard = StandardLibrary(tokenizer, 4096, rank, 2, True)
+    taken = iter(shard)
+    for n in (0, 1):
+        mine = next(taken)
+        assert mine[1].equal(first[rank + 2 * n][1])
+    resumed = StandardLibrary(tokenizer, 4096, rank, 2, True)
+    resumed.load_state_dict(shard.state_dict())
+    mine = next(iter(resumed))
+    assert mine[0]["positions"].equal(first[rank + 4][0]["positions"])
+for inputs, labels in first:
+    ids, positions = inputs["input"], inputs["positions"]
+    assert (ids == EOS).sum() == 0 and (labels == BOS).sum() == 0
+    starts = (positions == 0).nonzero().flatten()
+    assert starts[0] == 0 and (ids[starts[1:]] == BOS).all()
+    assert (ids[1:] == BOS).sum() == len(starts) - 1
+    assert (ids[1:] == labels[:-1])[positions[1:] > 0].all()
+print(json.dumps(found))
+"""
+
+
+def test_configs_and_data():
+    names = ["llama3_debugmodel", "llama3_8b", "deepseek_v3_debugmodel", "qwen3_moe_debug"]
+    names = [f"{name}_simreg" for name in names]
+    out = subprocess.run(
+        [sys.executable, "-c", CONFIGS, *names], stdout=subprocess.PIPE, check=True, timeout=100
+    )
+    found = json.loads(out.stdout.splitlines()[-1])
+    for name in names:
+        assert found[name] == ["SimRegTrainer.Config", "document", 0.3]
+    assert "ChunkedLossWrapper" in found["llama3_debugmodel_ce_loss"]
+    assert "MTPLoss" in found["deepseek_v3_debugmodel_mtp"]
