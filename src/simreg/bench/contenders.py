@@ -14,10 +14,12 @@ from simreg.bench.problem import Shape, rows
 from simreg.bench.recompute import chunked_recompute, pairs_at_a_time
 from simreg.kernels.reference import reference
 from simreg.loss import BACKENDS
+from simreg.parallel import sharded_simreg_loss
 
 BARE = "bare matmuls"
 NAIVE, COMPILED, RECOMPUTE = "naive", "compiled naive", "chunked recompute"
 METRIC_LEARNING = "pytorch-metric-learning"
+SHARDED = "sharded, one rank"
 SHARED = 2**31
 """Bytes of S up to which bare products of all rows are one batched product."""
 MATRICES = {NAIVE: 7, COMPILED: 2, METRIC_LEARNING: 15, RECOMPUTE: 9}
@@ -68,6 +70,7 @@ def contenders(device: torch.device, variants: Sequence[str] = ("out",)) -> list
         if backend not in ("auto", "reference")
         for variant in variants
     ]
+    ours += [Contender(SHARDED, _sharded(v), _linear_bytes, v) for v in variants]
     naive = [Contender(NAIVE, _naive(variant), _naive_bytes, variant) for variant in variants]
     bare = Contender(BARE, _bare, _bare_bytes)
     return [bare, *naive, *(c for c in peers if c.variant in variants), *ours]
@@ -107,6 +110,16 @@ def _backend(backend: str, variant: str) -> Prepare:
             return simreg_loss(
                 hidden, labels, variant=variant, chunk_size=shape.chunk, backend=backend
             )
+
+        return _step(hidden, loss)
+
+    return prepare
+
+
+def _sharded(variant: str) -> Prepare:
+    def prepare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+        def loss() -> Tensor:
+            return sharded_simreg_loss(hidden, labels, variant=variant, chunk_size=shape.chunk)
 
         return _step(hidden, loss)
 
