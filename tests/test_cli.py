@@ -94,7 +94,7 @@ def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["mixtral-8x7b"] == ["46702.79M", "12879.93M"]
 
 
-@pytest.mark.parametrize("verb", ["train", "compare", "bench", "plan"])
+@pytest.mark.parametrize("verb", ["train", "compare", "eval", "bench", "plan"])
 def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])

@@ -16,6 +16,7 @@ checkpoints/ and tensorboard/."""
 _HELP = {
     "train": "train a language model, with SimReg or without",
     "compare": "say how many tokens and how much time SimReg saves",
+    "eval": "say what models can do without training on the task",
     "bench": "time the loss and measure its memory, beside its peers",
     "plan": "compute what the loss costs on a model and a cluster",
 }
@@ -94,6 +95,17 @@ def _compare(arguments: list[str]) -> None:
     run.main(options)
 
 
+def _eval(arguments: list[str]) -> None:
+    import tyro
+
+    from simreg.evaluation.options import EvalOptions
+
+    options = tyro.cli(EvalOptions, prog="simreg eval", args=arguments)
+    from simreg.study import zeroshot
+
+    zeroshot.main(options)
+
+
 def _bench(arguments: list[str]) -> None:
     import tyro
 
@@ -110,7 +122,13 @@ def _plan(arguments: list[str]) -> None:
     run.main(tyro.cli(run.PlanOptions, prog="simreg plan", args=arguments))
 
 
-_VERBS = {"train": _train, "compare": _compare, "bench": _bench, "plan": _plan}
+_VERBS = {
+    "train": _train,
+    "compare": _compare,
+    "eval": _eval,
+    "bench": _bench,
+    "plan": _plan,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,12 +19,14 @@ _MANIFEST = "entry.json"
 _HASHED = 1 << 26  # files up to this many bytes are verified by content, larger ones by size
 
 
-def entry(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def entry(
+    folder: Path, build: Callable[[Path], dict[str, Any]], *, setting: str = "data.cache_dir"
+) -> dict[str, Any]:
     """Make sure that the cache entry `folder` is there; return the facts that `build` gave.
 
     `build` writes files into the folder it is given and returns facts (JSON). It runs only if there
     is no whole entry, in one process at a time, in a temporary folder that is renamed at the end.
-    Raises UserError if the cache cannot be written.
+    Raises UserError if the cache cannot be written; it names `setting`, which says where it is.
     """
     facts = _verified(folder)
     if facts is not None:
@@ -43,8 +45,18 @@ def entry(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, An
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise UserError(
             f"cannot write the cache in {folder.parent}: {error.strerror or error}; "
-            f"{'free some space or ' if full else ''}set data.cache_dir to another folder"
+            f"{'free some space or ' if full else ''}set {setting} to another folder"
         ) from None
+
+
+def name(key: Any) -> str:
+    """A name for the entry of a JSON-like key."""
+    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def stored(folder: Path) -> dict[str, Any] | None:
+    """The facts of the entry `folder` if it is there and whole."""
+    return _verified(folder)
 
 
 def _make(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

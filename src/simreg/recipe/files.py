@@ -106,6 +106,18 @@ class LocalFile:
             yield pending
 
     def _read_json(self) -> Iterator[str]:
+        for where, record in self._records():
+            yield text_of(record, self.field, where)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The objects of a .jsonl file in order; UserError with the place of whatever is wrong."""
+        for where, record in self._records():
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected an object, not {type(record).__name__}")
+            yield record
+
+    def _records(self) -> Iterator[tuple[str, Any]]:
+        """Each line's place and value."""
         with _explained(self.path), self._open() as stream:
             for number, line in enumerate(stream, 1):
                 where = f"{self.path}:{number}"
@@ -120,7 +132,7 @@ class LocalFile:
                     ) from None
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not a JSON object on one line ({error})") from None
-                yield text_of(record, self.field, where)
+                yield where, record
 
     def _read_parquet(self) -> Iterator[str]:
         number = 0

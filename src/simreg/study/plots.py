@@ -263,3 +263,56 @@ def _panels(picture: Picture, keys: tuple[tuple[str, str], ...]) -> Figure | Non
         handles = [Line2D([], [], color=picture.colours[a], linewidth=1.8, label=a) for a in drawn]
         figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(handles)))
     return figure
+
+
+def zero_shot(picture: Picture) -> Figure | None:
+    """Accuracy minus the reference's with its interval, a line for each task (and average)."""
+    lines = [
+        (_label(name, task, kind), kind, task, suite["differences"])
+        for name, suite in picture.results.get("zero_shot", {}).items()
+        for task in [*suite["tasks"], "average"]
+        for kind in ("score", "normalised")
+        if any(_accuracy_gap(gaps, task, kind) for gaps in suite["differences"].values())
+        and any(task == "average" or _is_accuracy(arm, task) for arm in suite["arms"].values())
+        and (task != "average" or len(suite["tasks"]) > 2)
+    ]
+    if not lines:
+        return None
+    others = picture.arms[1:]
+    with rc_context(picture.theme.rc):
+        figure = Figure(figsize=(9.2, 1.3 + 0.36 * len(lines) * max(1, 0.6 * len(others))))
+        figure.set_layout_engine("constrained")
+        ax = figure.subplots()
+        for y, (_, kind, task, differences) in enumerate(lines):
+            for i, arm in enumerate(others):
+                if (gap := _accuracy_gap(differences.get(arm, {}), task, kind)) is None:
+                    continue
+                at = y + 0.7 * ((i + 0.5) / len(others) - 0.5)
+                if gap["low"] is not None:
+                    ends = [100 * gap["low"], 100 * gap["high"]]
+                    ax.plot(ends, [at, at], color=picture.colours[arm], linewidth=1.6)
+                ax.plot([100 * gap["mean"]], [at], "o", color=picture.colours[arm], markersize=5)
+        ax.axvline(0, color=picture.theme.text, linewidth=0.8, linestyle=":")
+        ax.set_yticks(range(len(lines)), [label for label, *_ in lines])
+        ax.set_ylim(len(lines) - 0.4, -0.6)
+        ax.set_xlabel(f"accuracy minus that of {picture.arms[0]}, percentage points")
+        dots = [
+            Line2D([], [], color=picture.colours[a], marker="o", linewidth=1.6, label=a)
+            for a in others
+        ]
+        figure.legend(handles=dots, loc="outside upper left", ncols=min(6, len(others)))
+    return figure
+
+
+def _label(suite: str, task: str, kind: str) -> str:
+    text = f"average of {suite}" if task == "average" else task
+    return f"{text} (normalised)" if kind == "normalised" else text
+
+
+def _accuracy_gap(gaps: dict[str, Any], task: str, kind: str) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = (gaps.get(task) or {}).get(kind)
+    return found
+
+
+def _is_accuracy(arm: dict[str, Any], task: str) -> bool:
+    return bool(arm["tasks"][task]["metric"] in ("acc", "exact_match"))

@@ -12,6 +12,7 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from simreg.evaluation import summary as scores
 from simreg.recipe.checkpoints import write_atomically
 from simreg.study import plots, summary
 from simreg.study.picture import Picture
@@ -28,11 +29,14 @@ _VARIABLES = {_TEXT: "var(--text)", _GRID: "var(--grid)"} | {
 _TEMPLATE = Path(__file__).with_name("report.html.template")
 
 
+_FILES = (("curves", plots.curves), ("isoloss", plots.isoloss), ("zero-shot", plots.zero_shot))
+
+
 def write(out: Path, runs: list[Run], results: dict[str, Any]) -> None:
-    """Write report.html and, for other documents, curves and isoloss as .png and .svg."""
+    """Write report.html and, for other documents, its main figures as .png and .svg."""
     write_atomically(out / "report.html", html(runs, results))
     picture = Picture(runs, results)
-    for name, draw in (("curves", plots.curves), ("isoloss", plots.isoloss)):
+    for name, draw in _FILES:
         if (figure := draw(picture)) is not None:
             figure.savefig(out / f"{name}.png", dpi=160)
             with rc_context({"svg.hashsalt": name}):
@@ -49,6 +53,7 @@ def html(runs: list[Run], results: dict[str, Any]) -> str:
         caveats=_caveats(results),
         table=_table(summary.COLUMNS, summary.rows(results)),
         figures="".join(_figure(picture, *entry) for entry in _FIGURES),
+        zero_shot=_zero_shot(picture),
         apart=_apart(results),
         confidence="95 %",
         reference=escape(study["reference"]),
@@ -169,6 +174,47 @@ def _caveats(results: dict[str, Any]) -> str:
     if not notes:
         return ""
     return f"<ul class='caveats'>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"
+
+
+_SUITES = {
+    "offline": "Held-out documents of the corpus itself: which of four continuations follows "
+    "(chance is 25 %; the other three are pieces of other documents, as long as the true one), and "
+    "bits per byte.",
+    "small": "Benchmarks on which models under 200 M parameters differ from chance, by "
+    "lm-evaluation-harness.",
+    "paper": "The benchmarks of the paper's tables, by lm-evaluation-harness.",
+}
+
+
+def _zero_shot(picture: Picture) -> str:
+    """What the models at the full budget can do without training on the task."""
+    suites = picture.results.get("zero_shot")
+    if not suites:
+        return ""
+    parts, said = [], []
+    for name, found in suites.items():
+        sentences = scores.sentences(found)
+        notes = [
+            f"{task}: {each['note']}." for task, each in found["tasks"].items() if each["note"]
+        ]
+        lines = [_SUITES.get(name, "Tasks chosen by hand."), *sentences, *notes]
+        parts.append("".join(f"<p>{escape(line)}</p>" for line in lines))
+        parts.append(_table(scores.COLUMNS, scores.rows(found)))
+        said += sentences
+    if (figure := plots.zero_shot(picture)) is not None:
+        drawing = _inline(figure, " ".join(["Zero-shot differences.", *said]), "zero-shot")
+        parts.append(f"<figure><div>{drawing}</div></figure>")
+    return f"<section><h2>Zero-shot</h2>{''.join(parts)}<p class='note'>{_ZERO_SHOT}</p></section>"
+
+
+_ZERO_SHOT = (
+    "Models at the full budget, accuracies in per cent. ± is the standard deviation over seeds, or "
+    "with one seed the standard error over items. Normalised: log-likelihoods are divided by the "
+    "length of the answer (benchmarks), or the answer's own, without context, is subtracted "
+    "(heldout-cloze). Differences are paired over seeds and items; brackets hold 95 % percentile "
+    "bootstrap intervals that draw both anew (with one seed the items alone), too narrow for few "
+    "seeds."
+)
 
 
 def _apart(results: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from simreg.recipe.data import Corpus
 from simreg.recipe.errors import Diverged, Locked, UserError
 from simreg.recipe.folder import FREE_FIELDS, RunFolder, storage_errors
 from simreg.recipe.progress import duration, log_line
-from simreg.study import plan, records, report, results, sizing, summary
+from simreg.study import plan, records, report, results, sizing, summary, zeroshot
 from simreg.study.plan import Cell, CompareOptions, Study
 
 STUDY_FILE = "study.yaml"
@@ -56,12 +56,15 @@ def compare(
         with storage_errors(out):
             plan.save(study, out / STUDY_FILE)
     failures = _run_missing(study, corpus, sizing.TimeLeft(study, step_time), console)
+    zeroshot.after_training(study, corpus, step_time, console)
     runs = records.collect(study)
     found = results.build(study, runs, step_time, _commands(out, command), failures)
+    found["zero_shot"] = zeroshot.recorded(study)
     with storage_errors(out):
         write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
         report.write(out, runs, found)
     summary.show(found, console)
+    zeroshot.show(found, console)
     console.print(f"\nreport  {out / 'report.html'}\nresults {out / 'results.json'}")
     return found
 

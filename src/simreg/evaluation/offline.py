@@ -1,0 +1,188 @@
+"""Tasks without a download, from documents that were held out of training."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simreg.evaluation import heldout
+from simreg.evaluation.outcome import Outcome
+from simreg.evaluation.scoring import Scorer, encode_pair, prefix_token
+from simreg.evaluation.subjects import Subject
+from simreg.recipe import data
+from simreg.recipe.config import DataConfig
+from simreg.recipe.data import Corpus
+from simreg.recipe.errors import UserError
+from simreg.recipe.sources import interleave, resolve
+
+CLOZE, BITS = "heldout-cloze", "heldout-bits"
+OFFLINE = (CLOZE, BITS)
+ITEMS = 1000
+"""Cloze items without --limit."""
+_DOCUMENT = 4096  # characters read of a document, so that no long one decides alone
+_AN_ITEM = 500  # characters that bits per byte reads for each cloze item
+_VERSION = 1  # of what these tasks are; a new number makes cached results invisible
+
+
+@dataclass
+class Cloze:
+    """Which of four continuations follows: the one with the largest log-likelihood is chosen.
+
+    Normalised: the one whose log-likelihood the context raises most (pointwise mutual information,
+    the harness's `acc_mutual_info`), so that common words are no advantage.
+    """
+
+    items: list[heldout.Item]
+    source: str
+    name: str = CLOZE
+    note: str = ""
+
+    def key(self) -> dict[str, Any]:
+        """The items."""
+        return {"task": self.name, "version": _VERSION, "items": _digest(map(repr, self.items))}
+
+    def run(self, scorer: Scorer, tokenizer: Any, advance: Callable[[int], None]) -> Outcome:
+        """Score a model."""
+        pairs = [
+            encode_pair(tokenizer, item.context, choice)
+            for item in self.items
+            for choice in item.choices
+        ]
+        prefix = prefix_token(tokenizer)
+        alone = [([prefix], continuation) for _, continuation in pairs]
+        scores = [score for score, _ in scorer([*pairs, *alone], advance)]
+        given, free = scores[: len(pairs)], scores[len(pairs) :]
+        gained = [score - without for score, without in zip(given, free, strict=True)]
+        return Outcome("acc", self._hits(given), self._hits(gained))
+
+    def _hits(self, scores: list[float]) -> list[float]:
+        """1 for each item whose true continuation has the largest score (the first, if several)."""
+        hits = []
+        for i, item in enumerate(self.items):
+            four = scores[heldout.CHOICES * i : heldout.CHOICES * (i + 1)]
+            hits.append(float(four.index(max(four)) == item.gold))
+        return hits
+
+
+@dataclass
+class Bits:
+    """Bits per byte of held-out text, an item a document (its first 4,096 characters)."""
+
+    texts: list[str]
+    source: str
+    name: str = BITS
+    note: str = ""
+
+    def key(self) -> dict[str, Any]:
+        """The texts."""
+        return {"task": self.name, "version": _VERSION, "items": _digest(self.texts)}
+
+    def run(self, scorer: Scorer, tokenizer: Any, advance: Callable[[int], None]) -> Outcome:
+        """Score a model."""
+        prefix, pairs, owner = prefix_token(tokenizer), [], []
+        for i, text in enumerate(self.texts):
+            tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            parts = heldout.windows(tokens, prefix, scorer.max_length)
+            pairs += parts
+            owner += [i] * len(parts)
+        values = [0.0] * len(self.texts)
+        for i, (log_likelihood, _) in zip(owner, scorer(pairs, advance), strict=True):
+            values[i] += heldout.bits(log_likelihood)
+        weights = [float(len(text.encode())) for text in self.texts]
+        return Outcome("bits_per_byte", values, weights=weights)
+
+
+def load(
+    names: Sequence[str],
+    subjects: Sequence[Subject],
+    text: Sequence[str],
+    limit: int | None,
+    *,
+    seed: int = 0,
+    corpus: Corpus | None = None,
+) -> list[Cloze | Bits]:
+    """The offline tasks of these names.
+
+    Their documents are those of the files (or other sources) `text`, else the validation split of
+    the runs' own corpus. UserError if there is neither, or if the runs have different corpora.
+    """
+    documents, source = _from_text(text) if text else _from_runs(subjects, corpus)
+    count = limit or ITEMS
+    tasks: list[Cloze | Bits] = []
+    for name in names:
+        if name == CLOZE:
+            tasks.append(Cloze(heldout.cloze(documents, count, seed), source))
+        else:
+            tasks.append(Bits(_first(documents, count * _AN_ITEM), source))
+    return tasks
+
+
+def _first(documents: Sequence[str], characters: int) -> list[str]:
+    """The beginnings of the first documents, so many characters in all."""
+    taken: list[str] = []
+    for document in documents:
+        if characters <= 0:
+            break
+        taken.append(document[: min(_DOCUMENT, characters)])
+        characters -= len(taken[-1])
+    return taken
+
+
+def _from_text(text: Sequence[str]) -> tuple[list[str], str]:
+    sources = resolve(list(text), "text")
+    documents = [document for document in interleave(sources) if document.strip()]
+    return documents, f"text {_digest(source.key for source in sources)[:12]}"
+
+
+def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list[str], str]:
+    """The validation split, decoded; the same text whatever the tokenizers of the others."""
+    runs = [subject for subject in subjects if subject.config is not None]
+    if not runs:
+        raise UserError(
+            f"{subjects[0].name} is no run of `simreg train`, so its held-out text is not known: "
+            "name some with --text FILES, or choose --suite small or paper"
+        )
+    first = runs[0]
+    assert first.config is not None
+    for other in runs[1:]:
+        assert other.config is not None
+        if _text(other.config.data) != _text(first.config.data):
+            raise UserError(
+                f"{first.name} and {other.name} were trained on different text: evaluate them one "
+                "by one, or name text that neither has seen with --text FILES"
+            )
+    advice = "restore it, or name text that the model has not seen with --text FILES"
+    if corpus is None:
+        try:
+            corpus = data.prepare(first.config.data)
+        except UserError as error:
+            raise UserError(f"the text of {first.name} is not there ({error}): {advice}") from None
+    if corpus.fingerprint != first.corpus:
+        raise UserError(
+            f"the text of {first.name} has changed since it was trained, so held-out documents may "
+            f"be among those it has seen: {advice}"
+        )
+    documents = [text for text in _documents(corpus) if text.strip()]
+    return documents, f"validation split of corpus {corpus.fingerprint[:12]}"
+
+
+def _text(config: DataConfig) -> tuple[Any, ...]:
+    """What decides which documents are held out."""
+    return (
+        *(config.source, config.validation, config.validation_fraction),
+        *(config.text_field, config.max_tokens),
+    )
+
+
+def _documents(corpus: Corpus) -> Iterator[str]:
+    """The documents of the validation split, without their eos."""
+    start = 0
+    for end in corpus.validation.ends.tolist():
+        ids = corpus.validation.tokens[start : end - 1].tolist()
+        yield str(corpus.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        start = end
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.blake2b(json.dumps(list(parts)).encode()).hexdigest()[:32]

@@ -1,0 +1,40 @@
+"""The command line of `simreg eval`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+def _default(text: str) -> Any:
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
+@dataclass
+class EvalOptions:
+    """Say what models can do without training on the task, and compare arms with intervals.
+
+    A run is named by its folder; a folder of runs stands for all of them; anything else is a model
+    in Hugging Face format or on the Hub. Runs that differ in their seed alone are one arm; arms are
+    compared with the first, paired over seeds and items. Results are cached.
+    """
+
+    models: tyro.conf.Positional[list[str]]
+    """Run folders, folders of runs, model folders or Hub ids; the first arm is the reference."""
+    suite: Literal["offline", "small", "paper"] = "offline"
+    """`offline`: cloze items and bits per byte from held-out text, no download. `small`: BLiMP,
+    LAMBADA, HellaSwag, PIQA, ARC-Easy, SciQ, where models under 200 M differ from chance. `paper`:
+    ARC-Easy, ARC-Challenge, HellaSwag, PIQA, WinoGrande, OpenBookQA, BoolQ, SciQ, LAMBADA."""
+    tasks: list[str] = field(default_factory=list)
+    """Instead of a suite: heldout-cloze, heldout-bits, or any task of lm-evaluation-harness."""
+    data_dir: Path | None = None
+    """Folder of TASK.jsonl files (or .jsonl.xz) with the harness's field names: no network."""
+    text: list[str] = field(default_factory=list)
+    """Held-out text for the offline tasks: files, in place of the runs' own validation split."""
+    limit: int | None = None
+    """Items a task at most (of a group such as BLiMP: for each of its tasks)."""
+    out: Annotated[Path | None, _default("runs/eval, or the study's folder")] = None
+    """Folder for results.json."""
+    cache_dir: Path = Path("~/.cache/simreg")
+    """Where results of a model on a task are kept."""

@@ -1,0 +1,177 @@
+"""What is evaluated: run folders, folders of runs, Hugging Face models; and of which arm it is."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from simreg.evaluation.scoring import Scorer, prefix_token
+from simreg.recipe import assemble
+from simreg.recipe import config as recipe
+from simreg.recipe.config import RunConfig
+from simreg.recipe.errors import UserError
+from simreg.recipe.files import one_line
+from simreg.recipe.folder import FREE_FIELDS, RunFolder
+
+_SEED_FOLDER = re.compile(r"seed-\d+")
+_CONTENT = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate."""
+
+    name: str
+    """As shown: the run's folder, or the model as it was named."""
+    model: Path
+    """The folder in Hugging Face format."""
+    arm: str
+    """Subjects of one arm differ in their seeds alone."""
+    seed: int | None = None
+    config: RunConfig | None = None
+    """Of the run, if it is one."""
+    corpus: str | None = None
+    """Fingerprint of the data that the run was trained on."""
+
+    def fingerprint(self) -> str:
+        """Hash of weights, configuration and tokenizer."""
+        digest = hashlib.blake2b()
+        for path in sorted(self.model.iterdir()):
+            if path.is_file() and path.suffix in _CONTENT:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode())
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        return digest.hexdigest()[:32]
+
+    def load(self, *, bf16: bool) -> tuple[Scorer, Any]:
+        """The model, ready to score, and its tokenizer; UserError if they cannot be loaded."""
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model: PreTrainedModel = load(self.model, dtype="auto")
+        except Exception as error:  # many kinds: missing, damaged or unknown files
+            raise UserError(
+                f"cannot load the model in {self.model} (it must be a causal language model with "
+                f"its tokenizer): {one_line(error)[:300]}"
+            ) from None
+        if prefix_token(tokenizer) is None:
+            raise UserError(f"the tokenizer in {self.model} has no bos or eos token: add one to it")
+        model.to(assemble.device()).train(False)  # type: ignore[arg-type]
+        return Scorer(model, max_length=self.max_length(model.config), bf16=bf16), tokenizer
+
+    def max_length(self, config: Any) -> int:
+        """Positions to use: those that a run was trained with, else what the model allows."""
+        limit = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2048)
+        return limit if self.config is None else min(limit, self.config.data.seq_len)
+
+
+def find(names: Sequence[str]) -> list[Subject]:
+    """The models that the names stand for, each once, arms in the order of their first mention.
+
+    A name is a run's folder, a folder with runs somewhere below, a folder in Hugging Face format or
+    a model id of the Hub. UserError for what is none of these.
+    """
+    found: dict[Path, Subject] = {}
+    for name in names:
+        for subject in _resolve(name):
+            found.setdefault(subject.model.resolve(), subject)
+    return _arms(list(found.values()))
+
+
+def _resolve(name: str) -> Iterator[Subject]:
+    path = Path(os.path.expanduser(name))
+    if not path.exists():
+        yield Subject(name, _download(name), name)
+    elif (path / "config.yaml").is_file():
+        yield run(path)
+    elif (path / "config.json").is_file():
+        yield Subject(name, path, name)
+    else:
+        below = sorted(path.glob("**/config.yaml"), key=lambda p: _natural(str(p)))
+        if not below:
+            raise UserError(
+                f"{path} is neither a run's folder (config.yaml, model/) nor a model in Hugging "
+                "Face format (config.json)"
+            )
+        for config in below:
+            yield run(config.parent)
+
+
+def _natural(text: str) -> list[Any]:
+    """Sorts seed-2 before seed-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def run(path: Path) -> Subject:
+    """The finished run in a folder; UserError if it holds no model."""
+    folder = RunFolder(path)
+    config = recipe.load(folder.config)
+    try:
+        result = json.loads(folder.result.read_text(encoding="utf-8"))
+        corpus = result["corpus"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        result = None
+    if result is None or not (folder.model / "config.json").is_file():
+        raise UserError(
+            f"the run in {path} has no trained model: finish it by the command that began it"
+        )
+    parts = [part for part in path.resolve().parts if not _SEED_FOLDER.fullmatch(part)]
+    return Subject(str(path), folder.model, "/".join(parts[-2:]), config.train.seed, config, corpus)
+
+
+def _download(name: str) -> Path:
+    """A model of the Hub, in its cache."""
+    from huggingface_hub import snapshot_download
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no folder {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # many kinds: unknown id, no network, gated
+        raise UserError(
+            f"there is no folder {name}, and no such model could be had from the Hugging Face Hub: "
+            f"{one_line(error)[:200]}"
+        ) from None
+
+
+def _arms(subjects: list[Subject]) -> list[Subject]:
+    """The same with names of arms such that runs share one if and only if seeds alone differ."""
+    names: dict[str, str] = {}  # what an arm is -> its name
+    seen: set[tuple[str, int | None]] = set()
+    named = []
+    for subject in subjects:
+        kind = subject.name if subject.config is None else _apart_from_seed(subject.config)
+        while (kind, subject.seed) in seen:  # the same run made again
+            kind += " again"
+        seen.add((kind, subject.seed))
+        if kind not in names:
+            name, number = subject.arm, 2
+            while name in names.values():
+                name, number = f"{subject.arm} ({number})", number + 1
+            names[kind] = name
+        named.append(replace(subject, arm=names[kind]))
+    return named
+
+
+def _apart_from_seed(config: RunConfig) -> str:
+    values = recipe.to_dict(config)
+    for field in (*FREE_FIELDS, "train.seed"):
+        section, _, key = field.rpartition(".")
+        (values[section] if section else values).pop(key)
+    return json.dumps(values, sort_keys=True)
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and remarks out of the output."""
+    logs: Any = transformers.utils.logging
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()

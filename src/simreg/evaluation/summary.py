@@ -1,0 +1,234 @@
+"""Outcomes to figures: of each model, of each arm, of arms against the reference; and a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from simreg.evaluation import paired
+from simreg.evaluation.outcome import Outcome
+from simreg.evaluation.subjects import Subject
+
+Outcomes = dict[tuple[str, str], Outcome]
+"""(name of the model, task) -> outcome"""
+ACCURACIES = ("acc", "exact_match")
+AVERAGE = "average"
+NO_SEED = -1
+"""Stands for the seed of models that are no runs: they pair with each other, never with a run."""
+
+
+def build(
+    found: Sequence[Subject], tasks: Sequence[str], outcomes: Mapping[tuple[str, str], Outcome]
+) -> dict[str, Any]:
+    """`{reference, models, arms, differences}` of results.json (docs/evaluation.md)."""
+    arms: dict[str, list[Subject]] = {}
+    for subject in found:
+        arms.setdefault(subject.arm, []).append(subject)
+    scores = {
+        arm: {
+            task: {NO_SEED if s.seed is None else s.seed: outcomes[s.name, task] for s in members}
+            for task in tasks
+        }
+        for arm, members in arms.items()
+    }
+    reference = next(iter(arms))
+    return {
+        "reference": reference,
+        "models": [_model(subject, tasks, outcomes) for subject in found],
+        "arms": {arm: _arm(scores[arm]) for arm in arms},
+        "differences": {
+            arm: _differences(scores[arm], scores[reference]) for arm in arms if arm != reference
+        },
+    }
+
+
+def _model(
+    subject: Subject, tasks: Sequence[str], outcomes: Mapping[tuple[str, str], Outcome]
+) -> dict[str, Any]:
+    own = {task: outcomes[subject.name, task] for task in tasks}
+    return {
+        "name": subject.name,
+        "arm": subject.arm,
+        "seed": subject.seed,
+        "tasks": {task: outcome.summary() for task, outcome in own.items()},
+        "average": average([outcome.summary() for outcome in own.values()]),
+    }
+
+
+def average(summaries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """`{score, normalised, tasks}` over the tasks that have accuracies; None if none has.
+
+    In `normalised`, tasks without normalised accuracy count by their plain one.
+    """
+    counted = [s for s in summaries if s["metric"] in ACCURACIES]
+    if not counted:
+        return None
+    either = [s["score"] if s["normalised"] is None else s["normalised"] for s in counted]
+    return {
+        "score": float(np.mean([s["score"] for s in counted])),
+        "normalised": float(np.mean(either)),
+        "tasks": len(counted),
+    }
+
+
+def _arm(scores: Mapping[str, paired.Scores]) -> dict[str, Any]:
+    tasks = {task: paired.over_seeds(by_seed) for task, by_seed in scores.items()}
+    for found in tasks.values():
+        found["seeds"] = [seed for seed in found["seeds"] if seed != NO_SEED]
+    return {"tasks": tasks, AVERAGE: average(list(tasks.values()))}
+
+
+def _differences(
+    arm: Mapping[str, paired.Scores], reference: Mapping[str, paired.Scores]
+) -> dict[str, Any]:
+    """For each task and the average: `{score, normalised}`, each a paired difference or None."""
+    found = {task: _difference({task: arm[task]}, {task: reference[task]}) for task in arm}
+    accuracies = [task for task in arm if _metric(arm[task]) in ACCURACIES]
+    if accuracies:
+        found[AVERAGE] = _difference(
+            {task: arm[task] for task in accuracies},
+            {task: reference[task] for task in accuracies},
+        )
+    return found
+
+
+def _difference(
+    arm: Mapping[str, paired.Scores], reference: Mapping[str, paired.Scores]
+) -> dict[str, Any]:
+    has = any(o.normalised is not None for by_seed in arm.values() for o in by_seed.values())
+    return {
+        "score": paired.difference(arm, reference),
+        "normalised": paired.difference(arm, reference, normalised=True) if has else None,
+    }
+
+
+def _metric(scores: paired.Scores) -> str:
+    return next(iter(scores.values())).metric
+
+
+def value(metric: str, score: float | None) -> str:
+    """A score for a table: accuracies in per cent, others as they are."""
+    if score is None:
+        return "–"
+    return f"{100 * score:.1f}" if metric in ACCURACIES else f"{score:.4f}"
+
+
+def difference(metric: str, found: dict[str, Any] | None) -> str:
+    """A paired difference for a table: `+1.2 [-0.3, 2.6]`."""
+    if found is None:
+        return "–"
+    form = "{:+.1f}" if metric in ACCURACIES else "{:+.4f}"
+    scale = 100 if metric in ACCURACIES else 1
+    text = form.format(scale * found["mean"])
+    if found["low"] is None:
+        return text
+    return f"{text} [{form.format(scale * found['low'])}, {form.format(scale * found['high'])}]"
+
+
+def line(subject: Subject, task: str, outcome: Outcome) -> str:
+    """One model on one task."""
+    found = outcome.summary()
+    text = f"{subject.name}  {task}  n {found['n']:,}  {_named(found['metric'], found['score'])}"
+    if found["stderr"] is not None:
+        text += f" ± {value(found['metric'], found['stderr'])}"
+    if found["normalised"] is not None:
+        text += f"  normalised {value('acc', found['normalised'])}"
+    return text + "".join(f"  {name} {extra:.4g}" for name, extra in found["extra"].items())
+
+
+def _named(metric: str, score: float) -> str:
+    text = value(metric, score)
+    return f"accuracy {text} %" if metric == "acc" else f"{metric.replace('_', ' ')} {text}"
+
+
+COLUMNS = ("task", "n", "arm", "score", "normalised", "difference", "normalised difference")
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The table by `COLUMNS`: a row for each task and arm, the averages last."""
+    table = []
+    arms = results["arms"]
+    for task in [*results["tasks"], AVERAGE]:
+        for i, (arm, found) in enumerate(arms.items()):
+            cell = found[AVERAGE] if task == AVERAGE else found["tasks"][task]
+            if cell is None or (task == AVERAGE and cell["tasks"] < 2):
+                continue
+            paired_with = results["differences"].get(arm, {}).get(task)
+            table.append(_row(task, arm, cell, paired_with, first=i == 0))
+    return table
+
+
+def _row(
+    task: str, arm: str, cell: dict[str, Any], gap: dict[str, Any] | None, *, first: bool
+) -> list[str]:
+    metric = cell.get("metric", "acc")
+    score = value(metric, cell["score"])
+    spread = cell.get("sd") if len(cell.get("seeds", ())) > 1 else cell.get("stderr")
+    if spread is not None:
+        score += f" ± {value(metric, spread)}"
+    unit = "" if metric == "acc" else f" ({metric.replace('_', ' ')})"
+    return [
+        task + unit if first else "",
+        f"{cell['n']:,}" if first and "n" in cell else "",
+        arm,
+        score,
+        value("acc", cell["normalised"]),
+        difference(metric, gap["score"]) if gap else "",
+        difference(metric, gap["normalised"]) if gap and gap["normalised"] else "",
+    ]
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """For each arm but the reference, what is known of its average (or its one accuracy)."""
+    found = []
+    for arm, gaps in results["differences"].items():
+        gap, own = gaps.get(AVERAGE), results["arms"][arm]
+        if gap is None or own[AVERAGE] is None:
+            continue
+        if gap["score"] is None:
+            found.append(f"{arm} shares no seed with {results['reference']}: not compared.")
+            continue
+        where = "on average over tasks"
+        if own[AVERAGE]["tasks"] == 1:
+            only = (task for task, each in own["tasks"].items() if each["metric"] in ACCURACIES)
+            where = f"on {next(only)}"
+        sentence = f"{arm} {where}: accuracy {_points(gap['score'])} against {results['reference']}"
+        if gap["normalised"] is not None:
+            sentence += f"; normalised, {_points(gap['normalised'])}"
+        found.append(f"{sentence}. {_seeds_and_items(gap['score'])}.")
+    return found
+
+
+def _points(gap: dict[str, Any]) -> str:
+    """`+1.2 points (95 % interval -0.3 to +2.6, which includes no difference)`."""
+    text = f"{100 * gap['mean']:+.1f} points"
+    if gap["low"] is None:
+        return text
+    none = ", which includes no difference" if gap["low"] <= 0 <= gap["high"] else ""
+    return f"{text} (95 % interval {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}{none})"
+
+
+def _seeds_and_items(gap: dict[str, Any]) -> str:
+    if gap["seeds"] == 1:
+        return f"One seed, {gap['items']:,} items: the interval says nothing of other seeds"
+    return f"{gap['seeds']} seeds, {gap['items']:,} items"
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print the table and the sentences."""
+    table = Table(title="Zero-shot", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in COLUMNS:
+        left = name in ("task", "arm")
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+    for row in rows(results):
+        table.add_row(*(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in row))
+    console.print()
+    console.print(table)
+    notes = [
+        f"{task}: {facts['note']}" for task, facts in results["tasks"].items() if facts["note"]
+    ]
+    for text in [*sentences(results), *notes]:
+        console.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,128 @@
+"""Zero-shot evaluation of a study's runs, kept beside them for the report."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from simreg.evaluation import run, subjects, summary
+from simreg.evaluation.options import EvalOptions
+from simreg.evaluation.subjects import Subject
+from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe.data import Corpus
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.study import plan, records, report
+from simreg.study.plan import Study
+from simreg.study.sizing import StepTimes, reference_step
+
+FOLDER = "zero-shot"
+ITEMS, FEWEST_ITEMS, SECONDS = 250, 50, 20.0
+"""What `simreg compare` evaluates by itself: so many cloze items, fewer if they would take longer
+than this in a study that was sized to a time."""
+_TOKENS = 550  # of text for a cloze item, with its share of bits per byte
+_FORWARD = 0.4  # of the time of a training step on as many tokens
+_KEPT = ("limit", "tasks", "reference", "arms", "differences")
+
+
+def main(options: EvalOptions) -> None:
+    """`simreg eval`: of a study's folder its runs at N, for its report; else of any models."""
+    folder = Path(options.models[0]).expanduser()
+    if len(options.models) > 1 or not (folder / "study.yaml").is_file():
+        run.main(options)
+        return
+    study = replace(plan.load(folder / "study.yaml"), out=str(folder))
+    console = Console(highlight=False)
+    found = of_study(study)
+    if not found:
+        raise UserError(f"the study in {folder} has no trained models at its full budget")
+    command = shlex.join(["simreg", *sys.argv[1:]])
+    results = run.evaluate(found, options, console, command=command)
+    run.write(results, options.out or folder / FOLDER / results["suite"], console)
+    if options.out is None and (folder / "results.json").is_file():
+        _redraw(study)
+        console.print(f"report  {folder / 'report.html'}", soft_wrap=True)
+
+
+def of_study(study: Study) -> list[Subject]:
+    """The trained models at the full budget, the reference first, named as in the study."""
+    found = []
+    for arm in (study.reference, *study.others):
+        for cell in study.cells():
+            path = Path(study.out) / cell.folder
+            if cell.arm == arm and cell.budget == 1.0 and RunFolder(path).model.is_dir():
+                found.append(replace(subjects.run(path), name=cell.folder, arm=arm))
+    return found
+
+
+def after_training(
+    study: Study, corpus: Corpus | None, step_time: StepTimes, console: Console
+) -> None:
+    """Evaluate the offline suite, unless that is recorded already or cannot be done here."""
+    out = Path(study.out) / FOLDER / "offline"
+    found = of_study(study)
+    earlier = _read(out / "results.json")
+    models = {(subject.name, subject.fingerprint()) for subject in found}
+    if not found or (earlier and _models(earlier) >= models):
+        return
+    options = EvalOptions([study.out], limit=_items(study, step_time, len(found)))
+    options.cache_dir = Path(study.base.data.cache_dir)
+    console.print("\nzero-shot, on held-out documents:")
+    try:
+        results = run.evaluate(found, options, console, corpus=corpus)
+    except UserError as error:  # a report can be drawn from records alone, without their data
+        console.print(f"left out: {error}", markup=False, soft_wrap=True)
+        return
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def _items(study: Study, step_time: StepTimes, models: int) -> int:
+    step_s = reference_step(step_time)
+    if study.minutes is None or step_s is None:
+        return ITEMS
+    a_step = study.base.train.batch_rows * study.base.data.seq_len
+    an_item = models * _TOKENS * _FORWARD * step_s / a_step
+    return max(FEWEST_ITEMS, min(ITEMS, int(SECONDS / an_item)))
+
+
+def recorded(study: Study) -> dict[str, Any]:
+    """Suite -> what is known of it, for the study's results.json."""
+    found = {}
+    for path in sorted((Path(study.out) / FOLDER).glob("*/results.json")):
+        if (results := _read(path)) is not None:
+            found[path.parent.name] = {key: results[key] for key in _KEPT}
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return results if all(key in results for key in (*_KEPT, "models")) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _models(results: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(model["name"], model["fingerprint"]) for model in results["models"]}
+
+
+def _redraw(study: Study) -> None:
+    """Put what is recorded into the study's results and its report."""
+    out = Path(study.out)
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    results["zero_shot"] = recorded(study)
+    with storage_errors(out):
+        write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+        report.write(out, records.collect(study), results)
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print each suite's table and sentences."""
+    for suite in results["zero_shot"].values():
+        summary.show(suite, console)

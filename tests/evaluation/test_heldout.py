@@ -1,0 +1,97 @@
+import random
+import re
+
+import pytest
+
+from simreg.evaluation import heldout, offline
+from simreg.recipe.errors import UserError
+from tests.evaluation import tiny
+
+DOCUMENTS = [f"start{i} " + tiny.text(i, 150) + f" end{i}" for i in range(12)]
+
+
+def test_the_gold_choice_follows_the_context_and_the_others_come_from_elsewhere():
+    for item in heldout.cloze(DOCUMENTS, 200):
+        whole = item.context + item.choices[item.gold]
+        [home] = [doc for doc in DOCUMENTS if whole in doc]
+        for choice in item.choices:
+            assert any(choice in doc for doc in DOCUMENTS if doc != home) or choice in whole
+            assert len(choice) == len(item.choices[item.gold])
+            assert re.match(r"\s\S", choice)
+        assert len(set(item.choices)) == 4
+        assert 40 <= len(item.context) <= 240
+        assert not item.context[-1].isspace()
+        after = home[home.index(whole) + len(whole) :]
+        assert after == "" or after[0] == " "  # ends with a whole word
+        before = home[: home.index(whole)]
+        assert before == "" or before[-1] == " "
+
+
+def test_a_seed_fixes_the_items_and_few_begin_many():
+    many = heldout.cloze(DOCUMENTS, 100, seed=3)
+    assert heldout.cloze(list(DOCUMENTS), 100, seed=3) == many
+    assert heldout.cloze(DOCUMENTS, 30, seed=3) == many[:30]
+    assert heldout.cloze(DOCUMENTS, 100, seed=4) != many
+    assert many[0] == heldout.cloze([*DOCUMENTS, DOCUMENTS[2]], 1, seed=3)[0]  # copies count once
+
+
+def test_the_place_of_the_gold_choice_is_even_and_no_item_comes_twice():
+    items = heldout.cloze(DOCUMENTS, 1000)
+    assert len({(item.context, item.choices[item.gold]) for item in items}) == len(items)
+    for place in range(4):
+        share = sum(item.gold == place for item in items) / len(items)
+        assert share == pytest.approx(0.25, abs=0.05)
+
+
+def test_scripts_without_spaces_are_cut_anywhere():
+    rng = random.Random(0)
+    documents = ["".join(chr(0x4E00 + rng.randrange(2000)) for _ in range(400)) for _ in range(5)]
+    items = heldout.cloze(documents, 20)
+    assert len(items) == 20
+    for item in items:
+        assert {len(choice) for choice in item.choices} == {40}
+        assert any(item.context + item.choices[item.gold] in doc for doc in documents)
+
+
+@pytest.mark.parametrize("documents", [[], DOCUMENTS[:1], ["short"] * 50, [DOCUMENTS[0]] * 3])
+def test_too_little_text(documents):
+    with pytest.raises(UserError, match="name more text with --text"):
+        heldout.cloze(documents, 10)
+
+
+def test_documents_that_are_all_alike():
+    same = "word " * 100
+    with pytest.raises(UserError, match="too much alike"):
+        heldout.cloze([same, same + "word"], 3)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 40])
+def test_windows_predict_every_token_once_as_the_harness_does(length):
+    tokens = list(range(100, 100 + length))
+    pairs = heldout.windows(tokens, 5, 8)
+    assert [token for _, part in pairs for token in part] == tokens
+    stream = [5, *tokens]
+    for context, part in pairs:
+        assert len(context) >= 1
+        assert len(context) + len(part) <= 9
+        at = stream.index(part[0])
+        assert stream[at - len(context) : at] == context
+    utils = pytest.importorskip("lm_eval.utils")
+    theirs = utils.get_rolling_token_windows(tokens, 5, 8, 1)
+    assert pairs == [utils.make_disjoint_window(pair) for pair in theirs]
+
+
+def test_bits_of_a_quarter():
+    assert heldout.bits(-1.3862943611198906) == pytest.approx(2.0)
+
+
+def test_normalised_subtracts_what_a_continuation_scores_alone(loaded):
+    """A scorer made by hand: choice 0 is likely anywhere, the true one is what the context adds."""
+    [item] = heldout.cloze(DOCUMENTS, 1)
+    wrong = (item.gold + 1) % 4
+    given, alone = [-9.0] * 4, [-9.0] * 4
+    given[wrong], alone[wrong] = -1.0, -1.0
+    given[item.gold], alone[item.gold] = -2.0, -8.0
+    task = offline.Cloze([item], "made up")
+    outcome = task.run(lambda *a: [(x, False) for x in (*given, *alone)], loaded[1], None)
+    assert (outcome.values, outcome.normalised) == ([0.0], [1.0])

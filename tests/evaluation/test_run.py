@@ -1,0 +1,214 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from simreg import cli
+from simreg.evaluation import offline, subjects
+from simreg.evaluation.scoring import Scorer, prefix_token
+from simreg.recipe import config as recipe
+from tests.evaluation import tiny
+from tests.recipe.tiny import PRESETS  # noqa: F401  the runs' presets
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """Run `simreg eval`; returns (status, results or None, standard output, standard error)."""
+
+    def run(*arguments):
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        flags = ["--out", str(out), "--cache-dir", str(tmp_path / "cache")]
+        status = cli.main(["eval", *map(str, arguments), *flags])
+        path = out / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else None
+        printed = capsys.readouterr()
+        return status, results, printed.out, printed.err
+
+    return run
+
+
+def test_a_folder_of_runs_offline(runs, evaluate):
+    status, results, printed, _ = evaluate(runs, "--limit", 40)
+    assert status == 0
+    assert list(results["tasks"]) == ["heldout-cloze", "heldout-bits"]
+    arms = [f"{runs.name}/plain", f"{runs.name}/simreg"]
+    assert list(results["arms"]) == arms
+    assert results["reference"] == arms[0]
+    assert [model["seed"] for model in results["models"]] == [1, 2, 1, 2]
+    by_name = {model["name"]: model["tasks"] for model in results["models"]}
+    cloze = [tasks["heldout-cloze"] for tasks in by_name.values()]
+    assert all(task["n"] == 40 and 0 <= task["score"] <= 1 for task in cloze)
+    gap = results["differences"][arms[1]]["heldout-cloze"]["score"]
+    scores = [task["score"] for task in cloze]
+    assert gap["mean"] == pytest.approx(sum(scores[2:]) / 2 - sum(scores[:2]) / 2)
+    assert (gap["seeds"], gap["items"]) == (2, 40)
+    assert gap["low"] <= gap["mean"] <= gap["high"]
+    assert f"{arms[1]} on heldout-cloze: accuracy" in printed
+    assert results["versions"]["torch"] == torch.__version__
+
+
+def test_bits_per_byte_against_brute_force(runs, evaluate):
+    path = runs / "simreg" / "seed-1"
+    _, results, _, _ = evaluate(path, "--tasks", "heldout-bits", "--limit", 3)
+    scorer, tokenizer = subjects.find([str(path)])[0].load(bf16=False)
+    [task] = offline.load(["heldout-bits"], subjects.find([str(path)]), [], 3)
+    model, nats = scorer.model.double(), 0.0
+    for text in task.texts:
+        ids = [prefix_token(tokenizer), *tokenizer(text)["input_ids"]]
+        for at in range(1, len(ids)):
+            # windows of 32: all that stands before in the window, the last one filled up
+            window = (at - 1) // 32 * 32
+            begin = min(window, max(0, len(ids) - 1 - 32))
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[begin:at]])).logits[0, -1]
+            nats -= float(logits.log_softmax(-1)[ids[at]])
+    size = sum(len(text.encode()) for text in task.texts)
+    found = results["models"][0]["tasks"]["heldout-bits"]
+    assert found["score"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert sum(map(len, task.texts)) == 3 * 500
+
+
+def test_held_out_documents_are_those_of_the_run(runs):
+    subject = subjects.find([str(runs / "plain" / "seed-1")])[0]
+    [task] = offline.load(["heldout-bits"], [subject], [], None)
+    corpus = [json.loads(line)["text"] for line in (runs / "text.jsonl").open()]
+    whole = [text for text in corpus if any(text.startswith(part) for part in task.texts)]
+    assert len(whole) == len(task.texts) < 0.2 * len(corpus)
+    held_out = offline.data._held_out(0.05, 0)
+    assert sorted(whole) == sorted(text for text in corpus if held_out(text))
+
+
+def test_results_are_cached_by_model_and_task(runs, evaluate, tmp_path, monkeypatch):
+    path = tmp_path / "seed-1"
+    shutil.copytree(runs / "plain" / "seed-1", path)
+    _, first, _, _ = evaluate(path, "--limit", 2)
+    calls, score = [], Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda *a: calls.append(len(a[1])) or score(*a))
+    _, again, _, _ = evaluate(path, "--limit", 2)
+    assert calls == []
+    assert again["models"] == first["models"]
+    evaluate(path, "--limit", 3)
+    assert len(calls) == 2
+    weights = path / "model" / "model.safetensors"
+    weights.write_bytes((runs / "plain" / "seed-2" / "model" / weights.name).read_bytes())
+    _, other, _, _ = evaluate(path, "--limit", 2)
+    assert len(calls) == 4
+    assert other["models"][0]["fingerprint"] != first["models"][0]["fingerprint"]
+
+
+def test_a_model_needs_text_and_takes_it(model, evaluate, tmp_path):
+    status, _, _, error = evaluate(model)
+    assert status == 2
+    assert "is no run of `simreg train`" in error
+    assert error.count("\n") == 1
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(tiny.text(i, 100))
+    status, results, _, _ = evaluate(model, "--text", tmp_path / "*.txt", "--limit", 12)
+    assert status == 0
+    assert results["models"][0]["tasks"]["heldout-cloze"]["n"] == 12
+    assert results["differences"] == {}
+
+
+def test_a_run_and_a_model_share_no_seed(model, runs, evaluate, tmp_path):
+    run = change(runs / "plain" / "seed-1", tmp_path, train={"seed": 0})
+    status, results, printed, _ = evaluate(run, model, "--limit", 5)
+    assert status == 0
+    assert results["differences"][str(model)]["heldout-cloze"]["score"] is None
+    assert "shares no seed" in printed
+
+
+def test_models_pair_with_each_other(model, evaluate, tmp_path):
+    other = tiny.save(tmp_path / "other", seed=1)
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(tiny.text(i, 100))
+    _, results, _, _ = evaluate(model, other, "--text", tmp_path / "*.txt", "--limit", 12)
+    gap = results["differences"][str(other)]["heldout-cloze"]["normalised"]
+    one, two = (m["tasks"]["heldout-cloze"]["normalised"] for m in results["models"])
+    assert gap["mean"] == pytest.approx(two - one)
+    assert results["arms"][str(other)]["tasks"]["heldout-cloze"]["seeds"] == []
+
+
+def change(run, tmp_path, **values):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = recipe.with_overrides(recipe.load(copy / "config.yaml"), values)
+    (copy / "config.yaml").write_text(recipe.to_yaml(config))
+    return copy
+
+
+def test_runs_of_other_text_are_refused(runs, evaluate, tmp_path):
+    run = runs / "plain" / "seed-1"
+    other = change(run, tmp_path, data={"validation_fraction": 0.2})
+    status, _, _, error = evaluate(run, other)
+    assert status == 2
+    assert "were trained on different text" in error
+
+
+def test_changed_or_missing_text_is_refused(runs, evaluate, tmp_path):
+    text = tmp_path / "text.jsonl"
+    lines = (runs / "text.jsonl").read_text().splitlines(keepends=True)
+    text.write_text("".join(lines[:-1]))
+    run = change(runs / "plain" / "seed-1", tmp_path, data={"source": str(text)})
+    status, _, _, error = evaluate(run)
+    assert status == 2
+    assert "has changed since it was trained" in error
+    text.unlink()
+    status, _, _, error = evaluate(run)
+    assert status == 2
+    assert f"there is no file {str(text)!r}" in error
+    assert "--text FILES" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["/absent/folder"], "there is no folder /absent/folder"),
+        (["EMPTY"], "is neither a run's folder"),
+        (["UNFINISHED"], "has no trained model: finish it"),
+        (["BROKEN"], "cannot load the model in"),
+        (["RUN", "--limit", "0"], "--limit must be 1 or more"),
+        (["RUN", "--text", "absent.txt"], "there is no file 'absent.txt'"),
+    ],
+)
+def test_mistakes_are_one_line(runs, model, evaluate, tmp_path, arguments, says):
+    for name in ("empty", "unfinished", "broken"):
+        (tmp_path / name).mkdir()
+    run = runs / "plain" / "seed-1"
+    shutil.copy(run / "config.yaml", tmp_path / "unfinished")
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    (tmp_path / "t.txt").write_text(tiny.text(0, 100))
+    places = {"RUN": run} | {n.upper(): tmp_path / n for n in ("empty", "unfinished", "broken")}
+    extra = ["--text", tmp_path / "t.txt", runs / "text.jsonl"] if "BROKEN" in arguments else []
+    status, results, _, error = evaluate(*(places.get(a, a) for a in arguments), *extra)
+    assert status == 2
+    assert results is None
+    assert says in error
+    assert error.startswith("simreg: error: ")
+    assert error.count("\n") == 1
+
+
+def test_arms_differ_in_seeds_alone(runs, tmp_path):
+    copy = change(runs / "plain" / "seed-1", tmp_path, optim={"lr": 1e-4})
+    moved = tmp_path / "plain" / "seed-1"
+    moved.parent.mkdir()
+    shutil.move(copy, moved)
+    found = subjects.find([str(runs / "plain"), str(moved), str(runs / "plain" / "seed-2")])
+    assert [subject.seed for subject in found] == [1, 2, 1]  # each model once
+    assert found[0].arm == found[1].arm != found[2].arm
+
+
+def test_a_run_made_twice_is_two_arms(runs, tmp_path):
+    copy = change(runs / "plain" / "seed-1", tmp_path)
+    one, two = subjects.find([str(runs / "plain" / "seed-1"), str(copy)])
+    assert one.arm != two.arm
+
+
+def test_a_run_uses_the_positions_it_was_trained_with(runs, model):
+    [run] = subjects.find([str(runs / "plain" / "seed-1")])
+    assert run.load(bf16=False)[0].max_length == 32
+    [plain] = subjects.find([str(model)])
+    assert plain.load(bf16=False)[0].max_length == 64

@@ -1,0 +1,159 @@
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from simreg import cli
+from simreg.evaluation.scoring import Scorer
+from simreg.study import plan, plots, records, report, run, zeroshot
+from simreg.study.picture import Picture
+from tests.recipe import tiny
+from tests.study import fakes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A study that was really trained: (its folder, its text, results, what was printed)."""
+    folder = tmp_path_factory.mktemp("study")
+    text = tiny.write_text(folder)
+    study = make(folder / "s", text)
+    screen = io.StringIO()
+    found = run.compare(study, console=Console(file=screen, width=120))
+    return folder, text, found, screen.getvalue()
+
+
+def make(out, text):
+    base = tiny.config(out, text, {"train": {"evals": 1, "tokens": 10 * 4 * 32}})
+    values = plan.recipe.to_dict(base)
+    values.pop("out")
+    return plan.from_dict(
+        {"out": str(out), "base": values, "seeds": [1, 2], "budgets": [0.5, 1.0], "name": "t"}
+    )
+
+
+def test_compare_ends_with_a_zero_shot_figure(trained):
+    folder, _, found, printed = trained
+    suite = found["zero_shot"]["offline"]
+    assert list(suite["arms"]) == ["baseline", "simreg"]
+    assert suite["limit"] == zeroshot.ITEMS
+    gap = suite["differences"]["simreg"]["heldout-cloze"]["score"]
+    assert gap["seeds"] == 2
+    assert json.loads((folder / "s" / "results.json").read_text()) == found
+    assert "simreg on heldout-cloze: accuracy" in printed
+    models = json.loads((folder / "s" / "zero-shot/offline/results.json").read_text())["models"]
+    assert [m["name"] for m in models] == [
+        f"{arm}/1/seed-{seed}" for arm in ("baseline", "simreg") for seed in (1, 2)
+    ]
+
+
+def test_the_report_has_a_section(trained):
+    page = (trained[0] / "s" / "report.html").read_text()
+    section = page.split("<h2>Zero-shot</h2>")[1].split("</section>")[0]
+    assert "simreg on heldout-cloze: accuracy" in section
+    cell = zeroshot.summary.difference(
+        "acc", trained[2]["zero_shot"]["offline"]["differences"]["simreg"]["heldout-cloze"]["score"]
+    )
+    assert section.count("<svg") == 1
+    assert (trained[0] / "s" / "zero-shot.png").is_file()
+    assert f"<td>{cell.replace(' [', '<br>[')}</td>" in section
+
+
+def test_the_figure_shows_each_difference_with_its_interval(trained):
+    results = trained[2]
+    picture = Picture([], {**results, "zero_shot": {"offline": results["zero_shot"]["offline"]}})
+    [ax] = plots.zero_shot(picture).axes
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["heldout-cloze", "heldout-cloze (normalised)"]  # bits are no accuracy
+    gaps = results["zero_shot"]["offline"]["differences"]["simreg"]["heldout-cloze"]
+    drawn = [line.get_xdata() for line in ax.lines[:4]]
+    for i, kind in enumerate(("score", "normalised")):
+        gap = gaps[kind]
+        assert drawn[2 * i] == pytest.approx([100 * gap["low"], 100 * gap["high"]])
+        assert drawn[2 * i + 1] == pytest.approx([100 * gap["mean"]])
+
+
+def test_a_report_without_it_says_nothing(five):
+    assert "Zero-shot" not in report.html(*five)
+
+
+def test_what_is_recorded_is_not_done_again(trained, tmp_path, monkeypatch):
+    folder, text, found, _ = trained
+    out = tmp_path / "s"
+    shutil.copytree(folder / "s", out)
+    monkeypatch.setattr(run.report, "write", lambda *args: None)
+    monkeypatch.setattr(Scorer, "__call__", lambda *a: pytest.fail("scored again"))
+    again, printed = fakes.compare(make(out, text))
+    assert again["zero_shot"] == found["zero_shot"]
+    assert "simreg on heldout-cloze: accuracy" in printed
+    weights = "1/seed-1/model/model.safetensors"
+    shutil.copy(out / "simreg" / weights, out / "baseline" / weights)
+    monkeypatch.setattr(zeroshot.run, "evaluate", lambda *a, **k: pytest.fail("other weights"))
+    with pytest.raises(pytest.fail.Exception, match="other weights"):
+        fakes.compare(make(out, text))
+
+
+def test_without_models_or_text_the_records_speak(trained, tmp_path, monkeypatch):
+    folder, text, found, _ = trained
+    out = tmp_path / "s"
+    shutil.copytree(folder / "s", out)
+    monkeypatch.setattr(run.report, "write", lambda *args: None)
+    monkeypatch.setattr(zeroshot.run, "evaluate", lambda *a, **k: pytest.fail("evaluated"))
+    for model in out.glob("*/*/*/model"):
+        shutil.rmtree(model)
+    again, _ = fakes.compare(make(out, text))
+    assert again["zero_shot"] == found["zero_shot"]
+    shutil.rmtree(out / "zero-shot")
+    again, printed = fakes.compare(make(out, text))
+    assert again["zero_shot"] == {}
+    assert "left out" not in printed
+
+
+def test_missing_text_leaves_it_out(trained, tmp_path):
+    out, text = tmp_path / "s", tmp_path / "text.jsonl"
+    shutil.copytree(trained[0] / "s", out)
+    shutil.rmtree(out / "zero-shot")
+    study, screen = make(out, text), io.StringIO()
+    for cell in study.cells():  # as if it had been trained on text that is gone now
+        (out / cell.folder / "config.yaml").write_text(plan.recipe.to_yaml(study.config(cell)))
+    zeroshot.after_training(study, None, {}, Console(file=screen, width=500))
+    assert "left out: the text of baseline/1/seed-1 is not there" in screen.getvalue()
+
+
+def test_eval_of_a_study_adds_to_its_report(trained, tmp_path, capsys):
+    out, cache = tmp_path / "s", tmp_path / "cache"
+    shutil.copytree(trained[0] / "s", out)
+    flags = ["--tasks", "heldout-cloze", "--limit", "7", "--cache-dir", str(cache)]
+    assert cli.main(["eval", str(out), *flags]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["zero_shot"]) == ["offline", "tasks"]
+    assert results["zero_shot"]["tasks"]["arms"]["simreg"]["tasks"]["heldout-cloze"]["n"] == 7
+    assert "Tasks chosen by hand." in (out / "report.html").read_text()
+    shutil.rmtree(out / "simreg")
+    shutil.rmtree(out / "baseline")
+    assert cli.main(["eval", str(out)]) == 2
+    assert "has no trained models at its full budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("step_s", "minutes", "items"), [(0.1, 5, 250), (1.5, 5, 124), (60, 5, 50), (60, None, 250)]
+)
+def test_a_sized_study_spends_20_seconds_on_it(tmp_path, step_s, minutes, items):
+    base = {"train": {"tokens": 10**6}}
+    study = plan.from_dict({"out": str(tmp_path), "base": base, "minutes": minutes})
+    times = {"simreg": {**fakes.TIMES, "base_s": step_s}}
+    assert zeroshot._items(study, times, 2) == items
+    # 2 models, 550 tokens an item, at 0.4 of a step of 4096 tokens
+    if items == 124:
+        assert items * 2 * 550 * 0.4 * step_s / 4096 == pytest.approx(zeroshot.SECONDS, rel=0.01)
+
+
+def test_damaged_records_are_passed_over(tmp_path):
+    study = plan.from_dict({"out": str(tmp_path), "base": {"train": {"tokens": 10**6}}})
+    path = Path(tmp_path) / "zero-shot" / "small"
+    path.mkdir(parents=True)
+    (path / "results.json").write_text("{")
+    assert zeroshot.recorded(study) == {}
+    assert records.collect(study) == []
