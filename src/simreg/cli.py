@@ -17,6 +17,7 @@ _HELP = {
     "train": "train a language model, with SimReg or without",
     "compare": "say how many tokens and how much time SimReg saves",
     "eval": "say what models can do without training on the task",
+    "analyze": "measure the geometry of trained models' embeddings",
     "bench": "time the loss and measure its memory, beside its peers",
     "plan": "compute what the loss costs on a model and a cluster",
 }
@@ -106,6 +107,14 @@ def _eval(arguments: list[str]) -> None:
     zeroshot.main(options)
 
 
+def _analyze(arguments: list[str]) -> None:
+    import tyro
+
+    from simreg.analysis import run
+
+    run.main(tyro.cli(run.AnalyzeOptions, prog="simreg analyze", args=arguments))
+
+
 def _bench(arguments: list[str]) -> None:
     import tyro
 
@@ -126,6 +135,7 @@ _VERBS = {
     "train": _train,
     "compare": _compare,
     "eval": _eval,
+    "analyze": _analyze,
     "bench": _bench,
     "plan": _plan,
 }

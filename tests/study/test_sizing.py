@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -147,3 +148,13 @@ def test_time_left_without_timings_comes_from_the_runs():
     left.ended(first, 77.0)
     assert left.of(rest) == pytest.approx(77.0)
     assert left.slowdown is None
+
+
+def test_step_times_stay_known_when_a_study_begins_to_look_at_geometry(study):
+    looking = dataclasses.replace(
+        study,
+        base=dataclasses.replace(
+            study.base, train=dataclasses.replace(study.base.train, analyze_every=10)
+        ),
+    )
+    assert sizing._key(looking, "simreg") == sizing._key(study, "simreg")

@@ -25,6 +25,7 @@ FREE_FIELDS = (
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.analyze_every",
     "train.report_to",
     "train.timeout",
 )

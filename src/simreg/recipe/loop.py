@@ -21,6 +21,7 @@ from simreg.recipe import checkpoints
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Diverged
 from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.recipe.probe import Probe
 from simreg.recipe.processes import is_main_process
 from simreg.recipe.progress import Clock, MetricsFile
 
@@ -129,9 +130,10 @@ class RunCallback(TrainerCallback):
         flops_per_token: int,
         peak: float | None,
         tell: Callable[[dict[str, Any]], None],
+        probe: Probe | None = None,
     ) -> None:
         """`peak`: FLOP/s of all devices together, None if unknown; `tell` receives each record."""
-        self.trainer, self.tell = trainer, tell
+        self.trainer, self.tell, self.probe = trainer, tell, probe
         self.flops_per_token, self.peak = flops_per_token, peak
         config = trainer.config
         self.steps, evals = config.steps, config.train.evals
@@ -150,6 +152,8 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Set what is due after this step."""
         step, train = state.global_step, self.trainer.config.train
+        if self.probe is not None and train.analyze_every and step % train.analyze_every == 0:
+            self._look(self.probe, state)  # first, as what it logs resets control.should_log
         control.should_evaluate = step in self.eval_steps
         regular = control.should_evaluate
         if train.save_every is not None:
@@ -164,6 +168,15 @@ class RunCallback(TrainerCallback):
         control.should_save |= self.trainer.stopping
         # A checkpoint falls between two logging windows, so that a resumed run logs the same means.
         control.should_log = due or control.should_save
+
+    def _look(self, probe: Probe, state: TrainerState) -> None:
+        """Record the geometry; the clock stands still, as it does for an evaluation."""
+        self.trainer.check_finite()
+        with self.trainer.clock.paused():
+            found = probe(self.trainer)
+            self._write({"kind": "geometry", **self._position(state), **found}, state)
+            logs = {f"geometry_{key}": v for key, v in found.items() if v is not None}
+            self.trainer.log(logs)
 
     def on_log(
         self,

@@ -113,6 +113,9 @@ def log_line(record: dict[str, Any], *, total: int) -> str:
     head += f"  {tokens(record['tokens'])} tok"
     if record["kind"] == "eval":
         return f"{head}  validation ce {record['ce']:.4f}"
+    if record["kind"] == "geometry":
+        names = ("intra_cos", "inter_cos", "effective_rank", "margin_p50")
+        return "  ".join([head, "geometry", *(f"{n} {_number(record[n])}" for n in names)])
     parts = [head, f"ce {record['ce']:.4f}"]
     if record["simreg"] is not None:
         parts.append(f"simreg {record['simreg']:.4f}")
@@ -123,6 +126,10 @@ def log_line(record: dict[str, Any], *, total: int) -> str:
         parts.append(f"mfu {record['mfu']:.1%}")
     parts.append(f"eta {duration(record['eta'])}")
     return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:#.4g}"
 
 
 def tokens(count: float) -> str:

@@ -20,6 +20,7 @@ from simreg.recipe.data import Corpus, Rows, ordered, prepare
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
+from simreg.recipe.probe import Probe
 from simreg.recipe.processes import from_main, is_main_process, lost_contact
 from simreg.recipe.timing import step_time_ratio, throughput
 
@@ -46,7 +47,7 @@ def train(
         KeyboardInterrupt: Ctrl-C, after a checkpoint; its text says how to continue.
     """
     folder = RunFolder(config.out)
-    with storage_errors(folder.root), _quiet(), lost_contact():
+    with storage_errors(folder.root), quiet(), lost_contact():
         arguments = assemble.training_arguments(config, folder.checkpoints)  # here processes meet
         result = from_main(lambda: folder.finished(config))
         if result is None:
@@ -95,7 +96,9 @@ def _run(
         objective=assemble.objective(config.simreg),
     )
     flops = models.flops_per_token(model.config, active, config.data.seq_len)
-    _add_callbacks(trainer, on_step or _print_line(config.steps), flops, manifest.get("step", 0))
+    probe = None if config.train.analyze_every is None else Probe(corpus.validation)
+    tell = on_step or _print_line(config.steps)
+    _add_callbacks(trainer, tell, flops, manifest.get("step", 0), probe)
     if checkpoint is not None:
         say(f"resuming after step {manifest['step']}")
         before, now = manifest.get("processes", arguments.world_size), arguments.world_size
@@ -148,7 +151,9 @@ def _validation(config: RunConfig, rows: Rows) -> Any:
     return Subset(rows, range(min(wanted, len(rows))))
 
 
-def _add_callbacks(trainer: RunTrainer, tell: Tell, flops: int, step: int) -> None:
+def _add_callbacks(
+    trainer: RunTrainer, tell: Tell, flops: int, step: int, probe: Probe | None
+) -> None:
     config = trainer.config
     peak = progress.peak_flops(trainer.args.device)
     callback = RunCallback(
@@ -156,6 +161,7 @@ def _add_callbacks(trainer: RunTrainer, tell: Tell, flops: int, step: int) -> No
         flops_per_token=flops,
         peak=None if peak is None else peak * trainer.args.world_size,
         tell=tell,
+        probe=probe,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
@@ -233,7 +239,7 @@ def _out_of_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' own progress bars and remarks out of the output."""
     logs: Any = transformers.utils.logging
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()

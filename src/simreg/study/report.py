@@ -12,9 +12,11 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from simreg.analysis import figures
+from simreg.analysis import summary as geometry_summary
 from simreg.evaluation import summary as scores
 from simreg.recipe.checkpoints import write_atomically
-from simreg.study import plots, summary
+from simreg.study import geometry, plots, summary
 from simreg.study.picture import Picture
 from simreg.study.records import Run
 from simreg.theme import PRINT, Theme
@@ -34,7 +36,7 @@ _FILES = (("curves", plots.curves), ("isoloss", plots.isoloss), ("zero-shot", pl
 
 def write(out: Path, runs: list[Run], results: dict[str, Any]) -> None:
     """Write report.html and, for other documents, its main figures as .png and .svg."""
-    write_atomically(out / "report.html", html(runs, results))
+    write_atomically(out / "report.html", html(runs, results, geometry.load(out)))
     picture = Picture(runs, results)
     for name, draw in _FILES:
         if (figure := draw(picture)) is not None:
@@ -43,8 +45,8 @@ def write(out: Path, runs: list[Run], results: dict[str, Any]) -> None:
                 figure.savefig(out / f"{name}.svg", metadata={"Date": None})
 
 
-def html(runs: list[Run], results: dict[str, Any]) -> str:
-    """The report as one page."""
+def html(runs: list[Run], results: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:
+    """The report as one page; `analysis` is what `simreg analyze` found, if it was run."""
     study = results["study"]
     picture = Picture(runs, results, PAGE)
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -54,10 +56,11 @@ def html(runs: list[Run], results: dict[str, Any]) -> str:
         table=_table(summary.COLUMNS, summary.rows(results)),
         figures="".join(_figure(picture, *entry) for entry in _FIGURES),
         zero_shot=_zero_shot(picture),
+        geometry="" if analysis is None else _geometry(analysis),
         apart=_apart(results),
         confidence="95 %",
         reference=escape(study["reference"]),
-        commands=_pre("\n".join(results["commands"]) or "simreg compare study.yaml"),
+        commands=_pre(_commands(results, analysis)),
         plan=_pre(yaml.safe_dump(study, sort_keys=False, allow_unicode=True)),
         environment=_environment(results),
         runs=_table(
@@ -119,6 +122,33 @@ def _figure(
         f"<section><h2>{escape(title)}</h2><figure><div>{drawing}</div>"
         f"<figcaption>{escape(caption)}</figcaption></figure></section>"
     )
+
+
+def _geometry(analysis: dict[str, Any]) -> str:
+    """The section on embeddings: a table, and each picture with a text that tells it."""
+    drawn = []
+    for picture in figures.PICTURES:
+        if (figure := picture.draw(analysis, PAGE)) is None:
+            continue
+        told = picture.describe(analysis)
+        svg = _inline(figure, f"{picture.title}. {told}", f"geometry-{picture.name}")
+        drawn.append(
+            f"<h3>{escape(picture.title)}</h3><figure><div>{svg}</div><figcaption>"
+            f"{escape(picture.caption)}<details><summary>In words</summary>{escape(told)}</details>"
+            "</figcaption></figure>"
+        )
+    head, rows = tuple(geometry_summary.columns(analysis)), geometry_summary.rows(analysis)
+    return (
+        f"<section><h2>Geometry</h2>{_table(head, [row for row in rows if row[1] == 'all'])}"
+        f"<p class='note'>{escape(geometry.note(analysis))}</p>"
+        f"<details><summary>Head and tail</summary>{_table(head, rows)}</details>"
+        f"{''.join(drawn)}</section>"
+    )
+
+
+def _commands(results: dict[str, Any], analysis: dict[str, Any] | None) -> str:
+    commands = results["commands"] or ["simreg compare study.yaml"]
+    return "\n".join([*commands, *([analysis["command"]] if analysis else [])])
 
 
 def _inline(figure: Figure, label: str, prefix: str) -> str:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
+from simreg.intervals import paired_difference
 from simreg.recipe import config as recipe
 from simreg.recipe.errors import UserError
 from simreg.study import stats
@@ -140,7 +141,7 @@ def _equal_time(table: Grid, reference: str, arm: str, ratio: float | None) -> d
             return answer
         reference_ce[seed] = value
     own = {seed: run.final_ce for seed, run in full.items()}
-    difference = stats.paired_difference(own, reference_ce)
+    difference = paired_difference(own, reference_ce)
     return {**answer, "status": "ok", "ce_difference": difference}
 
 
@@ -173,7 +174,7 @@ def _budget(study: Study, table: Grid, arm: str, budget: float) -> dict[str, Any
     reference = table[study.reference].get(budget, {})
     difference = None
     if arm != study.reference:
-        difference = stats.paired_difference(
+        difference = paired_difference(
             {s: run.final_ce for s, run in runs.items()},
             {s: run.final_ce for s, run in reference.items()},
         )

@@ -33,7 +33,7 @@ _RUN_SECONDS = 3.0
 _FREE = {
     "optim": {"lr", "warmup", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2"},
     "train": {"tokens", "seed", "log_every", "evals", "eval_tokens", "save_every"}
-    | {"keep_checkpoints", "report_to"},
+    | {"keep_checkpoints", "report_to", "analyze_every"},  # the clock stands still for a look
     "data": {"cache_dir"},
 }
 _SAME_COST = {"ratio": 1.0, "ratio_quartiles": [1.0, 1.0], "base_s": None, "arm_s": None, "n": 0}

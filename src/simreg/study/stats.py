@@ -14,14 +14,15 @@ Definitions (nothing here extrapolates):
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
+from simreg.intervals import CONFIDENCE, Interval, t_interval
+
 Status = Literal["ok", "at_least", "not_reached"]
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,6 @@ class Crossing:
     tokens: float | None
     monotone: bool | None
     """Whether the loss falls all along the curve; None without a whole curve."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over `n` values with its confidence limits (None where n is too small)."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
 
 
 def _between(tokens: np.ndarray, ce: np.ndarray, i: int, target: float) -> float:
@@ -100,19 +91,6 @@ def interpolate(tokens: Sequence[float], ce: Sequence[float], at: float) -> floa
     if not x[0] <= at <= x[-1]:
         return None
     return float(np.interp(np.log(at), np.log(x), y))
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Mean and two-sided Student-t interval; no limits from fewer than two values."""
-    x = np.asarray(values, dtype=float)
-    n = len(x)
-    if n == 0:
-        return Interval(None, None, None, 0)
-    mean = float(x.mean())
-    if n == 1:
-        return Interval(mean, None, None, 1)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
 
 
 def bootstrap_interval(
@@ -202,14 +180,4 @@ def saving(
             }
             for s in seeds
         ],
-    }
-
-
-def paired_difference(arm: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
-    """Arm minus reference over the seeds both have: mean, t interval, each seed's difference."""
-    seeds = sorted(arm.keys() & reference.keys())
-    differences = [arm[s] - reference[s] for s in seeds]
-    return {
-        **asdict(t_interval(differences)),
-        "per_seed": [{"seed": s, "difference": d} for s, d in zip(seeds, differences, strict=True)],
     }

@@ -1,0 +1,1 @@
+"""`simreg analyze`: the geometry of embeddings, from models and text to pictures."""

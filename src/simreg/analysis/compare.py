@@ -1,0 +1,167 @@
+"""Arms against each other over seeds, and whether margin and loss go together."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from simreg.intervals import paired_difference, t_interval
+
+Model = dict[str, Any]
+PARTS = ("all", "head", "torso", "tail")
+PREDICTORS = ("margin", "margin_cos", "intra_cos", "inter_cos", "variance_share", "effective_rank")
+_PER_TOKEN = ("margin", "margin_cos", "intra_cos")
+
+
+def final(models: Iterable[Model], arm: str) -> dict[int, Model]:
+    """Seed -> the trained model of the arm, of those that are compared."""
+    return {m["seed"]: m for m in models if m["arm"] == arm and m["compared"]}
+
+
+def seeds_compared(seeds: dict[str, set[int]]) -> set[int]:
+    """The seeds that every arm has, so that means and pictures compare like with like.
+
+    `seeds` are those of each arm's trained models; if the arms share none, all seeds are taken.
+    """
+    shared = set[int].intersection(*seeds.values()) if seeds else set()
+    return shared or set().union(*seeds.values())
+
+
+def arms_of(models: Iterable[Model]) -> list[str]:
+    """The arms in the order in which they come."""
+    return list(dict.fromkeys(m["arm"] for m in models))
+
+
+def means(models: list[Model]) -> dict[str, Any]:
+    """arm -> group -> metric -> {mean, low, high, n} over the seeds of trained models."""
+    found: dict[str, Any] = {}
+    for arm in arms_of(models):
+        trained = list(final(models, arm).values())
+        found[arm] = {}
+        for group, metric in _columns(trained):
+            values = _values(trained, group, metric)
+            interval = t_interval(values)
+            entry = {k: getattr(interval, k) for k in ("mean", "low", "high", "n")}
+            found[arm].setdefault(group, {})[metric] = _rounded(entry)
+    return found
+
+
+def paired(models: list[Model], reference: str) -> dict[str, Any]:
+    """arm -> group -> metric -> arm minus reference over the seeds that both have."""
+    base = final(models, reference)
+    found: dict[str, Any] = {}
+    for arm in arms_of(models):
+        own = final(models, arm)
+        if arm == reference or not own.keys() & base.keys():
+            continue
+        found[arm] = {}
+        for group, metric in _columns(list(own.values())):
+            here, there = (
+                {s: v for s, m in each.items() if (v := _value(m, group, metric)) is not None}
+                for each in (own, base)
+            )
+            difference = paired_difference(here, there)
+            if difference["n"]:
+                del difference["per_seed"]  # which the models themselves say
+                found[arm].setdefault(group, {})[metric] = _rounded(difference)
+    return found
+
+
+def across_models(models: list[Model]) -> dict[str, Any]:
+    """group -> metric -> its correlation with the mean loss over models, pooled and by arm.
+
+    Points are models: seeds, and checkpoints where they were analysed. Pooled, the arm itself is
+    behind part of the correlation, and checkpoints of a run resemble each other: read it beside the
+    correlation within each arm.
+    """
+    found: dict[str, Any] = {}
+    for group in PARTS:
+        for metric in PREDICTORS:
+            entry = {"pooled": _correlation(models, group, metric)}
+            for arm in arms_of(models):
+                entry[arm] = _correlation([m for m in models if m["arm"] == arm], group, metric)
+            found.setdefault(group, {})[metric] = entry
+    return found
+
+
+def across_tokens(
+    tokens: dict[tuple[str, int], dict[str, Tensor]], masks: dict[str, Tensor], reference: str
+) -> dict[str, Any]:
+    """arm -> group -> metric -> r over tokens of its change with the change of the token's loss.
+
+    `tokens` has the values of trained models by (arm, seed), all on the same tokens; the change is
+    arm minus reference of the same seed. Mean and interval are over seeds.
+    """
+    found: dict[str, Any] = {}
+    for (arm, seed), values in tokens.items():
+        base = tokens.get((reference, seed))
+        if arm == reference or base is None:
+            continue
+        for group in PARTS:
+            for metric in _PER_TOKEN:
+                r = _pearson(*((values[key] - base[key])[masks[group]] for key in (metric, "loss")))
+                if r is not None:
+                    seeds = found.setdefault(arm, {}).setdefault(group, {}).setdefault(metric, [])
+                    seeds.append(r)
+    return {
+        arm: {
+            group: {metric: _rounded(vars(t_interval(rs))) for metric, rs in by_metric.items()}
+            for group, by_metric in by_group.items()
+        }
+        for arm, by_group in found.items()
+    }
+
+
+def _pearson(x: Tensor, y: Tensor) -> float | None:
+    kept = ~(x.isnan() | y.isnan())
+    if int(kept.sum()) < 3:
+        return None
+    r = float(torch.corrcoef(torch.stack([x[kept], y[kept]]))[0, 1])
+    return r if np.isfinite(r) else None
+
+
+def _correlation(models: list[Model], group: str, metric: str) -> dict[str, Any]:
+    """Pearson with the 95 % interval of Fisher's z, and Spearman; None from fewer than 4 points."""
+    points = [
+        (x, y)
+        for m in models
+        if (x := _value(m, group, metric)) is not None
+        and (y := _value(m, group, "loss")) is not None
+    ]
+    empty = {"pearson": None, "low": None, "high": None, "spearman": None, "n": len(points)}
+    margins, losses = np.array(points, dtype=float).reshape(-1, 2).T
+    if len(points) < 4 or margins.std() == 0 or losses.std() == 0:
+        return empty
+    pearson = stats.pearsonr(margins, losses)
+    limits = pearson.confidence_interval(0.95)
+    rho = float(stats.spearmanr(margins, losses).statistic)
+    values = {"pearson": float(pearson.statistic), "low": limits.low, "high": limits.high}
+    return _rounded({**values, "spearman": rho, "n": len(points)})
+
+
+def _columns(models: list[Model]) -> list[tuple[str, str]]:
+    seen = {
+        (group, metric): None
+        for m in models
+        for group, metrics in m["groups"].items()
+        for metric in metrics
+        if metric != "se"
+    }
+    return list(seen)
+
+
+def _value(model: Model, group: str, metric: str) -> float | None:
+    value: float | None = model["groups"].get(group, {}).get(metric)
+    return value
+
+
+def _values(models: list[Model], group: str, metric: str) -> list[float]:
+    return [v for m in models if (v := _value(m, group, metric)) is not None]
+
+
+def _rounded(entry: dict[str, Any]) -> dict[str, Any]:
+    """Six digits."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}

@@ -1,0 +1,202 @@
+"""All that is measured of one model: for the sample, by frequency of the label, by position."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simreg.analysis.states import States
+from simreg.geometry import collapse, groups
+from simreg.geometry.classes import Classes, classes, token_cosines
+from simreg.geometry.margins import margins
+from simreg.geometry.sample import Sample
+from simreg.geometry.spectrum import spectrum
+from simreg.loss import per_token
+
+POSITION_BINS = 4
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+HISTOGRAMS = {"margin": (-20.0, 15.0, 70), "margin_cos": (-0.8, 0.8, 64)}
+"""Low end, high end and number of bins; what lies outside counts in the last bin on its side."""
+_HISTOGRAM_GROUPS = ("all", "head", "torso", "tail")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, beside the models and the text."""
+
+    least: int = 5
+    """Tokens that a class needs to have a mean and a variance."""
+    pairs: int = collapse.PAIRS
+    """Pairs of classes that CDNV is estimated from."""
+
+
+Tokens = dict[str, Tensor]
+
+
+def measure(
+    states: States, frequency: Tensor, length: int, settings: Settings, *, brief: bool = False
+) -> tuple[dict[str, Any], Tokens]:
+    """`(record, values per token)`; `frequency` `[V]` counts labels in the training text.
+
+    `record["groups"]` maps all, head, torso, tail, decile-1 to -10 (1: most frequent labels) and
+    position-1 to -4 to metrics. Means over tokens (`se`: standard errors, clustered by row) take
+    every token against the whole sample; metrics of classes are of the group's own tokens.
+    `brief` leaves out deciles and positions.
+    """
+    sample = states.sample
+    found = classes(sample, settings.least)
+    values = _per_token(states, found)
+    masks = group_masks(sample, frequency, length, brief=brief)
+    by_group = {name: _group(states, found, values, mask, settings) for name, mask in masks.items()}
+    histograms = {
+        key: {name: _histogram(values[key][masks[name]], *limits) for name in _HISTOGRAM_GROUPS}
+        for key, limits in HISTOGRAMS.items()
+    }
+    return {"groups": by_group, "histograms": histograms}, values
+
+
+def group_masks(
+    sample: Sample, frequency: Tensor, length: int, *, brief: bool = False
+) -> dict[str, Tensor]:
+    """Group -> bool `[T]`."""
+    decile = groups.deciles(sample.labels, frequency)
+    masks = {"all": torch.ones(len(sample), dtype=torch.bool)}
+    masks |= {
+        part: torch.isin(decile, torch.tensor(list(own))) for part, own in groups.PARTS.items()
+    }
+    if brief:
+        return masks
+    place = groups.position_bins(sample.positions, length - 1, POSITION_BINS)
+    masks |= {f"decile-{i + 1}": decile == i for i in range(groups.DECILES)}
+    return masks | {f"position-{i + 1}": place == i for i in range(POSITION_BINS)}
+
+
+def _per_token(states: States, found: Classes) -> Tokens:
+    """Everything that a single token has, `[T]` float64; NaN where it has not."""
+    sample = states.sample
+    margin = margins(sample, states.weight, states.bias)
+    intra, inter = token_cosines(sample)
+    intra_centred, inter_centred = token_cosines(sample, found.centre)
+    pos, neg = _row_cosines(sample)
+    bias = None if states.bias is None else states.bias[found.ids]
+    return {
+        "loss": margin.loss,
+        "margin": margin.raw,
+        "margin_cos": margin.cosine,
+        "accuracy": (margin.raw > 0).double(),
+        "intra_cos": intra,
+        "inter_cos": inter,
+        "intra_cos_centred": intra_centred,
+        "inter_cos_centred": inter_centred,
+        "row_pos_cos": pos,
+        "row_neg_cos": neg,
+        "has_positive": (~pos.isnan()).double(),
+        "nc4_agreement": collapse.agreement(sample, found, states.weight[found.ids], bias),
+    }
+
+
+def _row_cosines(sample: Sample) -> tuple[Tensor, Tensor]:
+    """Mean cosines to positives and negatives within the row, as the loss sees them."""
+    pos, neg = torch.empty(2, len(sample), dtype=torch.float64)
+    for row in torch.unique(sample.rows).tolist():
+        own = sample.rows == row
+        hidden = sample.hidden[sample.index[own]].float()
+        _, p, n, _ = per_token(hidden, sample.labels[own], None, 1.0, "out", None, -100, "auto")
+        pos[own], neg[own] = p.double(), n.double()
+    return pos, neg
+
+
+def _group(
+    states: States, everything: Classes, values: Tokens, mask: Tensor, settings: Settings
+) -> dict[str, Any]:
+    part = states.sample.where(mask)
+    found = classes(part, settings.least)
+    metrics: dict[str, Any] = {
+        "tokens": len(part),
+        "classes": len(torch.unique(part.labels)),
+        "classes_measured": len(found),
+        "tokens_measured": int(found.count.sum()),
+    }
+    errors = {}
+    for name, value in values.items():
+        metrics[name], errors[name], _ = groups.mean_se(value[mask], part.rows)
+    for name in HISTOGRAMS:
+        for q, at in zip(QUANTILES, _quantiles(values[name][mask]), strict=True):
+            metrics[f"{name}_p{100 * q:.0f}"] = at
+    metrics |= _class_metrics(found, everything, states.weight, settings.pairs)
+    metrics |= spectrum(part)._asdict()
+    errors["cdnv"] = metrics.pop("cdnv_se")
+    return {**_plain(metrics), "se": _plain(errors)}
+
+
+def _class_metrics(
+    found: Classes, everything: Classes, weight: Tensor, pairs: int
+) -> dict[str, float]:
+    if not len(found):
+        return dict.fromkeys(CLASS_METRICS, math.nan) | {"cdnv_se": math.nan}
+    head = weight[found.ids]
+    nearest = collapse.nearest_other(found, everything)
+    spread = collapse.cdnv(found, pairs)
+    angle, angle_sd = collapse.equiangular(found)
+    return {
+        "intra_variance": found.intra_variance,
+        "variance_share": found.variance_share,
+        "inter_max_cos": float(nearest.nanmean()),
+        "nc1": collapse.nc1(found),
+        "cdnv": spread.mean,
+        "cdnv_se": spread.se,
+        "cdnv_median": spread.median,
+        "nc2_equinorm": collapse.equinorm(found),
+        "nc2_cos_mean": angle,
+        "nc2_cos_sd": angle_sd,
+        "nc2_etf_error": collapse.etf_error(found),
+        "nc3_duality_error": collapse.duality_error(found, head),
+        "nc3_alignment": float(collapse.alignment(found, head).mean())
+        if len(found) > 1
+        else math.nan,
+    }
+
+
+CLASS_METRICS = (
+    "intra_variance",
+    "variance_share",
+    "inter_max_cos",
+    "nc1",
+    "cdnv",
+    "cdnv_median",
+    "nc2_equinorm",
+    "nc2_cos_mean",
+    "nc2_cos_sd",
+    "nc2_etf_error",
+    "nc3_duality_error",
+    "nc3_alignment",
+)
+
+
+def _quantiles(values: Tensor) -> list[float]:
+    """By sorting: `torch.quantile` refuses more than 16 M values."""
+    if not len(values):
+        return [math.nan] * len(QUANTILES)
+    ordered = values.sort().values
+    return [float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES]
+
+
+def _histogram(values: Tensor, low: float, high: float, bins: int) -> list[float]:
+    """The share of values in each bin."""
+    place = ((values - low) / (high - low) * bins).floor().clamp(0, bins - 1).long()
+    counts = torch.bincount(place, minlength=bins)
+    return [round(c / max(len(values), 1), 6) for c in counts.tolist()]
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: None; six digits say all there is to say."""
+    return {
+        key: value
+        if isinstance(value, int)
+        else float(f"{value:.6g}")
+        if math.isfinite(value)
+        else None
+        for key, value in metrics.items()
+    }

@@ -1,0 +1,234 @@
+"""`simreg analyze`: measures every model that is named, compares arms, writes JSON and pictures."""
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from matplotlib import rc_context
+from rich.console import Console
+
+from simreg.analysis import compare, figures, project, states, summary, targets, text
+from simreg.analysis.measure import HISTOGRAMS, Settings, group_masks, measure
+from simreg.analysis.targets import Target
+from simreg.geometry import groups
+from simreg.recipe import config, provenance
+from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import storage_errors, warn
+from simreg.recipe.progress import read_metrics
+
+
+@dataclass
+class AnalyzeOptions:
+    """Measure the geometry of the embeddings of trained models, and compare arms over seeds.
+
+    MODELS are folders of runs, studies or models, or Hub ids; ARM= before one names its arm. Writes
+    results.json and pictures; hidden states are cached, so that a second analysis costs no forward
+    pass. docs/analysis.md says what the numbers mean.
+    """
+
+    models: tyro.conf.Positional[list[str]]
+    """Runs, studies, models or Hub ids, as in `simreg analyze baseline=runs/a simreg=runs/b`."""
+    tokens: int = 30_000
+    """Labelled tokens of text to look at."""
+    series: bool = False
+    """Also look at the checkpoints that runs have kept."""
+    reference: str | None = None
+    """The arm that others are compared with; None: the study's, `baseline`, or the first."""
+    source: str | None = None
+    """Other text than that of the first run: as `data.source` of `simreg train`."""
+    validation: str | None = None
+    """With it, the validation text (None: documents held out of the source)."""
+    seq_len: int | None = None
+    """Tokens a row; None: as the runs were trained with."""
+    split: Literal["validation", "train"] = "validation"
+    """Which part of the text."""
+    least: int = 5
+    """Tokens that a class (label) needs to count in class means and variances."""
+    pairs: int = Settings.pairs
+    """Pairs of classes that CDNV is estimated from."""
+    labels: list[str] | None = None
+    """Tokens to show in the map of embeddings, such as `--labels " the" ,`; None: chosen."""
+    projection: Literal["pca", "umap"] = "pca"
+    """How the map is made; umap needs umap-learn."""
+    cache_dir: str = "~/.cache/simreg"
+    """Where hidden states are kept (4·d bytes a token and model)."""
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: see below)")] = None
+    """Folder for the results; default: `geometry` in the study's folder, else runs/geometry."""
+
+
+def main(options: AnalyzeOptions) -> None:
+    """Run the command; UserError for what cannot be read or compared."""
+    console = Console(highlight=False)
+    out = options.out or _default_out(options.models)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    results = analyze(options, console, command=shlex.join(["simreg", *sys.argv[1:]]))
+    with storage_errors(out):
+        write(results, out)
+    summary.show(results, console)
+    console.print(f"\nresults {out / 'results.json'}", soft_wrap=True)
+
+
+def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[str, Any]:
+    """Everything of results.json (docs/analysis.md)."""
+    if min(options.tokens, options.least, options.pairs) < 1:
+        raise UserError("--tokens, --least and --pairs must be 1 or more")
+    found = targets.find(options.models, series=options.series)
+    reference = _reference(options, found)
+    changes = {
+        key: value
+        for key in ("source", "validation", "seq_len")
+        if (value := getattr(options, key)) is not None
+    }
+    read = text.read(text.data_of(found, changes), options.tokens, options.split)
+    text.check_tokenizers(found, read.corpus)
+    settings = Settings(options.least, options.pairs)
+    compared = _compared(found)
+    models, tokens, maps, masks = [], {}, {}, {}
+    shown: list[int] = []
+    for target in found:
+        began = time.perf_counter()
+        with console.status(target.name) as status:
+            state = states.collect(target, read.ids, options.cache_dir, status.update)
+            forward = time.perf_counter() - began
+            status.update(f"{target.name}: measuring")
+            record, values = measure(
+                state, read.frequency, read.ids.shape[1], settings, brief=not target.final
+            )
+        of_arms = target.final and target.seed in compared
+        identity = _identity(target, state.weights_hash) | {"compared": of_arms}
+        models.append(identity | record)
+        seconds = time.perf_counter() - began
+        console.print(
+            f"{target.name}: {forward:.1f} s for states, {seconds - forward:.1f} s for the rest"
+        )
+        if not of_arms:
+            continue
+        if not shown:
+            masks = group_masks(state.sample, read.frequency, read.ids.shape[1], brief=True)
+            decile = groups.deciles(state.sample.labels, read.frequency)
+            shown = _labels(options, read.corpus, state.sample.labels, decile)
+        tokens[target.arm, target.seed] = values
+        if target.arm not in maps:
+            place = project.project(state.sample, shown, options.projection)
+            maps[target.arm] = {"seed": target.seed, **place}
+    names = {str(label): read.corpus.tokenizer.decode([label]) for label in shown}
+    return {
+        "schema": 1,
+        "command": command,
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "text": {
+            "fingerprint": read.corpus.fingerprint,
+            "split": options.split,
+            "rows": len(read.ids),
+            "length": read.ids.shape[1],
+            "tokens": read.ids.shape[0] * (read.ids.shape[1] - 1),
+        },
+        "settings": vars(settings) | {"histograms": HISTOGRAMS},
+        "reference": reference,
+        "means": compare.means(models),
+        "minus_reference": compare.paired(models, reference),
+        "correlations": {
+            "models": compare.across_models(models),
+            "tokens": compare.across_tokens(tokens, masks, reference),
+        },
+        "positive_rate": text.positive_rates(read),
+        "map": {"labels": names, "arms": maps},
+        "training": _training(found),
+        "models": models,
+    }
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """results.json and, for each picture that there is something for, .png, .svg and its text."""
+    write_atomically(out / "results.json", _lines(results))
+    described = []
+    for picture in figures.PICTURES:
+        if (figure := picture.draw(results)) is None:
+            continue
+        figure.savefig(out / f"{picture.name}.png", dpi=160)
+        with rc_context({"svg.hashsalt": picture.name}):
+            figure.savefig(out / f"{picture.name}.svg", metadata={"Date": None})
+        described.append(f"{picture.name}: {picture.title}. {picture.describe(results)}\n")
+    write_atomically(out / "pictures.txt", "\n".join(described))
+
+
+def _lines(results: dict[str, Any]) -> str:
+    """JSON with a line for each field and each model: half the size of an indented file."""
+
+    def short(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    models = ",\n".join(map(short, results["models"]))
+    fields = [f"{short(k)}:{short(v)}" for k, v in results.items() if k != "models"]
+    return "{" + ",\n".join([*fields, f'"models":[\n{models}\n]']) + "}\n"
+
+
+def _default_out(models: list[str]) -> Path:
+    study = next((Path(m) for m in models if (Path(m) / targets.STUDY_FILE).is_file()), None)
+    return Path("runs", "geometry") if study is None else study / "geometry"
+
+
+def _reference(options: AnalyzeOptions, found: list[Target]) -> str:
+    arms = list(dict.fromkeys(target.arm for target in found))
+    if options.reference is not None:
+        if options.reference not in arms:
+            raise UserError(f"--reference {options.reference}: the arms are {', '.join(arms)}")
+        return options.reference
+    for name in options.models:
+        if (file := Path(name) / targets.STUDY_FILE).is_file():
+            named = config.read_yaml(file).get("reference")
+            if named in arms:
+                return str(named)
+    return "baseline" if "baseline" in arms else arms[0]
+
+
+def _compared(found: list[Target]) -> set[int]:
+    """The seeds that enter comparisons; a warning for those that do not."""
+    seeds: dict[str, set[int]] = {}
+    for target in found:
+        if target.final:
+            seeds.setdefault(target.arm, set()).add(target.seed)
+    compared = compare.seeds_compared(seeds)
+    for arm, own in seeds.items():
+        if alone := sorted(own - compared):
+            warn(f"seeds {', '.join(map(str, alone))} of {arm} have no pair: not compared")
+    return compared
+
+
+def _identity(target: Target, weights_hash: str) -> dict[str, Any]:
+    keys = ("arm", "seed", "step", "tokens", "final", "path")
+    return {key: getattr(target, key) for key in keys} | {"weights": weights_hash}
+
+
+def _labels(options: AnalyzeOptions, corpus: Any, labels: Any, decile: Any) -> list[int]:
+    if options.labels is None:
+        return project.choose(labels, decile, lambda label: corpus.tokenizer.decode([label]))
+    chosen = []
+    for name in options.labels:
+        ids = corpus.tokenizer(name, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(
+                f"--labels {name!r}: it is {len(ids)} tokens of this tokenizer, not one"
+            )
+        chosen.append(int(ids[0]))
+    return chosen
+
+
+def _training(found: list[Target]) -> list[dict[str, Any]]:
+    """What runs logged of their geometry on the way (`train.analyze_every`)."""
+    runs = {target.run: target for target in found if target.run is not None}
+    curves = []
+    for run, target in runs.items():
+        lines = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "geometry"]
+        if lines:
+            kept = [{k: v for k, v in r.items() if k not in ("kind", "seconds")} for r in lines]
+            curves.append({"arm": target.arm, "seed": target.seed, "records": kept})
+    return curves

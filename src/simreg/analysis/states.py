@@ -1,0 +1,143 @@
+"""Hidden states of a model on a sample of text: one forward pass, then a cache on the disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from simreg.analysis.targets import Target
+from simreg.geometry.sample import Sample
+from simreg.recipe import assemble, cache
+from simreg.recipe.errors import UserError
+from simreg.recipe.files import one_line
+from simreg.recipe.train import quiet
+
+_LAYOUT = 1  # of the cache; a new number makes old entries invisible
+_TOKENS = 4096  # a forward pass
+_TOLERANCE = 1e-3  # of logits, relative to the largest
+
+
+@dataclass(frozen=True)
+class States:
+    """A sample of a model's hidden states, and its LM head: `weight` `[V, d]`, `bias` `[V]`."""
+
+    sample: Sample
+    weight: Tensor
+    bias: Tensor | None
+    weights_hash: str
+
+
+def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], None]) -> States:
+    """The states of `target` on the rows `ids` `[R, L]` int64; T = R·(L − 1), float32.
+
+    Position t of a row is labelled with token t + 1; the last has no label and is left out. Hidden
+    states are looked up by a hash of the weights and of the tokens, and read as they are needed.
+
+    Raises:
+        UserError: the model cannot be loaded, has other tokens, or its logits are not W·h + b.
+    """
+    model = _load(target)
+    weight, bias = _head(model, target)
+    if int(ids.max()) >= len(weight):
+        raise UserError(
+            f"{target.path}: the text has token {int(ids.max())}, its vocabulary only "
+            f"{len(weight)}: it was made for another tokenizer"
+        )
+    digest = _hash(model)
+    key = hashlib.blake2b(
+        json.dumps([_LAYOUT, digest, str(model.config), _digest(ids)]).encode(), digest_size=16
+    ).hexdigest()
+    folder = Path(os.path.expanduser(cache_dir)) / "hidden" / key
+    facts = cache.entry(folder, _Forward(model, target, ids, (weight, bias), tell))
+    rows, length = ids.shape
+    shape = (rows * (length - 1), facts["width"])
+    hidden = torch.from_numpy(np.memmap(folder / "hidden.f32", np.float32, "c", shape=shape))
+    labels = ids[:, 1:].reshape(-1)
+    place = torch.arange(rows).repeat_interleave(length - 1)
+    return States(Sample.of(hidden, labels, place), weight, bias, digest)
+
+
+class _Forward:
+    """Writes the hidden states of all rows into a folder; see `cache.entry`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target: Target,
+        ids: Tensor,
+        head: tuple[Tensor, Tensor | None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.model, self.target, self.ids, self.head, self.tell = model, target, ids, head, tell
+
+    @torch.no_grad()
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        device = assemble.device()
+        model: Any = self.model.to(device).eval()  # type: ignore[arg-type]
+        decoder = model.get_decoder()
+        width = 0
+        with (folder / "hidden.f32").open("wb") as file:
+            batches = torch.split(self.ids, max(1, _TOKENS // self.ids.shape[1]))
+            for number, batch in enumerate(batches):
+                self.tell(f"{self.target.name}: forward pass {number + 1} of {len(batches)}")
+                batch = batch.to(device)
+                hidden = decoder(input_ids=batch, use_cache=False).last_hidden_state.float().cpu()
+                if number == 0:
+                    self._check(model, batch[:1], hidden[0])
+                width = hidden.shape[-1]
+                file.write(hidden[:, :-1].contiguous().numpy().tobytes())
+        return {"width": width}
+
+    def _check(self, model: Any, row: Tensor, hidden: Tensor) -> None:
+        """Everything below reads logits as W·h + b: see once that they are."""
+        logits = model(input_ids=row, use_cache=False).logits[0].float().cpu()
+        weight, bias = self.head
+        own = hidden @ weight.T + (0 if bias is None else bias)
+        if not (own - logits).abs().max() <= _TOLERANCE * logits.abs().max().clamp_min(1):
+            raise UserError(
+                f"{self.target.path}: its logits are not W·h + b of its last hidden state (scaled "
+                "or capped logits, or a NaN); margins of such models are not supported"
+            )
+
+
+def _load(target: Target) -> PreTrainedModel:
+    try:
+        load: Any = AutoModelForCausalLM.from_pretrained
+        with quiet():
+            model, info = load(target.path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load the model {target.path}: {one_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"the model {target.path} lacks weights: {', '.join(missing[:3])}")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _head(model: PreTrainedModel, target: Target) -> tuple[Tensor, Tensor | None]:
+    inside: Any = model
+    head = inside.get_output_embeddings()
+    if getattr(head, "weight", None) is None or not hasattr(model, "get_decoder"):
+        raise UserError(f"{target.path}: {type(model).__name__} has no LM head to compare with")
+    bias = getattr(head, "bias", None)
+    return head.weight.detach().float(), None if bias is None else bias.detach().float()
+
+
+def _hash(model: PreTrainedModel) -> str:
+    """Of all weights: what the cache and the results know a model by."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.blake2b(ids.numpy().tobytes() + str(ids.shape).encode()).hexdigest()[:32]

@@ -1,0 +1,112 @@
+"""Which models to look at: from what the user names to a list of them, each with arm and seed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from simreg.recipe import checkpoints, config
+from simreg.recipe.config import RunConfig
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder, warn
+
+STUDY_FILE = "study.yaml"
+_SEED_FOLDER = re.compile(r"seed-\d+")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model. `final`: not a checkpoint on the way; only such models enter comparisons."""
+
+    arm: str
+    path: str
+    """A folder with config.json and weights, or a Hub id."""
+    seed: int = 0
+    step: int | None = None
+    tokens: int | None = None
+    final: bool = True
+    run: Path | None = None
+    config: RunConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages: `simreg, seed 3, step 750`."""
+        step = "" if self.final or self.step is None else f", step {self.step}"
+        return f"{self.arm}, seed {self.seed}{step}"
+
+
+def find(names: list[str], *, series: bool) -> list[Target]:
+    """The models that the arguments name, without those named twice.
+
+    An argument is the folder of a study (its runs at the full budget), a run's folder, a model's
+    folder, or a Hub id; `ARM=` before it says which arm it belongs to. `series` adds the
+    checkpoints that runs have kept. Raises UserError if there is no model.
+    """
+    if not names:
+        raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
+    found: dict[tuple[str, str], Target] = {}
+    for name in names:
+        for target in _expand(name, series):
+            found.setdefault((target.arm, target.path), target)
+    _require_distinct(list(found.values()))
+    return list(found.values())
+
+
+def _expand(name: str, series: bool) -> list[Target]:
+    arm, _, rest = name.rpartition("=")
+    if not arm or Path(name).exists():
+        arm, rest = "", name
+    path = Path(rest).expanduser()
+    if (path / STUDY_FILE).is_file():
+        runs = sorted(file.parent for file in path.glob("*/1/seed-*/config.yaml"))
+        found = [t for run in runs for t in _of_run(run, arm or run.parents[1].name, series)]
+        if not found:
+            raise UserError(f"the study in {path} has no run with a model in it")
+        return found
+    if (path / "config.yaml").is_file():
+        found = _of_run(path, arm or _arm_of(path), series)
+        if not found:
+            raise UserError(f"the run in {path} has neither a model nor checkpoints")
+        return found
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is no run (config.yaml), study ({STUDY_FILE}) or model (config.json)"
+        )
+    if not path.exists() and (rest.count("/") > 1 or rest.startswith((".", "/", "~"))):
+        raise UserError(f"there is no folder {path}")
+    return [Target(arm or path.name, str(path) if path.exists() else rest)]
+
+
+def _of_run(path: Path, arm: str, series: bool) -> list[Target]:
+    """The models of a run, in the order of their steps."""
+    folder, run = RunFolder(path), config.load(path / "config.yaml")
+    a_step = run.train.batch_rows * run.data.seq_len
+
+    def target(model: Path, step: int, final: bool) -> Target:
+        return Target(arm, str(model), run.train.seed, step, step * a_step, final, path, run)
+
+    finished = (folder.model / "config.json").is_file()
+    kept = checkpoints.found(folder.checkpoints)[::-1] if series else []
+    steps = [(checkpoints.step_of(checkpoint), checkpoint) for checkpoint in kept]
+    found = [target(p, step, False) for step, p in steps if not finished or step < run.steps]
+    if finished:
+        return [*found, target(folder.model, run.steps, True)]
+    if not found:
+        warn(f"the run in {path} has no model: left out")
+    return found
+
+
+def _arm_of(run: Path) -> str:
+    """ARM of ARM/BUDGET/seed-N, as studies lay out their runs; else the folder's name."""
+    path = run.absolute()
+    return path.parents[1].name if _SEED_FOLDER.fullmatch(path.name) else path.name
+
+
+def _require_distinct(targets: list[Target]) -> None:
+    seen: dict[tuple[str, int, int | None], Target] = {}
+    for target in targets:
+        other = seen.setdefault((target.arm, target.seed, target.step), target)
+        if other is not target:
+            raise UserError(
+                f"{other.path} and {target.path} would both be {target.name}: name their arms, "
+                "as in ARM=PATH"
+            )

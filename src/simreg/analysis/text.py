@@ -1,0 +1,95 @@
+"""The text that models are looked at on, and how frequent its labels are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from simreg.analysis.targets import Target
+from simreg.geometry import groups, positives
+from simreg.recipe.config import DataConfig
+from simreg.recipe.data import Corpus, prepare
+from simreg.recipe.errors import UserError
+
+_STREAM = 1 << 18  # tokens that positive rates are counted in
+_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Text:
+    """`ids` `[R, L]` int64: rows spread evenly over the split. `frequency` `[V]` int64: how often
+    each token stands in the training split, whose deciles labels are sorted into."""
+
+    corpus: Corpus
+    ids: Tensor
+    frequency: Tensor
+    stream: Tensor
+
+
+def read(data: DataConfig, tokens: int, split: str) -> Text:
+    """At least `tokens` labelled tokens of the split, if it has them."""
+    corpus = prepare(data)
+    rows = corpus.train if split == "train" else corpus.validation
+    wanted = min(len(rows), -(-tokens // (rows.seq_len - 1)))
+    chosen = np.linspace(0, len(rows) - 1, wanted).round().astype(int)
+    ids = torch.stack([rows[int(i)]["input_ids"] for i in chosen])
+    counts = np.zeros(corpus.vocab_size, dtype=np.int64)
+    for start in range(0, len(corpus.train.tokens), 1 << 24):
+        part = corpus.train.tokens[start : start + (1 << 24)]
+        counts += np.bincount(part, minlength=corpus.vocab_size)
+    stream = torch.from_numpy(rows.tokens[:_STREAM].astype(np.int64))
+    return Text(corpus, ids, torch.from_numpy(counts), stream)
+
+
+def data_of(targets: Sequence[Target], changes: dict[str, Any]) -> DataConfig:
+    """The data of the first run among the targets with `changes`, else of `changes` alone.
+
+    Other text is cut into the tokens of the model that is looked at, never into those of a
+    tokenizer trained on it.
+    """
+    run = next((t for t in targets if t.config is not None), None)
+    own = next((t.path for t in targets if t.final), targets[0].path)
+    if run is None or run.config is None:
+        return DataConfig(**{"tokenizer": own} | changes)
+    if "source" in changes:
+        changes = {"tokenizer": own, "validation": None, "max_tokens": None} | changes
+    return replace(run.config.data, **changes)
+
+
+def check_tokenizers(targets: Sequence[Target], corpus: Corpus) -> None:
+    """UserError if a model comes with another vocabulary than the text was cut into."""
+    vocabulary = corpus.tokenizer.get_vocab()
+    for target in targets:
+        if not (Path(target.path) / "tokenizer.json").is_file():
+            continue  # checkpoints of a run, and Hub ids, of which data_of took the tokenizer
+        if AutoTokenizer.from_pretrained(target.path).get_vocab() != vocabulary:
+            raise UserError(
+                f"{target.path} has another vocabulary than the text was cut into: models are "
+                "compared on the same tokens only; analyze it alone"
+            )
+
+
+def positive_rates(text: Text) -> list[dict[str, Any]]:
+    """The share of labels that occur again within the row, for rows of L and chunks of them."""
+    decile = groups.deciles(text.stream, text.frequency)
+    parts = {name: torch.tensor(list(own)) for name, own in groups.PARTS.items()}
+    records = []
+    for length in (n for n in _LENGTHS if 8 * n <= len(text.stream)):
+        count = len(text.stream) // length
+        of_label = decile[: count * length].view(count, length)[:, 1:]
+        for chunk in (None, *(c for c in _CHUNKS if c < length)):
+            found = positives.has_positive(text.stream, length, chunk)
+            rates = {"all": _share(found)}
+            rates |= {p: _share(found[torch.isin(of_label, own)]) for p, own in parts.items()}
+            records.append({"length": length, "chunk": chunk, **rates})
+    return records
+
+
+def _share(found: Tensor) -> float | None:
+    return round(float(found.double().mean()), 6) if found.numel() else None

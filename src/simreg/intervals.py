@@ -1,0 +1,43 @@
+"""Means over seeds with their confidence limits, and paired differences."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` values with its confidence limits (None where n is too small)."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Mean and two-sided Student-t interval; no limits from fewer than two values."""
+    x = np.asarray(values, dtype=float)
+    n = len(x)
+    if n == 0:
+        return Interval(None, None, None, 0)
+    mean = float(x.mean())
+    if n == 1:
+        return Interval(mean, None, None, 1)
+    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_difference(arm: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
+    """Arm minus reference over the seeds both have: mean, t interval, each seed's difference."""
+    seeds = sorted(arm.keys() & reference.keys())
+    differences = [arm[s] - reference[s] for s in seeds]
+    return {
+        **asdict(t_interval(differences)),
+        "per_seed": [{"seed": s, "difference": d} for s, d in zip(seeds, differences, strict=True)],
+    }

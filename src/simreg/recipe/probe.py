@@ -1,0 +1,48 @@
+"""A look at the geometry of a model in training (`train.analyze_every`)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from simreg.geometry.glance import glance
+from simreg.recipe.data import Rows
+
+TOKENS = 1024
+"""Of validation text that every look is at (a row, if it is longer)."""
+
+
+class Probe:
+    """Measures always the same validation rows, so that looks and arms can be compared.
+
+    A forward pass without gradients or random numbers: training goes on as if it had not been.
+    Every process must call it, since a sharded model takes all of them to run.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        count = min(len(rows), max(1, TOKENS // rows.seq_len))
+        spread = torch.linspace(0, len(rows) - 1, count).round().long().tolist()
+        self.ids = torch.stack([rows[i]["input_ids"] for i in spread])
+
+    @torch.no_grad()
+    def __call__(self, trainer: Any) -> dict[str, float | None]:
+        """What `glance` finds in the model of a `Trainer`."""
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        ids, training = self.ids.to(trainer.args.device), model.training
+        model.eval()
+        with trainer.compute_loss_context_manager():
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        model.train(training)
+        head = model.get_output_embeddings()
+        found = [hidden[:, :-1].float(), ids[:, 1:], _whole(head.weight)]
+        bias = getattr(head, "bias", None)
+        found.append(None if bias is None else _whole(bias))
+        if hidden.device.type == "mps":  # which has no float64
+            found = [None if t is None else t.cpu() for t in found]
+        return glance(*found)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

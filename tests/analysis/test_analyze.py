@@ -1,0 +1,267 @@
+import json
+import math
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+from rich.console import Console
+
+from simreg import cli
+from simreg.analysis import compare, figures, measure, run, summary, text
+from simreg.geometry.classes import classes, token_cosines
+from simreg.geometry.groups import mean_se
+from simreg.geometry.margins import margins
+from simreg.recipe.data import prepare
+from simreg.recipe.errors import UserError
+from simreg.theme import PRINT
+from tests.geometry import problems
+
+
+def values(results, arm, group, metric):
+    return [m["groups"][group][metric] for m in results["models"] if m["arm"] == arm and m["final"]]
+
+
+def test_every_model_has_every_group(analysed):
+    assert [m["step"] for m in analysed["models"]] == [10, 20] * 6
+    full, part = analysed["models"][1]["groups"], analysed["models"][0]["groups"]
+    parts = ["all", "head", "torso", "tail"]
+    deciles = [f"decile-{i}" for i in range(1, 11)]
+    assert list(full) == [*parts, *deciles, *(f"position-{i}" for i in range(1, 5))]
+    assert list(part) == parts
+    tokens = {name: own["tokens"] for name, own in full.items()}
+    assert tokens["all"] == analysed["text"]["tokens"]
+    for names in (parts[1:], deciles, [f"position-{i}" for i in range(1, 5)]):
+        assert sum(tokens[n] for n in names) == tokens["all"]
+    assert full["all"]["loss"] == pytest.approx(
+        sum(full[d]["loss"] * tokens[d] for d in deciles if tokens[d]) / tokens["all"], rel=1e-4
+    )
+    assert all(not isinstance(v, float) or math.isfinite(v) for own in full.values()
+               for v in own.values())  # fmt: skip
+    assert 0 < full["all"]["has_positive"] < 1
+    assert full["all"]["margin_p5"] < full["all"]["margin_p50"] < full["all"]["margin_p95"]
+
+
+def test_differences_are_paired_over_seeds(analysed):
+    for metric in ("loss", "intra_cos", "cdnv", "effective_rank"):
+        differences = [
+            a - b
+            for a, b in zip(
+                values(analysed, "simreg", "all", metric),
+                values(analysed, "baseline", "all", metric),
+                strict=True,
+            )
+        ]
+        found = analysed["minus_reference"]["simreg"]["all"][metric]
+        assert found["n"] == 3
+        mean = sum(differences) / 3
+        assert found["mean"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
+        sd = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2)
+        assert found["high"] - found["mean"] == pytest.approx(
+            4.302653 * sd / math.sqrt(3), rel=1e-3, abs=1e-5
+        )
+
+
+def test_cosines_within_rows_equal_whole_matrices():
+    sample = problems.sample(160, 4, 12)
+    pos, neg = measure._row_cosines(sample)
+    for row in range(4):
+        own = sample.rows == row
+        matrix, y = problems.cosines(sample.hidden[own].double()), sample.labels[own]
+        same = y[:, None] == y
+        others = ~same
+        same.fill_diagonal_(False)
+        near = {"equal_nan": True, "atol": 1e-6, "rtol": 1e-5}
+        torch.testing.assert_close(pos[own], (matrix * same).sum(1) / same.sum(1), **near)
+        torch.testing.assert_close(neg[own], (matrix * others).sum(1) / others.sum(1), **near)
+
+
+def test_correlations_over_models(analysed):
+    found = analysed["correlations"]["models"]["tail"]["margin"]
+    assert (found["pooled"]["n"], found["simreg"]["n"]) == (12, 6)
+    points = [
+        (m["groups"]["tail"]["margin"], m["groups"]["tail"]["loss"]) for m in analysed["models"]
+    ]
+    truth = torch.corrcoef(torch.tensor(points).double().T)[0, 1]
+    assert found["pooled"]["pearson"] == pytest.approx(float(truth), abs=1e-4)
+
+
+def test_correlations_over_tokens():
+    loss = torch.tensor([1.0, 2.0, 3.0, 4.0, torch.nan]).double()
+    base = {k: torch.zeros(5).double() for k in ("margin", "margin_cos", "intra_cos", "loss")}
+    arm = {
+        "loss": loss,
+        "margin": -2 * loss,
+        "margin_cos": torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0]).double(),
+        "intra_cos": torch.full((5,), torch.nan).double(),
+    }
+    masks = {name: torch.ones(5, dtype=torch.bool) for name in compare.PARTS}
+    start = torch.tensor([0.0, 5.0, -3.0, 1.0, 2.0]).double()  # what the arms have in common
+    base, arm = ({k: v + start for k, v in each.items()} for each in (base, arm))
+    tokens = {("baseline", 0): base, ("simreg", 0): arm, ("simreg", 1): arm}
+    found = compare.across_tokens(tokens, masks, "baseline")["simreg"]["all"]
+    assert found["margin"]["mean"] == pytest.approx(-1)
+    assert found["margin"]["n"] == 1  # seed 1 has no reference
+    assert found["margin_cos"]["mean"] == pytest.approx(0)
+    assert "intra_cos" not in found
+
+
+def test_positive_rates_are_shares_and_grow(analysed):
+    whole = [r for r in analysed["positive_rate"] if r["chunk"] is None]
+    assert whole[0]["length"] == 64
+    assert all(r["chunk"] is None or r["chunk"] < r["length"] for r in analysed["positive_rate"])
+    assert all(a["all"] < b["all"] for a, b in pairwise(whole))
+    assert all(r["head"] >= r["tail"] for r in whole)
+
+
+def test_what_was_logged_in_training_is_there(analysed):
+    assert [c["seed"] for c in analysed["training"]] == [1, 2, 3] * 2
+    assert [r["step"] for r in analysed["training"][0]["records"]] == [10, 20]
+
+
+def test_every_picture_is_drawn_and_told(analysed, tmp_path):
+    run.write(json.loads(json.dumps(analysed)), tmp_path)
+    told = (tmp_path / "pictures.txt").read_text()
+    for picture in figures.PICTURES:
+        assert (tmp_path / f"{picture.name}.png").stat().st_size > 5000
+        svg = (tmp_path / f"{picture.name}.svg").read_text()
+        assert svg.startswith("<?xml")
+        assert len(picture.describe(analysed)) > 60
+        assert picture.describe(analysed) in told
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(analysed))
+
+
+def test_pictures_are_the_same_each_time(analysed, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "PICTURES", figures.PICTURES[2:3])
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        run.write(analysed, tmp_path / name)
+    assert (tmp_path / "one/cosines.svg").read_bytes() == (
+        tmp_path / "other/cosines.svg"
+    ).read_bytes()
+
+
+def test_bars_are_the_differences_and_lines_their_intervals(analysed):
+    figure = figures.PICTURES[1].draw(analysed)
+    ax = figure.axes[0]
+    found = analysed["minus_reference"]["simreg"]
+    shown = [
+        found[f"decile-{i}"]["loss"] for i in range(1, 11) if "loss" in found.get(f"decile-{i}", {})
+    ]
+    bars = list(ax.patches)
+    assert [b.get_height() for b in bars] == [pytest.approx(e["mean"]) for e in shown]
+    lines = next(c for c in ax.collections if hasattr(c, "get_segments")).get_segments()
+    for line, entry in zip(lines, shown, strict=True):
+        assert sorted(line[:, 1]) == pytest.approx([entry["low"], entry["high"]], rel=1e-4)
+
+
+def test_histograms_are_of_the_arm(analysed):
+    figure = figures.PICTURES[0].draw(analysed)
+    steps = [p for p in figure.axes[0].patches if p.get_fill() is False]
+    heights = [p.get_data().values for p in steps]
+    for arm, height in zip(("baseline", "simreg"), heights, strict=True):
+        own = [m["histograms"]["margin"]["all"] for m in analysed["models"]
+               if m["arm"] == arm and m["final"]]  # fmt: skip
+        assert height == pytest.approx([sum(v) / 3 for v in zip(*own, strict=True)])
+        assert sum(height) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_table_names_every_metric_once(analysed):
+    rows = summary.rows(analysed)
+    assert len(rows) == len(summary.ROWS) * 3
+    assert all(len(row) == len(summary.columns(analysed)) for row in rows)
+    assert re.fullmatch(r"[+-][\d.e-]+ \[[+-].*, [+-].*\]", rows[0][-1])
+
+
+def test_one_model_alone_has_pictures_too(study, tmp_path):
+    options = run.AnalyzeOptions(
+        [str(study / "simreg" / "1" / "seed-1")], tokens=300, least=2,
+        cache_dir=str(study.parent / "cache"), labels=None,
+    )  # fmt: skip
+    found = run.analyze(options, Console(quiet=True), command="")
+    assert found["minus_reference"] == {}
+    bars = figures.PICTURES[1].draw(found).axes[0]
+    assert bars.patches
+    assert bars.collections  # errors over rows, since there are no seeds
+    assert figures.PICTURES[3].draw(found, PRINT) is None
+
+
+def test_other_text_is_cut_into_the_models_tokens(study, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({"text": f"abc {i} dcba lk " * 60}) + "\n" for i in range(40))
+    )
+    run_folder = str(study / "simreg" / "1" / "seed-1")
+    found = run.targets.find([run_folder], series=False)
+    data = text.data_of(found, {"source": str(other), "validation_fraction": 0.5})
+    corpus = prepare(data)
+    text.check_tokenizers(found, corpus)
+    assert data.tokenizer == found[0].path
+    with pytest.raises(UserError, match="another vocabulary"):
+        text.check_tokenizers(found, prepare(run.config.DataConfig(
+            source=str(other), tokenizer="bpe:270", seq_len=32, cache_dir=str(tmp_path),
+            validation_fraction=0.5,
+        )))  # fmt: skip
+
+
+def test_the_command(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(figures, "PICTURES", figures.PICTURES[-1:])
+    out = tmp_path / "out"
+    common = ["--tokens", "200", "--least", "2", "--cache-dir", str(study.parent / "cache")]
+    assert cli.main(["analyze", str(study), "--out", str(out), *common]) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert found["command"].startswith("simreg ")
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["cpus"]
+    assert "effective rank" in capsys.readouterr().out
+    for wrong, message in (
+        (["--reference", "nobody"], "the arms are baseline, simreg"),
+        (["--labels", "not one token at all"], "tokens of this tokenizer, not one"),
+        (["--tokens", "0"], "must be 1 or more"),
+    ):
+        assert cli.main(["analyze", str(study), "--out", str(out), *common, *wrong]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_only_seeds_that_all_arms_have_are_compared(study, capsys):
+    runs = [f"{study}/{run}" for run in ("baseline/1/seed-2", "simreg/1/seed-1", "simreg/1/seed-2")]
+    options = run.AnalyzeOptions(runs, tokens=200, least=2, cache_dir=str(study.parent / "cache"))
+    found = run.analyze(options, Console(quiet=True), command="")
+    assert "seeds 1 of simreg have no pair" in capsys.readouterr().err
+    assert [m["compared"] for m in found["models"]] == [True, False, True]
+    own = found["models"][2]["groups"]["all"]["loss"]
+    assert found["means"]["simreg"]["all"]["loss"] == {
+        "mean": own, "low": None, "high": None, "n": 1,
+    }  # fmt: skip
+    assert {entry["seed"] for entry in found["map"]["arms"].values()} == {2}
+
+
+def test_arms_without_a_common_seed_are_shown_unpaired():
+    assert compare.seeds_compared({"a": {1, 2}, "b": {2, 3}}) == {2}
+    assert compare.seeds_compared({"a": {1}, "b": {2}}) == {1, 2}
+    assert compare.seeds_compared({}) == set()
+
+
+def test_groups_are_measured_on_their_own_tokens():
+    sample = problems.sample(2000, 5, 60)
+    weight, bias = problems.head_of(sample)
+    frequency = torch.bincount(sample.labels, minlength=len(weight))
+    states = measure.States(sample, weight, bias, "")
+    record, _ = measure.measure(states, frequency, 51, measure.Settings(least=4))
+    masks = measure.group_masks(sample, frequency, 51)
+    for name in ("head", "tail", "decile-7", "position-3"):
+        own, mask = record["groups"][name], masks[name]
+        part = sample.where(mask)
+        margin = margins(part, weight, bias)
+        assert own["loss"] == pytest.approx(float(margin.loss.mean()), rel=1e-4)
+        assert own["margin_p50"] == pytest.approx(float(margin.raw.median()), abs=0.05)
+        assert own["se"]["loss"] == pytest.approx(mean_se(margin.loss, part.rows)[1], rel=1e-4)
+        found = classes(part, 4)
+        assert own["classes_measured"] == len(found)
+        assert own["variance_share"] == pytest.approx(found.variance_share, rel=1e-4)
+        intra, _ = token_cosines(sample)  # against the whole sample
+        assert own["intra_cos"] == pytest.approx(float(intra[mask].nanmean()), rel=1e-4)
+    assert masks["position-3"].nonzero()[:, 0].tolist() == [
+        i for i, p in enumerate(sample.positions.tolist()) if 25 <= p < 38
+    ]

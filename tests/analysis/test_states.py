@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from simreg.analysis import states, targets
+from simreg.geometry.margins import margins
+from simreg.recipe.errors import UserError
+from simreg.recipe.train import train
+from tests.recipe import tiny
+
+IDS = torch.randint(280, (5, 32), generator=torch.Generator().manual_seed(0))
+
+
+def collect(target, folder, ids=IDS):
+    told = []
+    return states.collect(target, ids, str(folder), told.append), told
+
+
+def test_states_and_labels_give_the_loss_of_the_model(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(states, "_TOKENS", 64)  # several forward passes
+    target = targets.find([str(study / "simreg" / "1" / "seed-1")], series=False)[0]
+    found, told = collect(target, tmp_path)
+    assert len(told) == 3
+    model = AutoModelForCausalLM.from_pretrained(target.path)
+    with torch.no_grad():
+        logits = model(IDS).logits[:, :-1]
+    loss = F.cross_entropy(logits.transpose(1, 2), IDS[:, 1:], reduction="none")
+    own = margins(found.sample, found.weight, found.bias).loss
+    torch.testing.assert_close(own, loss.flatten().double(), atol=1e-4, rtol=1e-4)
+    assert found.sample.positions.tolist() == list(range(31)) * 5
+    assert found.sample.rows.tolist() == [r for r in range(5) for _ in range(31)]
+
+
+def test_a_second_look_costs_no_forward_pass(study, tmp_path):
+    first, second = targets.find([str(study)], series=False)[:2]
+    one, told = collect(first, tmp_path)
+    again, silent = collect(first, tmp_path)
+    assert (len(told), len(silent)) == (1, 0)
+    assert torch.equal(one.sample.hidden, again.sample.hidden)
+    assert collect(second, tmp_path)[1]  # other weights
+    assert collect(first, tmp_path, IDS[:4])[1]  # other text
+    assert collect(first, tmp_path, IDS.view(10, 16))[1]  # other rows of the same text
+
+
+def test_a_damaged_cache_is_made_again(study, tmp_path):
+    target = targets.find([str(study)], series=False)[0]
+    one, _ = collect(target, tmp_path)
+    before = one.sample.hidden.clone()
+    file = next(Path(tmp_path).glob("hidden/*/hidden.f32"))
+    file.write_bytes(b"\0" * file.stat().st_size)
+    again, told = collect(target, tmp_path)
+    assert told
+    assert torch.equal(again.sample.hidden, before)
+
+
+def test_a_checkpoint_of_experts_is_the_model_it_was(tmp_path):
+    """Checkpoints keep the model's own parameter names, not the published ones."""
+    text = tiny.write_text(tmp_path)
+    changes = {"model": {"preset": "mixtral-test"}, "train": {"tokens": 4 * 4 * 32, "evals": 1}}
+    train(tiny.config(tmp_path, text, changes), on_step=lambda record: None)
+    last = targets.Target("x", str(tmp_path / "run" / "checkpoints" / "step-0000004"))
+    whole = targets.Target("x", str(tmp_path / "run" / "model"))
+    a, b = (collect(t, tmp_path / t.path[-4:])[0].sample.hidden for t in (last, whole))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_head_with_other_logits_is_refused(tmp_path):
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    target = targets.Target("gpt2", str(tmp_path / "gpt2"))
+    assert collect(target, tmp_path)[0].bias is None  # tied, and plain
+    with pytest.raises(UserError, match="made for another tokenizer"):
+        collect(target, tmp_path, IDS + 25)
+    from transformers import CohereConfig, CohereForCausalLM
+
+    scaled = CohereConfig(
+        vocab_size=300, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, logit_scale=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = CohereForCausalLM(scaled)
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+    model.save_pretrained(tmp_path / "cohere")
+    with pytest.raises(UserError, match="not W·h"):
+        collect(targets.Target("cohere", str(tmp_path / "cohere")), tmp_path)
+
+
+def test_no_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot load") as caught:
+        collect(targets.Target("x", str(tmp_path)), tmp_path)
+    assert "\n" not in str(caught.value)

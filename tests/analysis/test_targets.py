@@ -1,0 +1,63 @@
+import shutil
+
+import pytest
+
+from simreg.analysis import targets
+from simreg.recipe.errors import UserError
+
+
+def brief(found):
+    return [(t.arm, t.seed, t.step, t.final) for t in found]
+
+
+def test_a_study_is_its_runs(study):
+    found = targets.find([str(study)], series=False)
+    assert brief(found) == [
+        (arm, seed, 20, True) for arm in ("baseline", "simreg") for seed in (1, 2, 3)
+    ]
+    assert {t.tokens for t in found} == {20 * 4 * 32}
+
+
+def test_a_run_with_its_checkpoints_in_order(study):
+    run = study / "simreg" / "1" / "seed-2"
+    found = targets.find([str(run)], series=True)
+    assert brief(found) == [("simreg", 2, 10, False), ("simreg", 2, 20, True)]
+    assert found[0].path.endswith("checkpoints/step-0000010")
+    named = targets.find([f"mine={run}", str(run / "model")], series=False)
+    assert brief(named) == [("mine", 2, 20, True), ("model", 0, None, True)]
+
+
+def test_a_run_without_a_model_is_known_by_its_checkpoints(study, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(study / "simreg" / "1" / "seed-1", run)
+    shutil.rmtree(run / "model")
+    found = targets.find([str(run)], series=True)
+    assert brief(found) == [("run", 1, 10, False), ("run", 1, 20, False)]
+    with pytest.raises(UserError, match="neither a model nor checkpoints"):
+        targets.find([str(run)], series=False)
+
+
+def test_a_hub_id_is_left_as_it_is():
+    assert targets.find(["owner/name"], series=False)[0].path == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "name a model"),
+        (["./nowhere"], "no folder"),
+        (["{study}/simreg"], "no run"),
+        (["a={study}/simreg/1/seed-1", "a={copy}"], "name their arms"),
+    ],
+)
+def test_mistakes(study, tmp_path, names, message):
+    copy = tmp_path / "seed-1"
+    shutil.copytree(study / "simreg" / "1" / "seed-1", copy)
+    with pytest.raises(UserError, match=message):
+        targets.find([n.format(study=study, copy=copy) for n in names], series=False)
+
+
+def test_a_study_without_models(tmp_path):
+    (tmp_path / "study.yaml").write_text("")
+    with pytest.raises(UserError, match="no run with a model"):
+        targets.find([str(tmp_path)], series=False)

@@ -1,0 +1,202 @@
+import math
+
+import pytest
+import torch
+
+from simreg.geometry import collapse
+from simreg.geometry.classes import Classes, classes
+from simreg.geometry.sample import Sample
+from tests.geometry import problems
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return problems.sample()
+
+
+@pytest.fixture(scope="module")
+def found(sample):
+    return classes(sample, 3)
+
+
+@pytest.fixture(scope="module")
+def head(sample, found):
+    return problems.head_of(sample)[0][found.ids]
+
+
+def points(means, variance=None):
+    """Classes with given means; every one counts alike."""
+    mean = torch.as_tensor(means, dtype=torch.float64)
+    k, d = mean.shape
+    v = torch.zeros(k) if variance is None else torch.as_tensor(variance)
+    return Classes(
+        torch.arange(k), torch.ones(k).long(), mean, v.double(), torch.eye(d).double(),
+        mean.mean(0), 1.0,
+    )  # fmt: skip
+
+
+def simplex(k):
+    return torch.eye(k, dtype=torch.float64) - 1 / k
+
+
+def test_nc1(found):
+    m = found.mean - found.mean.mean(0)
+    between = sum(torch.outer(x, x) for x in m) / len(m)
+    truth = (found.within @ torch.linalg.inv(between)).trace() / len(m)
+    assert collapse.nc1(found) == pytest.approx(float(truth))
+
+
+def test_nc1_with_fewer_classes_than_dimensions_uses_the_pseudoinverse():
+    # means on one axis: Σ_B = diag(1, 0), Σ_W = I, so tr(Σ_W Σ_B⁺) / K = 1 / 2
+    assert collapse.nc1(points([[1.0, 5.0], [-1.0, 5.0]])) == pytest.approx(0.5)
+
+
+def pairwise_cdnv(found):
+    k = len(found)
+    return [
+        float((found.variance[i] + found.variance[j])
+              / (2 * (found.mean[i] - found.mean[j]).square().sum()))
+        for i in range(k) for j in range(i + 1, k)
+    ]  # fmt: skip
+
+
+def test_cdnv_of_all_pairs(found):
+    truth = pairwise_cdnv(found)
+    estimate = collapse.cdnv(found, pairs=10**6)
+    assert estimate.mean == pytest.approx(sum(truth) / len(truth))
+    assert (estimate.se, estimate.pairs) == (0, len(truth))
+    assert abs(estimate.median - sorted(truth)[len(truth) // 2]) < 1e-9 or len(truth) % 2 == 0
+
+
+def test_cdnv_of_drawn_pairs_is_right_and_knows_its_error(found):
+    truth = sum(pairwise_cdnv(found)) / len(pairwise_cdnv(found))
+    draws = [collapse.cdnv(found, pairs=400, seed=s) for s in range(60)]
+    deviations = torch.tensor([(d.mean - truth) / d.se for d in draws])
+    assert abs(float(deviations.mean())) < 0.5
+    assert 0.75 < float(deviations.square().mean().sqrt()) < 1.35
+    assert draws[0].pairs == 400
+
+
+def test_cdnv_by_hand():
+    found = points([[0.0, 0.0], [2.0, 0.0]], [1.0, 3.0])
+    assert collapse.cdnv(found).mean == pytest.approx(4 / (2 * 4))
+
+
+def test_equinorm(found):
+    norms = (found.mean - found.mean.mean(0)).norm(dim=1)
+    assert collapse.equinorm(found) == pytest.approx(float(norms.std(correction=0) / norms.mean()))
+
+
+def test_equiangular(found):
+    m = found.mean - found.mean.mean(0)
+    pairs = ~torch.eye(len(m), dtype=torch.bool)
+    truth = problems.cosines(m)[pairs]
+    mean, sd = collapse.equiangular(found)
+    assert mean == pytest.approx(float(truth.mean()))
+    assert sd == pytest.approx(float(truth.std(correction=0)))
+
+
+def structure_error(a, b):
+    k = len(a)
+    gram = a @ b.T
+    ideal = (torch.eye(k).double() - 1 / k) / math.sqrt(k - 1)
+    return float((gram / gram.norm() - ideal).norm())
+
+
+def test_etf_and_duality_errors(found, head):
+    m = found.mean - found.mean.mean(0)
+    assert collapse.etf_error(found) == pytest.approx(structure_error(m, m))
+    assert collapse.duality_error(found, head) == pytest.approx(structure_error(head.double(), m))
+
+
+def test_a_collapsed_simplex_is_recognized():
+    ideal = points(simplex(5) * 3 + 0.7)
+    assert collapse.equinorm(ideal) < 1e-9
+    assert collapse.equiangular(ideal) == pytest.approx((-1 / 4, 0), abs=1e-7)
+    assert collapse.etf_error(ideal) < 1e-7
+    assert collapse.duality_error(ideal, simplex(5) * 2) < 1e-7
+    torch.testing.assert_close(
+        collapse.alignment(ideal, simplex(5) + 0.3), torch.ones(5, dtype=torch.float64)
+    )
+    assert collapse.duality_error(ideal, -simplex(5)) == pytest.approx(2)
+
+
+def test_alignment(found, head):
+    m, w = found.mean - found.mean.mean(0), head.double() - head.double().mean(0)
+    truth = torch.cosine_similarity(m, w)
+    torch.testing.assert_close(collapse.alignment(found, head), truth)
+
+
+def test_the_nearest_other_mean_over_several_tiles():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randperm(2100, generator=draw) % 700
+    many = Sample.of(torch.randn(2100, 3, generator=draw), labels)
+    few, everything = classes(many.where(many.labels % 2 == 0)), classes(many)
+    assert len(everything) > 2 * 256
+    cosines = problems.cosines(torch.cat([few.mean, everything.mean]))[: len(few), len(few) :]
+    cosines[few.ids[:, None] == everything.ids] = -2
+    torch.testing.assert_close(collapse.nearest_other(few, everything), cosines.amax(1))
+
+
+def test_a_class_without_others_has_no_nearest():
+    assert collapse.nearest_other(points([[1.0]]), points([[1.0]])).isnan().all()
+
+
+def test_agreement(sample, found):
+    weight, bias = (t[found.ids] for t in problems.head_of(sample))
+    h = sample.hidden.double()
+    chosen = (h @ weight.double().T + bias).argmax(1)
+    nearest = torch.cdist(h, found.mean).argmin(1)
+    truth = (chosen == nearest).double()
+    assert 0 < truth.mean() < 1
+    assert collapse.agreement(sample, found, weight, bias).tolist() == truth.tolist()
+
+
+def test_too_few_classes_are_nan():
+    one = points([[1.0, 2.0]])
+    values = [
+        collapse.nc1(one), collapse.cdnv(one).mean, collapse.equinorm(one),
+        collapse.equiangular(one)[0], collapse.etf_error(one),
+        collapse.duality_error(one, torch.ones(1, 2)),
+    ]  # fmt: skip
+    assert all(map(math.isnan, values))
+
+
+def test_equals_the_package_neural_collapse(sample):
+    """github.com/rhubarbwu/neural-collapse, which is not on PyPI: skipped unless it is there."""
+    peer = pytest.importorskip("neural_collapse.measure")
+    gather = pytest.importorskip("neural_collapse.accumulate")
+    found = classes(sample)
+    place, k = torch.searchsorted(found.ids, sample.labels), len(found)
+    h = sample.hidden.double()
+    args = {"n_classes": k, "d_vectors": h.shape[1], "dtype": torch.float64}
+    means = gather.MeanAccumulator(**args)
+    means.accumulate(h, place)
+    m, centre = means.compute()
+    covariance, variance = (
+        gather.CovarAccumulator(**args, M=m),
+        gather.VarNormAccumulator(**args, M=m),
+    )
+    covariance.accumulate(h, place, m)
+    variance.accumulate(h, place, m)
+    v = variance.compute()[0]
+    weight = problems.head_of(sample)[0][found.ids].double()
+    decisions = gather.DecAccumulator(**args, M=m, W=weight)
+    decisions.accumulate(h, place, weight, m)
+    near = {"rel": 1e-5}  # its tiles are float32
+    assert collapse.nc1(found) == pytest.approx(
+        peer.covariance_ratio(covariance.compute(), m, centre), **near
+    )
+    assert collapse.cdnv(found).mean == pytest.approx(peer.variability_cdnv(v, m), **near)
+    assert collapse.etf_error(found) == pytest.approx(peer.simplex_etf_error(m, centre), **near)
+    assert collapse.duality_error(found, weight) == pytest.approx(
+        peer.self_duality_error(weight, m, centre), **near
+    )
+    centred = weight - weight.mean(0)
+    torch.testing.assert_close(
+        collapse.alignment(found, weight), peer.similarities(centred, m, centre, cos=True)
+    )
+    norms = peer.mean_norms(m, centre)
+    assert collapse.equinorm(found) == pytest.approx(float(norms.std(correction=0) / norms.mean()))
+    agreement = collapse.agreement(sample, found, weight)
+    assert float(agreement.mean()) == pytest.approx(peer.clf_ncc_agreement(decisions), **near)
