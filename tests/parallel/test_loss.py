@@ -125,14 +125,39 @@ def _refusals(rank):
     began = time.monotonic()
     with pytest.raises(ValueError, match="labels: expected" if rank else "refused on rank 1"):
         sharded_simreg_loss(hidden, bad, group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"temperature, variant.*same on all ranks"):
-        sharded_simreg_loss(hidden, labels, temperature=0.1 + rank, group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"tokens of a row.*got . on rank . and . on"):
+    whole = {"group": dist.group.WORLD}
+    same = "expected the same on all ranks"
+    with pytest.raises(
+        ValueError, match=rf"{same}.*temperature 0.1 on .* temperature 1.1 on|1.1.*0.1"
+    ):
+        sharded_simreg_loss(hidden, labels, temperature=0.1 + rank, **whole)
+    for reduction in ("sum", "other"):
+        with pytest.raises(ValueError, match="reduction" if rank else f"{same}|refused on rank 1"):
+            sharded_simreg_loss(hidden, labels, reduction=reduction if rank else "mean", **whole)
+    with pytest.raises(ValueError, match=f"{same}.*weight"):
+        ShardedSimRegLoss(1.0 + rank, **whole)(hidden, labels)
+    given = {"positions": None if rank else torch.arange(8), "chunk_size": 4}
+    with pytest.raises(ValueError, match=f"{same}.*positions"):
+        sharded_simreg_loss(hidden, labels, **given, **whole)
+    with pytest.raises(ValueError, match=r"replicas.*same tokens.*rows of . on rank . and of"):
         sharded_simreg_loss(*shorter, replicas=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"replicas.*same labels"):
+        sharded_simreg_loss(hidden, labels + rank, replicas=dist.group.WORLD)
+    with pytest.raises(ValueError, match="they overlap"):
+        sharded_simreg_loss(hidden, labels, replicas=dist.group.WORLD, **whole)
+    alone = [dist.new_group([r]) for r in (0, 1)]
+    with pytest.raises(ValueError, match="group: expected a process group that this rank is in"):
+        sharded_simreg_loss(hidden, labels, group=alone[1 - rank])
     with pytest.raises(ValueError, match="requires_grad"):
-        sharded_simreg_loss(hidden.detach() if rank else hidden, labels, group=dist.group.WORLD)
+        sharded_simreg_loss(hidden.detach() if rank else hidden, labels, **whole)
     with pytest.raises(ValueError, match="positions"):
-        sharded_simreg_loss(hidden, labels, positions=labels[0, :3], group=dist.group.WORLD)
+        sharded_simreg_loss(hidden, labels, positions=labels[0, :3], **whole)
+    if rank:  # not a ValueError, but the other rank must hear of it too
+        with pytest.raises(RuntimeError, match=r"torch\.func"):
+            torch.func.grad(lambda x: sharded_simreg_loss(x, labels, **whole))(hidden)
+    else:
+        with pytest.raises(ValueError, match="refused on rank 1"):
+            sharded_simreg_loss(hidden, labels, **whole)
     loss = sharded_simreg_loss(hidden, labels, group=dist.group.WORLD)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
@@ -143,6 +168,32 @@ def _refusals(rank):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parts_add_up_and_errors_reach_every_rank(variant):
     worlds.run(_reductions, 2, variant)
+
+
+def _one_bad_rank_of_a_grid(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    groups = {"group": mesh.get_group("cp"), "replicas": mesh.get_group("tp")}
+    hidden, labels = torch.randn(1, 8, 4), torch.zeros(1, 8, dtype=torch.int64)
+    for bad in (labels.int(), labels + 1):  # refused there; only other than its copy's
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"labels|refused"):
+            sharded_simreg_loss(hidden, bad if rank == 3 else labels, **groups)
+        assert time.monotonic() - began < 20
+
+
+def test_every_rank_of_a_grid_hears_of_a_bad_one():
+    worlds.run(_one_bad_rank_of_a_grid, 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_empty_input_is_as_in_one_process(shape):
+    hidden = torch.randn(shape, requires_grad=True)
+    labels = torch.zeros(shape[:2], dtype=torch.int64)
+    options = {"segments": labels, "chunk_size": 3}
+    loss = sharded_simreg_loss(hidden, labels, **options)
+    loss.backward()
+    assert loss.item() == pytest.approx(simreg_loss(hidden.detach(), labels, **options).item())
+    assert hidden.grad.shape == shape
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -31,7 +31,10 @@ def _enter(rank, path, processes, worker, arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "block", lambda device: BLOCK)
         patch.setattr(shards, "CHUNK", 0)  # a tile travels at a time
-        worker(rank, *arguments)
+        try:
+            worker(rank, *arguments)
+        except BaseException as error:  # pytest's own would end the process without a word
+            raise RuntimeError(f"rank {rank}: {error}") from error
     leave()
 
 

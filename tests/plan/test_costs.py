@@ -126,7 +126,7 @@ def test_memory_of_shards() -> None:
     hidden, known = 8192 * 4096 * 2, 32_768 * 300
     tiles = 4 * (4 * 2048 * 4096 + 2048**2)
     shared = costs.loss_memory(job, Setting())
-    assert shared == hidden + hidden + 3 * 16 * MIB + tiles + known  # float32 of half the tokens
+    assert shared == hidden + hidden + 4 * 16 * MIB + tiles + known  # float32 of half the tokens
     assert costs.loss_memory(job, Setting(split=False)) == shared + hidden
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from simreg.kernels.pairs import block
 from simreg.parallel import sharded_simreg_loss, shards
-from simreg.parallel.peers import Header
+from simreg.parallel.peers import HEADER_BYTES
 from simreg.plan import costs
 from simreg.plan.costs import Job, Setting
 from simreg.plan.models import Model
@@ -52,7 +53,7 @@ def _measured(job: Job, setting: Setting, tp: int):
             flops.append(counted(step))
             received.append(wire.embeddings + wire.rest - before)
     others = (job.cp - 1) + (tp - 1 if setting.split else 0)
-    received[0] -= 8 * len(Header._fields) * others  # agreement on shapes, whatever their size
+    received[0] -= HEADER_BYTES * others  # agreement on shapes, whatever their size
     return flops, received
 
 
@@ -67,6 +68,8 @@ CASES = {
     "shared by TP": (2, 2, Setting()),
     "repeated by TP": (2, 2, Setting(split=False)),
     "TP alone": (1, 4, Setting()),
+    "chunks of a tile, shared by TP": (1, 4, Setting(chunk=worlds.BLOCK)),
+    "chunks of two tiles, shared by TP": (2, 2, Setting(chunk=2 * worlds.BLOCK)),
 }
 
 
@@ -113,6 +116,11 @@ def _memory(rank: int, dtype: torch.dtype) -> None:
     job = Job(model, 2 * length, gpus=2, cp=2, itemsize=dtype.itemsize)
     formula = costs.loss_memory(job, Setting())
     assert 0.8 * formula < backward.peak <= formula
+
+
+def test_constants_are_those_of_the_code():
+    assert costs.IN_FLIGHT == shards.CHUNK
+    assert block(torch.device("cuda")) == costs.WIDE_TILE
 
 
 def _two_ranks(rank: int) -> None:

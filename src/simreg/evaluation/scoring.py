@@ -38,16 +38,21 @@ class Scorer:
     ) -> list[Answer]:
         """An answer for each pair, in their order; `advance` is told how many more are done.
 
-        Pairs that differ in their last token only (as "yes" and "no") share a forward pass.
-        ValueError for an empty part, or a continuation of more than `max_length` tokens.
+        Pairs that differ in their last token only (as "yes" and "no") share a forward pass. A
+        continuation of more than `max_length` tokens is scored in parts of so many, each after the
+        token before it. ValueError for an empty part of a pair.
         """
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        long = []
         for i, (context, continuation) in enumerate(pairs):
-            if not context or not continuation or len(continuation) > self.max_length:
+            if not context or not continuation:
                 raise ValueError(
                     f"a context of {len(context)} and a continuation of {len(continuation)} "
-                    f"tokens: expected 1 or more, and a continuation of {self.max_length} at most"
+                    "tokens: expected 1 or more"
                 )
+            if len(continuation) > self.max_length:
+                long.append(i)
+                continue
             groups[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(i)
         answers: list[Answer] = [(0.0, False)] * len(pairs)
         wanted = {ids: max(len(pairs[i][1]) for i in group) for ids, group in groups.items()}
@@ -67,6 +72,10 @@ class Scorer:
                     answers[i] = _answer(logits, pairs[i][1])
             advance(sum(len(groups[ids]) for ids in batch))
             queue = queue[len(batch) :]
+        for i in long:
+            parts = self(list(_parts(*pairs[i], self.max_length)))
+            answers[i] = sum(part[0] for part in parts), all(part[1] for part in parts)
+            advance(1)
         return answers
 
     def _rows(self, queue: list[tuple[int, ...]], wanted: dict[tuple[int, ...], int]) -> int:
@@ -98,6 +107,11 @@ class Scorer:
         for row, tokens in enumerate(batch):
             end = len(tokens) - start
             yield tokens, logits[row, end - wanted[tokens] : end].float()
+
+
+def _parts(context: list[int], continuation: list[int], length: int) -> Iterator[Pair]:
+    for start in range(0, len(continuation), length):
+        yield context + continuation[:start], continuation[start : start + length]
 
 
 def _answer(logits: Tensor, continuation: list[int]) -> Answer:

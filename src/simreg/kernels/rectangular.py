@@ -35,17 +35,20 @@ class Tokens(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Embeddings that arrived: sorted tokens from `start` on, of each row of `tokens`."""
+    """Embeddings that arrived: sorted tokens from `start` on, of some rows from `first` on."""
 
     tokens: Tokens
+    first: int
     start: int
-    hidden: Tensor  # [B, c, d]
-    norm: Tensor  # [B, c]
-    ends: Ends | None = None  # [B, c], for the gradient
+    hidden: Tensor  # [b, c, d]
+    norm: Tensor  # [B, c]: of all rows, like the next
+    ends: Ends | None = None  # for the gradient
 
     def embed(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Hidden states ``[1, c, d]`` of a tile's columns and 1/‖h‖ ``[1, c, 1]``."""
-        return self.hidden[tile.batch, tile.cols], _inverse(self.norm[tile.batch, tile.cols])
+        row = tile.batch.start - self.first
+        hidden = self.hidden[row : row + 1, tile.cols]
+        return hidden, _inverse(self.norm[tile.batch, tile.cols])
 
 
 class Rows(NamedTuple):
@@ -65,19 +68,24 @@ class Rows(NamedTuple):
 
 def describe(place: Tensor, order: Order, size: int) -> list[Tokens]:
     """The tokens at each of the places ``[S, B, n]`` (sorted) of a sorted row, `S` times."""
-    sources, batch, _ = place.shape
+    sources, batch, length = place.shape
     flat = place.transpose(0, 1).flatten(1)
 
     def at_place(values: Tensor) -> Tensor:
-        return values.gather(1, flat).view(batch, sources, -1).transpose(0, 1)
+        return values.gather(1, flat).view(batch, sources, length).transpose(0, 1)
 
-    segment, label, valid = map(at_place, (order.segment.int(), order.label.int(), order.valid))
-    count = valid.sum(-1)
-    starts = torch.arange(0, place.shape[2], size, device=place.device).expand(sources, batch, -1)
-    ends = torch.minimum(starts + size, count[..., None])
+    segment, label, valid = map(at_place, (order.segment, order.label, order.valid))
+    return split(place, segment, label, valid, size)
+
+
+def split(place: Tensor, segment: Tensor, label: Tensor, valid: Tensor, size: int) -> list[Tokens]:
+    """Tokens from what is known of each ``[S, B, n]``, valid ones first; spans of `size`."""
+    count = valid.sum(-1, keepdim=True)
+    starts = torch.arange(0, place.shape[2], size, device=place.device).expand(*count.shape[:2], -1)
+    ends = torch.minimum(starts + size, count)
     edges = [starts, ends]
     for values in (segment, label, place):
-        edges += [values.gather(2, starts), values.gather(2, (ends - 1).clamp_min(0))]
+        edges += [values.gather(2, at).long() for at in (starts, (ends - 1).clamp_min(0))]
     spans = [
         [
             [Span(a, z, (s, t), (k, m), (p, q)) for a, z, s, t, k, m, p, q in row if a < z]
@@ -85,15 +93,17 @@ def describe(place: Tensor, order: Order, size: int) -> list[Tokens]:
         ]
         for source in torch.stack(edges, -1).tolist()
     ]
-    return [Tokens(*parts) for parts in zip(place.int(), segment, label, spans, strict=True)]
+    whole = zip(place.int(), segment.int(), label.int(), spans, strict=True)
+    return [Tokens(*parts) for parts in whole]
 
 
 def tiles(rows: Tokens, cols: Piece) -> Iterator[tuple[int, Span, Tile]]:
     """Batch row, span of its tokens, and tile, wherever there may be a pair of candidates."""
-    for b, (mine, theirs) in enumerate(zip(rows.spans, cols.tokens.spans, strict=True)):
-        arrived = (s for s in theirs if 0 <= s.start - cols.start < cols.hidden.shape[1])
-        for col in arrived:
-            for row in mine:
+    for b in range(cols.first, cols.first + len(cols.hidden)):
+        for col in cols.tokens.spans[b]:
+            if not 0 <= col.start - cols.start < cols.hidden.shape[1]:
+                continue
+            for row in rows.spans[b]:
                 if overlap(row.segments, col.segments):
                     yield b, row, _tile(rows, cols, b, row, col)
 

@@ -21,8 +21,8 @@ from simreg.loss import (
     check_transforms,
     weigh,
 )
-from simreg.parallel.peers import Header, Peers, agree, header
-from simreg.parallel.placement import localize
+from simreg.parallel.peers import Header, agree
+from simreg.parallel.placement import local_parts, placing, whole_along_d
 from simreg.parallel.shards import Shards
 
 
@@ -60,8 +60,8 @@ def sharded_simreg_loss(
             them. None: the ranks of `group` hold consecutive parts.
         segments, temperature, variant, chunk_size, ignore_index: as in `simreg_loss`.
         reduction: this rank's part of the loss, for the ranks of `group` to add up: ``"sum"`` over
-            its tokens; ``"mean"``, that over the number of valid labels of all ranks; ``"none"``:
-            per token, in the shape of its ``labels``.
+            its tokens; ``"mean"``, that over the number of valid labels of all its ranks;
+            ``"none"``: per token, in the shape of its ``labels``.
 
     Returns:
         As `simreg_loss`, a plain tensor.
@@ -70,11 +70,9 @@ def sharded_simreg_loss(
         ValueError: as `simreg_loss`; on all ranks if arguments are wrong on one or do not agree.
         RuntimeError: for double backward and transforms of `torch.func`.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     found: Found = per_token(
         hidden, labels, segments, positions, temperature, variant, chunk_size, ignore_index,
-        group, replicas,
+        group, replicas, reduction,
     )  # fmt: skip
     if reduction == "none":
         return found.loss
@@ -133,6 +131,7 @@ class ShardedSimRegLoss(SimRegLoss):
             self.ignore_index,
             self.group,
             self.replicas,
+            f"weight {self.weight}",
         )
         divisor = found.labelled.clamp_min(1) if num_items is None else num_items
         return weigh(self.weight, found.loss, found.pos_cos, found.neg_cos, found.valid, divisor)
@@ -160,39 +159,92 @@ def per_token(
     ignore_index: int,
     group: dist.ProcessGroup | None,
     replicas: dist.ProcessGroup | None,
+    use: str = "none",
 ) -> Found:
-    """As `simreg.loss.per_token`, of arguments as `sharded_simreg_loss` takes them."""
-    (hidden, labels, segments, positions), peers, copies = localize(
-        hidden, labels, segments, positions, Peers(group), Peers(replicas)
-    )
-    own, error = Header(), None
-    try:
-        check_options(temperature, variant, chunk_size, "auto")
-        check_tensors(hidden, labels, segments)
-        check_transforms(hidden)
-        _check_positions(positions, labels)
-        settings = float(temperature), variant, chunk_size, ignore_index
-        own = header(hidden if hidden.ndim == 3 else hidden[None], segments, settings)
-    except ValueError as refused:
-        error = refused
-    device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-    lengths = agree(peers, copies, own, device, error)
+    """As `simreg.loss.per_token`, of arguments as `sharded_simreg_loss` takes them.
 
+    `use` says what becomes of the losses: one of REDUCTIONS or other words, the same on all ranks.
+    """
+    how = placing(hidden, group, replicas)
+    local = whole_along_d(hidden, how)
+    settings = temperature, variant, chunk_size, ignore_index, use
+    own, error, device = Header(), None, _device(local, labels)
+    try:
+        labels, segments, positions = local_parts(hidden, local, labels, segments, positions, how)
+        copied = how.copies.group is not None
+        own = _checked(local, labels, segments, positions, settings, copied)
+    except (ValueError, RuntimeError) as refused:
+        error = refused
+    try:
+        lengths = agree(how.peers, how.copies, own, device)
+    except ValueError:
+        if error is not None:
+            raise error from None
+        raise
+
+    hidden = local
     valid = (labels != ignore_index) & (labels >= 0)
+    if max(lengths) == 0 or len(hidden) == 0:  # of no rank any token
+        nothing = hidden.sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
+        return Found(nothing, nothing.detach(), nothing.detach(), valid, valid.sum())
     scopes = [] if segments is None else [segments.long()]
     if chunk_size is not None:
         if positions is None:
-            first = sum(lengths[: peers.rank])
+            first = sum(lengths[: how.peers.rank])
             positions = torch.arange(first, first + labels.shape[-1], device=device)
         chunks = positions.long().div(chunk_size, rounding_mode="floor")
         scopes.append(chunks.expand_as(labels))
     row = labels.masked_fill(~valid, -1), *scopes
     if hidden.ndim == 2:
         hidden, row = hidden[None], tuple(keys[None] for keys in row)
-    shards = Shards(row[0], list(row[1:]), lengths, peers, copies)
+    shards = Shards(row[0], list(row[1:]), lengths, how.peers, how.copies)
     results = _Loss.apply(hidden, shards, float(temperature), variant)  # type: ignore[no-untyped-call]
     loss, pos_cos, neg_cos = (result.view(labels.shape) for result in results)
     return Found(loss, pos_cos, neg_cos, valid, shards.count)
+
+
+def _device(*tensors: object) -> torch.device:
+    """On which ranks can communicate, even if some argument is no tensor."""
+    found = [value.device for value in tensors if isinstance(value, Tensor)]
+    return found[0] if found else torch.device("cpu")
+
+
+def _checked(
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    positions: Tensor | None,
+    settings: tuple[float, str, int | None, int, str],
+    copied: bool,
+) -> Header:
+    """What the other ranks must know of arguments that make sense here."""
+    temperature, variant, chunk_size, ignore_index, use = settings
+    check_options(temperature, variant, chunk_size, "auto")
+    if use not in REDUCTIONS and not str(use).startswith("weight"):
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {use!r}")
+    check_tensors(hidden, labels, segments)
+    check_transforms(hidden)
+    _check_positions(positions, labels)
+    place = torch.arange(1, labels.numel() + 1, device=labels.device)
+    common = {
+        "rows": 1 if hidden.ndim == 2 else len(hidden),
+        "d": hidden.shape[-1],
+        "dtype": hidden.dtype,
+        "requires_grad": hidden.requires_grad and torch.is_grad_enabled(),
+        "segments given": segments is not None,
+        "positions given": positions is not None,
+        "temperature": float(temperature),
+        "variant": variant,
+        "chunk_size": chunk_size,
+        "ignore_index": ignore_index,
+        "reduction": use,
+    }
+    return Header(
+        good=True,
+        length=labels.shape[-1],
+        tokens=int((labels.flatten() * place).sum()) if copied else 0,
+        rest=", ".join(f"{name} {value}" for name, value in common.items()),
+    )
 
 
 def _check_positions(positions: Tensor | None, labels: Tensor) -> None:

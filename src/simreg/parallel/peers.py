@@ -1,13 +1,10 @@
 """The ranks of a process group, as the loss needs them: gather what is small, agree on the rest."""
 
-import zlib
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from simreg.loss import FLOATS
 
 # Its name since torch 2.13, where the old one warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,6 +25,11 @@ class Peers(NamedTuple):
         """How many processes the group has."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    @property
+    def members(self) -> set[int]:
+        """Their ranks among all processes."""
+        return set() if self.group is None else set(dist.get_process_group_ranks(self.group))
+
     def gather(self, tensor: Tensor) -> Tensor:
         """``[size, ...]``: the tensor of every rank, which all have the same shape."""
         if self.group is None:
@@ -38,79 +40,76 @@ class Peers(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What ranks tell each other before anything else; integers all."""
+    """What ranks tell each other before anything else."""
 
-    good: int = 0  # whether the arguments made sense here
-    batch: int = 0
-    length: int = 0
-    dim: int = 0
-    dtype: int = 0
-    differentiable: int = 0
-    segments: int = 0
-    settings: int = 0
+    good: bool = False  # whether the arguments made sense here
+    length: int = 0  # l, the tokens of a row on this rank
+    tokens: int = 0  # a sum over the labels: ranks that should hold the same have the same
+    rest: str = ""  # what must be the same on all ranks, in words with commas between
 
+    def pack(self) -> list[int]:
+        """As `_FIELDS` + `_TEXT` integers."""
+        text = self.rest.encode()[:_TEXT].ljust(_TEXT)
+        return [int(self.good), self.length, self.tokens, *text]
 
-def header(hidden: Tensor, segments: Tensor | None, settings: tuple[object, ...]) -> Header:
-    """Of hidden states ``[B, l, d]`` and arguments that were checked."""
-    batch, length, dim = hidden.shape
-    return Header(
-        1,
-        batch,
-        length,
-        dim,
-        FLOATS.index(hidden.dtype),
-        hidden.requires_grad and torch.is_grad_enabled(),
-        segments is not None,
-        zlib.crc32(repr(settings).encode()),
-    )
+    @classmethod
+    def unpack(cls, values: list[int]) -> "Header":
+        """From `pack`."""
+        good, length, tokens, *text = values
+        return cls(bool(good), length, tokens, bytes(text).decode(errors="replace").rstrip())
 
 
-def agree(
-    peers: Peers, copies: Peers, own: Header, device: torch.device, error: ValueError | None
-) -> list[int]:
-    """Exchange headers, so that no rank waits for one that has given up.
+_FIELDS, _TEXT = 3, 253
+HEADER_BYTES = 8 * (_FIELDS + _TEXT)
+
+
+def agree(peers: Peers, copies: Peers, own: Header, device: torch.device) -> list[int]:
+    """Exchange headers, so that no rank waits for one that has given up; lengths of the peers.
+
+    First with the copies, then, whatever came of it, with the peers: so each rank of a grid hears
+    of all.
 
     Args:
         peers: who hold other tokens of the same rows.
         copies: who hold the same tokens.
         own: the header of this rank.
         device: on which the ranks communicate.
-        error: why this rank can't go on.
-
-    Returns:
-        The lengths of the rows of each of the peers.
 
     Raises:
-        ValueError: `error`; on the other ranks one that names the rank; or if headers differ.
+        ValueError: if a rank has refused its arguments, or headers differ.
     """
-    mine = torch.tensor(own, device=device, dtype=torch.int64)
-    both = [(group, group.gather(mine).tolist()) for group in (peers, copies)]
-    if error is not None:
-        raise error
-    for group, rows in both:
-        for rank, row in enumerate(rows):
-            _compare(own, Header(*row), group.rank, rank, alike=group is copies)
-    return [Header(*row).length for row in both[0][1]]
+    complaint = _compare(own, _exchange(copies, own, device), copies.rank, alike=True)
+    headers = _exchange(peers, own._replace(good=own.good and complaint is None), device)
+    complaint = complaint or _compare(own, headers, peers.rank, alike=False)
+    if complaint is not None:
+        raise ValueError(complaint)
+    return [header.length for header in headers]
 
 
-def _compare(own: Header, other: Header, me: int, rank: int, alike: bool) -> None:
-    if not other.good:
-        raise ValueError(f"the loss was refused on rank {rank} of the group, see its error")
-    for name, mine, theirs in zip(Header._fields, own, other, strict=True):
-        if mine != theirs and (alike or name != "length"):
-            raise ValueError(
-                f"{_NAMES[name]}: expected the same on all ranks of the group, got {mine} on rank "
-                f"{me} and {theirs} on rank {rank}"
+def _exchange(group: Peers, own: Header, device: torch.device) -> list[Header]:
+    if group.group is None:
+        return [own]
+    packed = torch.tensor(own.pack(), device=device, dtype=torch.int64)
+    return [Header.unpack(values) for values in group.gather(packed).tolist()]
+
+
+def _compare(own: Header, headers: list[Header], me: int, alike: bool) -> str | None:
+    for rank, other in enumerate(headers):
+        if not other.good:
+            return f"refused on rank {rank} of the group: its own error says why"
+    for rank, other in enumerate(headers):
+        if own.rest != other.rest:
+            pairs = zip(own.rest.split(", "), other.rest.split(", "), strict=False)
+            mine, theirs = next((pair for pair in pairs if pair[0] != pair[1]), (own, other))
+            return (
+                f"expected the same on all ranks of the group, got {mine} on rank {me} and "
+                f"{theirs} on rank {rank}"
             )
-
-
-_NAMES = {
-    "good": "arguments",
-    "batch": "hidden: rows",
-    "length": "hidden: tokens of a row",
-    "dim": "hidden: width",
-    "dtype": "hidden: dtype",
-    "differentiable": "hidden: requires_grad",
-    "segments": "segments: given or not",
-    "settings": "temperature, variant, chunk_size or ignore_index (checksum)",
-}
+        if alike and own.length != other.length:
+            return (
+                f"replicas: expected the same tokens on all ranks, got rows of {own.length} on "
+                f"rank {me} and of {other.length} on rank {rank}"
+            )
+        if alike and own.tokens != other.tokens:
+            return f"replicas: expected the same labels on all ranks, rank {rank} has others"
+    return None

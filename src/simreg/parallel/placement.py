@@ -1,42 +1,46 @@
 """DTensors as local tensors and the process groups that their placements mean."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from simreg.parallel.peers import Peers
 
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Group = dist.ProcessGroup | None
 
 
-def localize(
-    hidden: Tensor,
-    labels: Tensor,
-    segments: Tensor | None,
-    positions: Tensor | None,
-    peers: Peers,
-    copies: Peers,
-) -> tuple[Tensors, Peers, Peers]:
-    """The local part of each tensor, and the groups; plain tensors and groups as they are.
+class Placing(NamedTuple):
+    """How a tensor is spread: the groups, and of a DTensor its mesh and placements."""
+
+    peers: Peers
+    copies: Peers
+    mesh: DeviceMesh | None = None
+    placements: list[Placement] | None = None
+
+
+def placing(hidden: Tensor, group: Group, replicas: Group) -> Placing:
+    """Who holds what, by the groups given or by the placements of a DTensor.
 
     Of a DTensor ``[B, L, d]`` (``[T, d]``), a mesh dimension that shards tokens gives the peers,
     one that shards rows nothing, and one that replicates the copies (if several do, the last: the
-    others repeat its work). What is sharded along d or partial is made whole first.
+    others repeat its work). What is sharded along d or partial will be made whole.
 
     Raises:
-        ValueError: if groups are given beside a DTensor; if several mesh dimensions shard the
-            tokens; if others than `hidden` are DTensors and it is not, or fit neither the whole
-            nor the local part of it.
+        ValueError: on all ranks alike: groups beside a DTensor, groups that overlap or do not have
+            this rank, several mesh dimensions that shard the tokens.
     """
-    others = {"labels": labels, "segments": segments, "positions": positions}
+    peers, copies = Peers(group), Peers(replicas)
     if not isinstance(hidden, DTensor):
-        for name, value in others.items():
-            if isinstance(value, DTensor):
-                raise ValueError(f"{name}: expected a plain tensor, like hidden, got a DTensor")
-        return (hidden, labels, segments, positions), peers, copies
-    if peers.group is not None or copies.group is not None:
+        for name, given in (("group", peers), ("replicas", copies)):
+            if given.group is not None and given.rank < 0:
+                raise ValueError(f"{name}: expected a process group that this rank is in")
+        if len(peers.members & copies.members) > 1:
+            raise ValueError("replicas: expected no other rank of group in it, they overlap")
+        return Placing(peers, copies)
+    if group is not None or replicas is not None:
         raise ValueError("group, replicas: expected None, since the DTensor says how it is spread")
     tokens, mesh = hidden.ndim - 2, hidden.device_mesh
     placements: list[Placement] = []
@@ -55,10 +59,41 @@ def localize(
             placements.append(Replicate())
             if mesh.size(dim) > 1:
                 copies = Peers(mesh.get_group(dim))
-    whole = hidden.shape[:-1]
-    local = hidden.redistribute(mesh, placements).to_local()
-    parts = [_part(name, v, whole, local, mesh, placements) for name, v in others.items()]
-    return (local, parts[0], parts[1], parts[2]), peers, copies
+    return Placing(peers, copies, mesh, placements)
+
+
+def whole_along_d(hidden: Tensor, how: Placing) -> Tensor:
+    """The local part of hidden states, with all of d; every rank must call."""
+    if not isinstance(hidden, DTensor):
+        return hidden
+    return hidden.redistribute(how.mesh, how.placements).to_local()
+
+
+def local_parts(
+    hidden: Tensor,
+    local: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    positions: Tensor | None,
+    how: Placing,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The parts of labels, segments, positions that go with `local`, the local part of `hidden`.
+
+    Raises:
+        ValueError: for a DTensor beside a plain `hidden`, and for what fits neither the whole
+            nor the local part of it.
+    """
+    others = {"labels": labels, "segments": segments, "positions": positions}
+    if how.mesh is not None and how.placements is not None:
+        whole, mesh, placements = hidden.shape[:-1], how.mesh, how.placements
+        labels, segments, positions = (
+            _part(name, value, whole, local, mesh, placements) for name, value in others.items()
+        )
+        return labels, segments, positions
+    for name, value in others.items():
+        if isinstance(value, DTensor):
+            raise ValueError(f"{name}: expected a plain tensor, like hidden, got a DTensor")
+    return labels, segments, positions
 
 
 def _part(

@@ -1,6 +1,7 @@
 """Who holds which tokens, and how embeddings travel to the ranks that need them."""
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,18 @@ from simreg.kernels.pairs import block
 from simreg.kernels.rectangular import Piece, Rows, Span
 from simreg.parallel.peers import Peers
 
-CHUNK = 16 * 2**20  # bytes of embeddings that travel at a time; three such chunks exist at once
+CHUNK = 16 * 2**20
+"""Bytes of embeddings that travel at a time, or one tile of one row; up to four are there at once:
+one's own, the one before it or the one that is computed with, and the one that is on its way."""
+
+
+class Chunk(NamedTuple):
+    """Sorted tokens from `start` to `stop` of the rows from `first` to `last`."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
 
 
 class Shards:
@@ -37,9 +49,7 @@ class Shards:
         """
         self.peers, self.copies = peers, copies
         self.block = block(labels.device)
-        # Ignored tokens fill up what is missing; each copy gets the same number of tokens.
-        longest = max(lengths)
-        self.width = longest + -longest % copies.size
+        self.width = max(lengths)  # ignored tokens fill up what is missing
         missing = (0, self.width - labels.shape[1])
         keys = [F.pad(labels, missing, value=-1), *(F.pad(scope, missing) for scope in scopes)]
         rows = peers.gather(torch.stack(keys)).permute(1, 2, 0, 3).flatten(2)
@@ -52,23 +62,33 @@ class Shards:
         place, position = everyone.unsort(places).view(split).transpose(0, 1).sort(-1)
         self.tokens = rectangular.describe(place, everyone, self.block)
         mine = place[peers.rank]
-        self.own = Order(position[peers.rank], *(v.gather(1, mine) for v in everyone[1:]))
+        columns = (values.gather(1, mine) for values in everyone[1:])
+        self.own = Order(position[peers.rank].clone(), *columns)
         self.mine = self.tokens[peers.rank]
-        dealt = mine[None, :, copies.rank :: copies.size]
-        self.rows = rectangular.describe(dealt, everyone, self.block)[0]
+        # Copies take turns of so many sorted tokens: whole tiles, if there are enough.
+        most = max((row[-1].stop for row in self.mine.spans if row), default=1)
+        self.turn = min(self.block, -(-most // copies.size))
         self.dealt = Order(*map(self.deal, self.own))
+        place, segment, label, valid = (
+            self.deal(values)[None] for values in (*self.mine[:3], self.own.valid)
+        )
+        self.rows = rectangular.split(place, segment, label, valid, self.turn)[0]
 
     def own_rows(self, hidden: Tensor, norm: Tensor) -> Rows:
         """What this copy computes, from ``[B, l, d]`` and the sorted norms of its tokens."""
         return Rows(self.rows, self.dealt, hidden, self.deal(norm))
 
     def deal(self, values: Tensor) -> Tensor:
-        """This copy's share ``[..., n]`` of sorted per-token values."""
-        return values[..., self.copies.rank :: self.copies.size].contiguous()
+        """This copy's share ``[B, n]`` of sorted per-token values ``[B, width]``, 0 where none."""
+        values = F.pad(values, (0, -self.width % (self.turn * self.copies.size)))
+        turns = values.view(len(values), -1, self.copies.size, self.turn)
+        return turns[:, :, self.copies.rank].flatten(1)
 
     def collect(self, values: Tensor) -> Tensor:
-        """All shares ``[..., B, width]`` of the copies, from one's own."""
-        return self.copies.gather(values).movedim(0, -1).flatten(-2)
+        """All shares ``[..., B, width]`` of the copies, from one's own ``[..., B, n]``."""
+        turns = self.copies.gather(values)
+        turns = turns.view(*turns.shape[:-1], -1, self.turn)
+        return turns.movedim(0, -2).flatten(-3)[..., : self.width]
 
     def scatter(self, found: Iterable[tuple[int, Span, Tensor]], hidden: Tensor) -> Tensor:
         """Gradients ``[r, d]`` of spans of this copy's share to ``[B, l, d]``, like `hidden`."""
@@ -81,12 +101,17 @@ class Shards:
         share = hidden.new_zeros(*self.dealt.position.shape, hidden.shape[2])
         for b, span, gradient in found:
             share[b, span.start : span.stop] = gradient
-        shares, out = self.copies.gather(share), torch.zeros_like(hidden)
-        for b, spans in enumerate(self.mine.spans):
-            for span in spans:
-                k = torch.arange(span.start, span.stop, device=out.device)
-                gradient = shares[k % self.copies.size, b, k // self.copies.size]
-                out[b].index_copy_(0, self.own.position[b, k], gradient)
+            del gradient  # a view of all of them, in float32
+        out = torch.zeros_like(hidden)
+        for k in range(share.shape[1] // self.turn):
+            gradients = self.copies.gather(share[:, k * self.turn : (k + 1) * self.turn])
+            for copy, turn in enumerate(gradients):
+                start = (k * self.copies.size + copy) * self.turn
+                for b, spans in enumerate(self.mine.spans):
+                    stop = min(start + self.turn, spans[-1].stop if spans else 0)
+                    if start < stop:
+                        index = self.own.position[b, start:stop]
+                        out[b].index_copy_(0, index, turn[b, : stop - start])
         return out
 
     def pieces(self, hidden: Tensor, norm: Tensor, ends: Ends | None = None) -> Iterator[Piece]:
@@ -101,77 +126,83 @@ class Shards:
             ends: ``[size, B, width]`` each, for the gradient.
         """
         me, size = self.peers.rank, self.peers.size
-        for start in range(0, self.width, self._chunk(hidden)):
-            own = self._gather(hidden, start)
-            transfers = [self._begin(own, start, step) for step in range(1, min(2, size))]
-            if self._needs(me, start, me, hidden):
-                yield self._piece(own, norm, ends, me, start)
+        for chunk in self._chunks(hidden):
+            own = self._gather(hidden, chunk)
+            transfers = [self._begin(own, chunk, step) for step in range(1, min(2, size))]
+            if self._needs(me, chunk, me):
+                yield self._piece(own, norm, ends, me, chunk)
             for step in range(1, size):
                 requests, arrived = transfers.pop()
                 for request in requests:
                     request.wait()
                 if step + 1 < size:
-                    transfers.append(self._begin(own, start, step + 1))
+                    transfers.append(self._begin(own, chunk, step + 1))
                 if arrived is not None:
-                    yield self._piece(arrived, norm, ends, (me - step) % size, start)
+                    yield self._piece(arrived, norm, ends, (me - step) % size, chunk)
 
-    def _begin(self, own: Tensor, start: int, step: int) -> tuple[list[dist.Work], Tensor | None]:
+    def _chunks(self, hidden: Tensor) -> Iterator[Chunk]:
+        """The same on every rank: as many rows as fit into CHUNK, of whole tiles."""
+        batch, _, dim = hidden.shape
+        tile = max(1, self.block * dim * hidden.element_size())
+        length = max(1, CHUNK // tile) * self.block
+        rows = max(1, CHUNK // (tile * -(-min(length, self.width) // self.block)))
+        for first in range(0, batch, rows):
+            for start in range(0, self.width, length):
+                yield Chunk(first, min(first + rows, batch), start, start + length)
+
+    def _begin(self, own: Tensor, chunk: Chunk, step: int) -> tuple[list[dist.Work], Tensor | None]:
         me, size = self.peers.rank, self.peers.size
         to, source = (me + step) % size, (me - step) % size
         operations, arriving = [], None
-        if self._needs(me, start, to, own):
+        if self._needs(me, chunk, to):
             operations.append(self._operation(dist.isend, own, to))
-        if self._needs(source, start, me, own):
-            shape = (len(own), self._width(source, start, own), own.shape[2])
-            arriving = own.new_empty(shape)
+        if self._needs(source, chunk, me):
+            arriving = own.new_empty(len(own), self._length(source, chunk), own.shape[2])
             operations.append(self._operation(dist.irecv, arriving, source))
         return dist.batch_isend_irecv(operations) if operations else [], arriving
 
     def _operation(self, what, tensor: Tensor, peer: int) -> dist.P2POp:  # type: ignore[no-untyped-def]
         return dist.P2POp(what, tensor, group=self.peers.group, group_peer=peer)
 
-    def _chunk(self, hidden: Tensor) -> int:
-        """Tokens of a row in a chunk: whole tiles."""
-        token = len(hidden) * hidden.shape[2] * hidden.element_size()
-        return max(1, CHUNK // token // self.block) * self.block
-
-    def _spans(self, source: int, start: int, hidden: Tensor) -> list[list[Span]]:
-        end = start + self._chunk(hidden)
+    def _spans(self, source: int, chunk: Chunk) -> list[list[Span]]:
+        """Of each row of a chunk."""
         return [
-            [span for span in row if start <= span.start < end] for row in self.tokens[source].spans
+            [span for span in row if chunk.start <= span.start < chunk.stop]
+            for row in self.tokens[source].spans[chunk.first : chunk.last]
         ]
 
-    def _width(self, source: int, start: int, hidden: Tensor) -> int:
-        """Tokens of a row of a chunk that travel: none are, after the last that isn't ignored."""
-        spans = self._spans(source, start, hidden)
-        return max((row[-1].stop - start for row in spans if row), default=0)
+    def _length(self, source: int, chunk: Chunk) -> int:
+        """Tokens of a row of a chunk that travel: none, after the last that isn't ignored."""
+        spans = self._spans(source, chunk)
+        return max((row[-1].stop - chunk.start for row in spans if row), default=0)
 
-    def _needs(self, source: int, start: int, to: int, hidden: Tensor) -> bool:
+    def _needs(self, source: int, chunk: Chunk, to: int) -> bool:
         """Whether a chunk of `source` has candidates for tokens of rank `to`."""
-        chunk = self._spans(source, start, hidden)
+        kept = self.tokens[to].spans[chunk.first : chunk.last]
         return any(
             rectangular.overlap(one.segments, other.segments)
-            for sent, kept in zip(chunk, self.tokens[to].spans, strict=True)
-            for one in sent
-            for other in kept
+            for row, others in zip(self._spans(source, chunk), kept, strict=True)
+            for one in row
+            for other in others
         )
 
-    def _gather(self, hidden: Tensor, start: int) -> Tensor:
-        """A chunk of one's own tokens, sorted, ``[B, c, d]``."""
-        width = self._width(self.peers.rank, start, hidden)
-        out = hidden.new_zeros(len(hidden), width, hidden.shape[2])
-        for b, spans in enumerate(self._spans(self.peers.rank, start, hidden)):
-            stop = spans[-1].stop if spans else start
-            index = self.own.position[b, start:stop]
-            torch.index_select(hidden[b], 0, index, out=out[b, : stop - start])
+    def _gather(self, hidden: Tensor, chunk: Chunk) -> Tensor:
+        """A chunk of one's own tokens, sorted, ``[b, c, d]``."""
+        spans = self._spans(self.peers.rank, chunk)
+        length = self._length(self.peers.rank, chunk)
+        out = hidden.new_zeros(len(spans), length, hidden.shape[2])
+        for i, row in enumerate(spans):
+            if row:
+                index = self.own.position[chunk.first + i, chunk.start : row[-1].stop]
+                torch.index_select(hidden[chunk.first + i], 0, index, out=out[i, : len(index)])
         return out
 
     def _piece(
-        self, hidden: Tensor, norm: Tensor, ends: Ends | None, source: int, start: int
+        self, hidden: Tensor, norm: Tensor, ends: Ends | None, source: int, chunk: Chunk
     ) -> Piece:
-        part = (source, slice(None), slice(start, start + hidden.shape[1]))
+        part = (source, slice(None), slice(chunk.start, chunk.start + hidden.shape[1]))
         of_piece = None if ends is None else Ends(*(value[part] for value in ends))
-        return Piece(self.tokens[source], start, hidden, norm[part], of_piece)
+        return Piece(self.tokens[source], chunk.first, chunk.start, hidden, norm[part], of_piece)
 
 
 def _combine(scopes: Tensor) -> Tensor | None:

@@ -21,7 +21,7 @@ REPEATED = 0.0137
 SYMMETRIC_TOKEN = 200
 """Bytes of statistics a token that `kernels.triton` sets aside."""
 IN_FLIGHT = 16 * MIB
-"""Embeddings that `parallel` sends at a time; three such parts exist at once."""
+"""Embeddings that `parallel` sends at a time, or a tile of one row; four such parts at once."""
 KEYS, NORMS, STATISTICS, RESULTS = 8, 4, 16, 20
 """Bytes a token that ranks tell each other: its label (and its segment, and its chunk); its norm;
 what backward must know of it; what ranks that share the work found for it."""
@@ -139,13 +139,13 @@ def positive_share(span: int, tile: int = TILE) -> float:
     return min(1.0, REPEATED + 2.6 * tile / (span + tile))
 
 
-def sharded_positive_share(span: int, tile: int = WIDE_TILE, *, sharers: int = 1) -> float:
-    """The same of own rows, of which each sharer has every so many, and another rank's columns.
+def sharded_positive_share(span: int, tile: int = WIDE_TILE) -> float:
+    """The same of own rows and another rank's columns.
 
-    A tile of rows has labels of `sharers` tiles of columns, and of one more, at their ends.
+    A tile of rows has labels of one tile of columns, and of one more, at their ends.
     """
     part = min(1.0, tile / span)
-    return min(1.0, REPEATED + part * (1 + sharers) - sharers * part**2)
+    return min(1.0, REPEATED + 2 * part - part**2)
 
 
 def symmetric_backward(job: Job, setting: Setting) -> bool:
@@ -170,9 +170,9 @@ def loss_flops(job: Job, setting: Setting) -> Passes:
     """Of the loss. "decoupled" goes a second time over the tiles that hold positives."""
     d = job.model.hidden
     if setting.sharded(job):
-        span, sharers = covered(job, setting, WIDE_TILE), setting.sharers(job)
-        once = sharded_flops(job.tokens, span, d, sharers=sharers)
-        again = sharded_positive_share(min(span, job.local), WIDE_TILE, sharers=sharers)
+        span = covered(job, setting, WIDE_TILE)
+        once = sharded_flops(job.tokens, span, d, sharers=setting.sharers(job))
+        again = sharded_positive_share(min(span, job.local), WIDE_TILE)
     else:
         span, symmetric = covered(job, setting, TILE), symmetric_backward(job, setting)
         once = symmetric_flops(job.tokens, span, d, symmetric_backward=symmetric)
@@ -200,12 +200,12 @@ def loss_memory(job: Job, setting: Setting) -> float:
         return gradient + job.hidden_bytes + SCRATCH  # of triton, at most
     d, t = job.model.hidden, WIDE_TILE
     accumulator = 4 * job.tokens / setting.sharers(job) * d
-    part = min(job.hidden_bytes, max(IN_FLIGHT, job.rows * t * d * job.itemsize))
+    part = min(job.hidden_bytes, max(IN_FLIGHT, t * d * job.itemsize))
     tiles = 4 * max(6 * t * t, 4 * t * d + t * t)
     return (
         gradient
         + accumulator
-        + (3 if job.cp > 1 else 1) * part
+        + (4 if job.cp > 1 else 2) * part
         + tiles
         + KNOWN * job.rows * job.length
     )
@@ -231,8 +231,7 @@ def arriving(job: Job, setting: Setting) -> float:
     whole = min(job.cp - 1, -(-chunk // job.local) - 1) * job.local
     if setting.span(job) == min(chunk, job.length):
         return whole
-    part = IN_FLIGHT // (job.rows * job.model.hidden * job.itemsize)
-    part = max(1, part // WIDE_TILE) * WIDE_TILE
+    part = max(1, IN_FLIGHT // (WIDE_TILE * job.model.hidden * job.itemsize)) * WIDE_TILE
     return min(whole, job.context + part)
 
 
