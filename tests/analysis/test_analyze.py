@@ -206,6 +206,7 @@ def test_other_text_is_cut_into_the_models_tokens(study, tmp_path):
 
 def test_the_command(study, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.argv", ["simreg", "analyze", str(study)])
     monkeypatch.setattr(figures, "PICTURES", figures.PICTURES[-1:])
     out = tmp_path / "out"
     common = ["--tokens", "200", "--least", "2", "--cache-dir", str(study.parent / "cache")]
@@ -219,6 +220,7 @@ def test_the_command(study, tmp_path, capsys, monkeypatch):
         (["--reference", "nobody"], "the arms are baseline, simreg"),
         (["--labels", "not one token at all"], "tokens of this tokenizer, not one"),
         (["--tokens", "0"], "must be 1 or more"),
+        (["--least", "100000"], "no label has 100000 tokens in the sample: lower --least"),
     ):
         assert cli.main(["analyze", str(study), "--out", str(out), *common, *wrong]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]

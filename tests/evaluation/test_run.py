@@ -147,6 +147,17 @@ def test_runs_of_other_text_are_refused(runs, evaluate, tmp_path):
     assert "were trained on different text" in error
 
 
+def test_a_later_run_of_other_content_is_refused(runs, evaluate, tmp_path):
+    run = runs / "plain" / "seed-1"
+    other = change(run, tmp_path)
+    result = json.loads((other / "result.json").read_text())
+    result["corpus"]["fingerprint"] = "0" * 32
+    (other / "result.json").write_text(json.dumps(result))
+    status, _, _, error = evaluate(run, other)
+    assert status == 2
+    assert "were trained on different text" in error
+
+
 def test_changed_or_missing_text_is_refused(runs, evaluate, tmp_path):
     text = tmp_path / "text.jsonl"
     lines = (runs / "text.jsonl").read_text().splitlines(keepends=True)

@@ -11,9 +11,10 @@ from simreg.analysis.states import States
 from simreg.geometry import collapse, groups
 from simreg.geometry.classes import Classes, classes, token_cosines
 from simreg.geometry.margins import margins
-from simreg.geometry.sample import Sample
+from simreg.geometry.sample import Sample, mean
 from simreg.geometry.spectrum import spectrum
 from simreg.loss import per_token
+from simreg.recipe.errors import UserError
 
 POSITION_BINS = 4
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -47,6 +48,8 @@ def measure(
     """
     sample = states.sample
     found = classes(sample, settings.least)
+    if not len(found.ids):
+        raise UserError(f"no label has {settings.least} tokens in the sample: lower --least")
     values = _per_token(states, found)
     masks = group_masks(sample, frequency, length, brief=brief)
     by_group = {name: _group(states, found, values, mask, settings) for name, mask in masks.items()}
@@ -78,7 +81,7 @@ def _per_token(states: States, found: Classes) -> Tokens:
     sample = states.sample
     margin = margins(sample, states.weight, states.bias)
     intra, inter = token_cosines(sample)
-    intra_centred, inter_centred = token_cosines(sample, found.centre)
+    intra_centred, inter_centred = token_cosines(sample, mean(sample))
     pos, neg = _row_cosines(sample)
     bias = None if states.bias is None else states.bias[found.ids]
     return {

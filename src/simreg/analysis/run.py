@@ -218,6 +218,8 @@ def _labels(options: AnalyzeOptions, corpus: Any, labels: Any, decile: Any) -> l
             raise UserError(
                 f"--labels {name!r}: it is {len(ids)} tokens of this tokenizer, not one"
             )
+        if not bool((labels == ids[0]).any()):
+            raise UserError(f"--labels {name!r}: no token of the sample has this label")
         chosen.append(int(ids[0]))
     return chosen
 

@@ -147,7 +147,9 @@ def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list
     assert first.config is not None
     for other in runs[1:]:
         assert other.config is not None
-        if _text(other.config.data) != _text(first.config.data):
+        same_tokens = other.config.data.tokenizer == first.config.data.tokenizer
+        changed = same_tokens and other.corpus != first.corpus  # the same files, other content
+        if changed or _text(other.config.data) != _text(first.config.data):
             raise UserError(
                 f"{first.name} and {other.name} were trained on different text: evaluate them one "
                 "by one, or name text that neither has seen with --text FILES"

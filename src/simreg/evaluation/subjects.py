@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -57,7 +58,7 @@ class Subject:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
             load: Any = AutoModelForCausalLM.from_pretrained
-            model: PreTrainedModel = load(self.model, dtype="auto")
+            model: PreTrainedModel = load(self.model, dtype=torch.float32)
         except Exception as error:  # many kinds: missing, damaged or unknown files
             raise UserError(
                 f"cannot load the model in {self.model} (it must be a causal language model with "

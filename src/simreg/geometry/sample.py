@@ -51,6 +51,14 @@ class Sample:
             yield part, self.hidden[self.index[part]].double()
 
 
+def mean(sample: Sample) -> Tensor:
+    """The mean of all hidden states, `[d]` float64."""
+    total = torch.zeros(sample.hidden.shape[-1], dtype=torch.float64)
+    for _, hidden in sample.blocks():
+        total += hidden.sum(0)
+    return total / max(len(sample), 1)
+
+
 def unit(vectors: Tensor) -> Tensor:
     """Rows of length 1: `v / max(‖v‖, 1e-6)`."""
     lengths: Tensor = vectors.norm(dim=-1, keepdim=True)
