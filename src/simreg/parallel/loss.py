@@ -1,7 +1,5 @@
 """`simreg_loss` and `SimRegLoss` for tokens, or work, that are spread over processes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -225,7 +223,6 @@ def _checked(
     check_tensors(hidden, labels, segments)
     check_transforms(hidden)
     _check_positions(positions, labels)
-    place = torch.arange(1, labels.numel() + 1, device=labels.device)
     common = {
         "rows": 1 if hidden.ndim == 2 else len(hidden),
         "d": hidden.shape[-1],
@@ -242,9 +239,14 @@ def _checked(
     return Header(
         good=True,
         length=labels.shape[-1],
-        tokens=int((labels.flatten() * place).sum()) if copied else 0,
+        tokens=_checksum(labels) if copied else 0,
         rest=", ".join(f"{name} {value}" for name, value in common.items()),
     )
+
+
+def _checksum(labels: Tensor) -> int:
+    place = torch.arange(1, labels.numel() + 1, device=labels.device)
+    return int((labels.flatten() * place).sum())
 
 
 def _check_positions(positions: Tensor | None, labels: Tensor) -> None:
@@ -269,7 +271,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, shards, temperature, variant):  # type: ignore[no-untyped-def]
-        with _plainly(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
             norm = rectangular.norms(hidden, shards.own, shards.mine)
             norms = shards.peers.gather(norm)
             results = rectangular.forward(
@@ -299,7 +301,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, hidden, norms, lse, statistic, shards, temperature, variant):  # type: ignore[no-untyped-def]
         grad = F.pad(grad, (0, shards.width - grad.shape[1]))
-        with _plainly(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
             mine = ends_of(grad, shards.own, lse, statistic, temperature, variant)
             everyone = Ends(*shards.peers.gather(torch.stack(mine)).unbind(1))
             found = rectangular.backward(
@@ -314,9 +316,3 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *unused):  # type: ignore[no-untyped-def]
         raise RuntimeError("sharded_simreg_loss: double backward is not supported")
-
-
-@contextmanager
-def _plainly(hidden: Tensor) -> Iterator[None]:
-    with torch.autocast(hidden.device.type, enabled=False):
-        yield
