@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import re
@@ -8,7 +9,7 @@ import torch
 from rich.console import Console
 
 from simreg import cli
-from simreg.analysis import compare, figures, measure, run, summary, text
+from simreg.analysis import compare, describe, figures, measure, plots, run, summary, text
 from simreg.geometry.classes import classes, token_cosines
 from simreg.geometry.groups import mean_se
 from simreg.geometry.margins import margins
@@ -84,6 +85,39 @@ def test_correlations_over_models(analysed):
     ]
     truth = torch.corrcoef(torch.tensor(points).double().T)[0, 1]
     assert found["pooled"]["pearson"] == pytest.approx(float(truth), abs=1e-4)
+    assert found["pooled"]["low"] is found["simreg"]["high"] is None  # each run is there twice
+    trained = [p for p, m in zip(points, analysed["models"], strict=True) if m["final"]]
+    truth = torch.corrcoef(torch.tensor(trained).double().T)[0, 1]
+    assert found["trained"]["n"] == 6
+    assert found["trained"]["pearson"] == pytest.approx(float(truth), abs=1e-4)
+    assert found["trained"]["low"] < found["trained"]["pearson"] < found["trained"]["high"]
+
+
+def test_a_seed_without_its_checkpoint_is_not_in_the_curve(analysed):
+    results = copy.deepcopy(analysed)
+    models = results["models"]
+    gone = next(m for m in models if not m["final"] and m["arm"] == "baseline")
+    models.remove(gone)
+    curves = plots.cosine_curves(results)
+    assert gone["seed"] not in curves["baseline"]
+    assert len(curves["baseline"]) == 2
+    assert len(curves["simreg"]) == 3
+    kept = [m for m in models if m["arm"] == "baseline" and m["seed"] != gone["seed"]]
+    first = [m["groups"]["all"]["intra_cos"] for m in kept if not m["final"]]
+    assert f"{sum(first) / 2:.3f} and" in describe.cosines(results).split(", then")[0]
+
+
+def test_a_group_without_tokens_is_drawn_without_them(analysed):
+    results = copy.deepcopy(analysed)
+    for m in results["models"]:
+        m["groups"]["tail"] = dict.fromkeys(m["groups"]["tail"]) | {"se": {}}
+    for own in results["means"].values():
+        own["tail"] = {}
+    for arm in results["map"]["arms"].values():
+        arm["points"][next(iter(arm["points"]))] = []
+    for picture in figures.PICTURES:
+        assert picture.draw(results) is not None
+        assert picture.describe(results)
 
 
 def test_correlations_over_tokens():

@@ -111,6 +111,17 @@ def test_without_models_or_text_the_records_speak(trained, tmp_path, monkeypatch
     assert "left out" not in printed
 
 
+def test_scores_of_models_that_have_changed_are_left_out(trained, tmp_path, capsys):
+    out = tmp_path / "s"
+    shutil.copytree(trained[0] / "s", out)
+    study = make(out, tmp_path / "text.jsonl")
+    assert list(zeroshot.recorded(study)) == ["offline"]
+    weights = next(out.glob("simreg/1/seed-*/model/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"else")
+    assert zeroshot.recorded(study) == {}
+    assert "models that have changed since: left out" in capsys.readouterr().err
+
+
 def test_missing_text_leaves_it_out(trained, tmp_path):
     out, text = tmp_path / "s", tmp_path / "text.jsonl"
     shutil.copytree(trained[0] / "s", out)

@@ -73,14 +73,18 @@ def paired(models: list[Model], reference: str) -> dict[str, Any]:
 def across_models(models: list[Model]) -> dict[str, Any]:
     """group -> metric -> its correlation with the mean loss over models, pooled and by arm.
 
-    Points are models: seeds, and checkpoints where they were analysed. Pooled, the arm itself is
-    behind part of the correlation, and checkpoints of a run resemble each other: read it beside the
-    correlation within each arm.
+    Points are models: seeds, and checkpoints where they were analysed; `trained` has no
+    checkpoints, behind whose correlation is mostly the time of training. Pooled, the arm itself is
+    behind part of it: read it beside the correlation within each arm.
     """
     found: dict[str, Any] = {}
     for group in PARTS:
         for metric in PREDICTORS:
-            entry = {"pooled": _correlation(models, group, metric)}
+            trained = [m for m in models if m["final"]]
+            entry = {
+                "pooled": _correlation(models, group, metric),
+                "trained": _correlation(trained, group, metric),
+            }
             for arm in arms_of(models):
                 entry[arm] = _correlation([m for m in models if m["arm"] == arm], group, metric)
             found.setdefault(group, {})[metric] = entry
@@ -124,7 +128,10 @@ def _pearson(x: Tensor, y: Tensor) -> float | None:
 
 
 def _correlation(models: list[Model], group: str, metric: str) -> dict[str, Any]:
-    """Pearson with the 95 % interval of Fisher's z, and Spearman; None from fewer than 4 points."""
+    """Pearson with the 95 % interval of Fisher's z, and Spearman; None from fewer than 4 points.
+
+    No interval where a run gives several points, which are not independent.
+    """
     points = [
         (x, y)
         for m in models
@@ -138,7 +145,11 @@ def _correlation(models: list[Model], group: str, metric: str) -> dict[str, Any]
     pearson = stats.pearsonr(margins, losses)
     limits = pearson.confidence_interval(0.95)
     rho = float(stats.spearmanr(margins, losses).statistic)
-    values = {"pearson": float(pearson.statistic), "low": limits.low, "high": limits.high}
+    low: float | None = float(limits.low)
+    high: float | None = float(limits.high)
+    if len({(m["arm"], m["seed"]) for m in models}) < len(models):
+        low = high = None
+    values = {"pearson": float(pearson.statistic), "low": low, "high": high}
     return _rounded({**values, "spearman": rho, "n": len(points)})
 
 

@@ -100,7 +100,7 @@ def _apart(x: list[float], y: list[float]) -> float:
 
 
 def _mean(own: dict[str, Any], group: str, metric: str, form: str = "{:.3f}") -> str:
-    value = own[group][metric]["mean"]
+    value = own[group].get(metric, {}).get("mean")
     return "–" if value is None else form.format(value)
 
 

@@ -42,7 +42,8 @@ PICTURES = (
         "By frequency of the label",
         "Each decile holds a tenth of the tokens: 1 the most frequent labels, 10 the rarest. Bars: "
         "mean over seeds; lines: 95 % Student-t intervals (of paired differences where there is a "
-        "reference), of one seed 1.96 standard errors, which no bar of classes has.",
+        "reference). One seed without a reference: 1.96 standard errors, which bars of classes "
+        "do not have.",
         plots.deciles,
         describe.deciles,
     ),
@@ -50,7 +51,7 @@ PICTURES = (
         "cosines",
         "Cosines within and between classes",
         "Mean cosine of a token to others with the same label (solid) and with other labels "
-        "(dashed), over training. Thin: single seeds.",
+        "(dashed), over training. Thin: single seeds, those with the most points.",
         plots.cosines,
         describe.cosines,
     ),

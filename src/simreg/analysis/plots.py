@@ -13,6 +13,7 @@ from simreg.recipe.progress import tokens as short
 from simreg.theme import Theme
 
 Results = dict[str, Any]
+Point = tuple[int, float, float]
 
 LABELS = {
     "loss": "loss (nats)",
@@ -51,8 +52,9 @@ def margins(results: Results, theme: Theme) -> Figure | None:
                     seen |= share > 1e-3
                     ax.stairs(share, edges, fill=True, color=colours[arm], alpha=0.22)
                     ax.stairs(share, edges, color=colours[arm], linewidth=1.3)
-                    median = results["means"][arm][group][f"{key}_p50"]["mean"]
-                    ax.axvline(median, color=colours[arm], linewidth=1, linestyle=":")
+                    median = results["means"][arm][group].get(f"{key}_p50")
+                    if median is not None and median["mean"] is not None:  # the group has tokens
+                        ax.axvline(median["mean"], color=colours[arm], linewidth=1, linestyle=":")
                 ax.axvline(0, color=theme.text, linewidth=0.8)
                 shown = np.flatnonzero(seen)
                 if len(shown):
@@ -109,21 +111,29 @@ def _half(results: Results, arm: str, group: str, metric: str, entry: dict[str, 
     return 1.96 * (model["groups"][group]["se"].get(metric) or 0.0)
 
 
-def cosine_curves(results: Results) -> dict[str, dict[int, list[tuple[int, float, float]]]]:
-    """arm -> seed -> (tokens, intra, inter): of checkpoints, or as logged while training."""
-    curves: dict[str, dict[int, list[tuple[int, float, float]]]] = {}
+def cosine_curves(results: Results) -> dict[str, dict[int, list[Point]]]:
+    """arm -> seed -> (tokens, intra, inter): of checkpoints, or as logged while training.
+
+    Of each arm the seeds with the most points, so that all points are means of the same seeds.
+    """
+    curves: dict[str, dict[int, list[Point]]] = {}
     for m in results["models"]:
         own = m["groups"]["all"]
         if m["tokens"] is not None:
             point = (m["tokens"], own["intra_cos"], own["inter_cos"])
             curves.setdefault(m["arm"], {}).setdefault(m["seed"], []).append(point)
     if any(len(points) > 1 for seeds in curves.values() for points in seeds.values()):
-        return {a: {s: sorted(p) for s, p in seeds.items()} for a, seeds in curves.items()}
-    logged: dict[str, dict[int, list[tuple[int, float, float]]]] = {}
+        return {a: _longest(seeds) for a, seeds in curves.items()}
+    logged: dict[str, dict[int, list[Point]]] = {}
     for curve in results["training"]:
         points = [(r["tokens"], r["intra_cos"], r["inter_cos"]) for r in curve["records"]]
         logged.setdefault(curve["arm"], {})[curve["seed"]] = points
-    return logged
+    return {a: _longest(seeds) for a, seeds in logged.items()}
+
+
+def _longest(seeds: dict[int, list[Point]]) -> dict[int, list[Point]]:
+    most = max(map(len, seeds.values()))
+    return {seed: sorted(points) for seed, points in seeds.items() if len(points) == most}
 
 
 def cosines(results: Results, theme: Theme) -> Figure | None:
@@ -167,6 +177,8 @@ def explanation(results: Results, theme: Theme) -> Figure | None:
         for ax, group in zip(axes[0], _PANELS, strict=True):
             for m in results["models"]:
                 own = m["groups"][group]
+                if own.get("margin") is None or own.get("loss") is None:
+                    continue
                 face = colours[m["arm"]] if m["final"] else "none"
                 ax.plot(own["margin"], own["loss"], "o", mec=colours[m["arm"]], mfc=face, ms=4.5)
             ax.set(title=f"{group} tokens", xlabel="mean margin")
@@ -192,6 +204,8 @@ def embedding_map(results: Results, theme: Theme) -> Figure | None:
             ax.set_visible(False)
         for ax, (arm, entry) in zip(axes.ravel(), maps.items(), strict=False):
             for i, (label, points) in enumerate(entry["points"].items()):
+                if not points:
+                    continue
                 marker = "osD^vPX*"[i % 8]
                 x, y = np.array(points).T
                 ax.plot(x, y, marker, color=colours[label], ms=4, alpha=0.7, mew=0)

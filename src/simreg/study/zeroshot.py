@@ -15,7 +15,7 @@ from simreg.evaluation.subjects import Subject
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.sizing import StepTimes, reference_step
@@ -92,10 +92,18 @@ def _items(study: Study, step_time: StepTimes, models: int) -> int:
 
 
 def recorded(study: Study) -> dict[str, Any]:
-    """Suite -> what is known of it, for the study's results.json."""
-    found = {}
+    """Suite -> what is known of it, for the study's results.json.
+
+    Without what was found of other models than those that are there now (records are kept where
+    there are none).
+    """
+    found, now = {}, {model.name: model.fingerprint() for model in of_study(study)}
     for path in sorted((Path(study.out) / FOLDER).glob("*/results.json")):
-        if (results := _read(path)) is not None:
+        if (results := _read(path)) is None:
+            continue
+        if any(now.get(name, fingerprint) != fingerprint for name, fingerprint in _models(results)):
+            warn(f"{path} is of models that have changed since: left out, run simreg eval again")
+        else:
             found[path.parent.name] = {key: results[key] for key in _KEPT}
     return found
 
