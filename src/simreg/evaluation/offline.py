@@ -165,8 +165,8 @@ def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list
             f"the text of {first.name} has changed since it was trained, so held-out documents may "
             f"be among those it has seen: {advice}"
         )
-    documents = [text for text in _documents(corpus) if text.strip()]
-    return documents, f"validation split of corpus {corpus.fingerprint[:12]}"
+    kept = [text for text in documents(corpus) if text.strip()]
+    return kept, f"validation split of corpus {corpus.fingerprint[:12]}"
 
 
 def _text(config: DataConfig) -> tuple[Any, ...]:
@@ -177,7 +177,7 @@ def _text(config: DataConfig) -> tuple[Any, ...]:
     )
 
 
-def _documents(corpus: Corpus) -> Iterator[str]:
+def documents(corpus: Corpus) -> Iterator[str]:
     """The documents of the validation split, without their eos."""
     start = 0
     for end in corpus.validation.ends.tolist():
