@@ -144,6 +144,8 @@ def _named(metric: str, score: float) -> str:
     return f"accuracy {text} %" if metric == "acc" else f"{metric.replace('_', ' ')} {text}"
 
 
+ENOUGH_SEEDS = 10
+"""From which on a bootstrap over seeds is not called too narrow."""
 COLUMNS = ("task", "n", "arm", "score", "normalised", "difference", "normalised difference")
 
 
@@ -214,7 +216,9 @@ def _points(gap: dict[str, Any]) -> str:
 def _seeds_and_items(gap: dict[str, Any]) -> str:
     if gap["seeds"] == 1:
         return f"One seed, {gap['items']:,} items: the interval says nothing of other seeds"
-    return f"{gap['seeds']} seeds, {gap['items']:,} items"
+    text = f"{gap['seeds']} seeds, {gap['items']:,} items"
+    few = gap["seeds"] < ENOUGH_SEEDS and gap["low"] is not None
+    return f"{text}: with so few seeds a bootstrap interval is too narrow" if few else text
 
 
 def show(results: dict[str, Any], console: Console) -> None:

@@ -1,0 +1,38 @@
+import pytest
+
+from simreg.evaluation import summary
+
+
+def results(seeds, low, tasks=2):
+    gap = {"mean": 0.012, "low": low, "high": 0.03, "seeds": seeds, "items": 5000}
+    arm = {"average": {"tasks": tasks}, "tasks": {"bits": {"metric": "bits_per_byte"}}}
+    arm["tasks"]["piqa"] = {"metric": "acc"}
+    return {
+        "reference": "plain",
+        "arms": {"ours": arm},
+        "differences": {"ours": {"average": {"score": gap, "normalised": None}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("seeds", "low", "says", "unsaid"),
+    [
+        (1, 0.001, "One seed, 5,000 items: the interval says nothing of other seeds.", "includes"),
+        (5, -0.01, "5 seeds, 5,000 items: with so few seeds a bootstrap interval is", "One seed"),
+        (12, 0.001, "12 seeds, 5,000 items.", "so few"),
+    ],
+)
+def test_a_sentence_says_what_its_interval_is_worth(seeds, low, says, unsaid):
+    (text,) = summary.sentences(results(seeds, low))
+    assert text.startswith("ours on average over tasks: accuracy +1.2 points (95 % interval")
+    assert "against plain" in text
+    assert says in text
+    assert unsaid not in text
+    assert ("which includes no difference" in text) == (low <= 0)
+
+
+def test_one_accuracy_is_named_and_arms_without_common_seeds_are_not_compared():
+    found = results(5, 0.001, tasks=1)
+    assert summary.sentences(found)[0].startswith("ours on piqa: accuracy")
+    found["differences"]["ours"]["average"]["score"] = None
+    assert summary.sentences(found) == ["ours shares no seed with plain: not compared."]
