@@ -5,9 +5,13 @@
     loss = out.loss + reg(labels)
 
 The tap is a forward hook on the decoder, whose last hidden state is exactly what enters the LM
-head, whatever the head does with it: fused, chunked or restricted heads included.
+head, whatever the head does with it: fused, chunked or restricted heads included. An objective that
+reads more (`objectives.Reads`) gets a hook on the LM head or on decoder layers too.
 """
 
+import math
+from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simreg.objectives import Objective
+from simreg.objectives import Objective, Reads, reads
 
 IGNORE_INDEX = -100
 
@@ -34,9 +38,24 @@ def attach(
 
     Raises:
         ValueError: no decoder can be found, or the model is an encoder-decoder (its labels are
-            aligned with the decoder's positions, not shifted).
+            aligned with the decoder's positions, not shifted), or it has not what the objective
+            reads besides (a `get_output_embeddings()`, a list of layers).
     """
-    return Attached(_find_decoder(model) if module is None else module, objective)
+    wanted = reads(objective)
+    if module is None:
+        decoder = _find_decoder(model)
+        return Attached(
+            decoder,
+            objective,
+            head=_find_head(model) if wanted.logits else None,
+            layers=_find_layers(decoder, wanted.depths) if wanted.depths else (),
+        )
+    if wanted != Reads():
+        raise ValueError(
+            f"module: {type(objective).__name__} reads more than final hidden states, which is "
+            "found only in a model with a get_decoder(); leave module out"
+        )
+    return Attached(module, objective)
 
 
 def shift_left(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -51,12 +70,30 @@ class Attached:
     Forward passes under `torch.no_grad()` pass it by.
     """
 
-    def __init__(self, module: nn.Module, objective: Objective) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        *,
+        head: nn.Module | None = None,
+        layers: Sequence[nn.Module] = (),
+    ) -> None:
+        """`head` and `layers` (one for each depth) are those that the objective reads."""
         self.objective = objective
         self.metrics: dict[str, Tensor] = {}
         self._hidden: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._earlier: dict[int, Tensor] = {}
+        self._layers = len(layers)
+        self._running = False  # the decoder, in a forward pass with gradients
         self._attached = True
-        self._hook = module.register_forward_hook(self._capture)
+        self._hooks = [module.register_forward_hook(self._capture)]
+        if layers:
+            self._hooks.append(module.register_forward_pre_hook(self._begin))
+        for i, layer in enumerate(layers):
+            self._hooks.append(layer.register_forward_hook(partial(self._capture_layer, i)))
+        if head is not None:
+            self._hooks.append(head.register_forward_hook(self._capture_logits))
 
     def __call__(
         self,
@@ -79,21 +116,22 @@ class Attached:
             RuntimeError: detached, or no forward pass since the last call.
             ValueError: `labels` or `segments` do not fit the hidden states.
         """
-        hidden = self._take()
+        hidden, read = self._take()
         _check("labels", labels, hidden)
         if segments is not None:
             _check("segments", segments, hidden)
         if shift:
             labels = shift_left(labels, getattr(self.objective, "ignore_index", IGNORE_INDEX))
-        loss, metrics = self.objective(hidden, labels, segments, num_items=num_items)
+        loss, metrics = self.objective(hidden, labels, segments, num_items=num_items, **read)
         self.metrics = {name: value.detach() for name, value in metrics.items()}
         return loss
 
     def detach(self) -> None:
-        """Remove the hook and let go of what it holds; twice is harmless."""
-        self._hook.remove()
+        """Remove the hooks and let go of what they hold; twice is harmless."""
+        for hook in self._hooks:
+            hook.remove()
         self._attached = False
-        self._hidden = None
+        self._forget()
 
     def __enter__(self) -> "Attached":
         return self
@@ -108,14 +146,40 @@ class Attached:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model (EMA, pickle) has the hook too: there it is detached and empty."""
-        return {**vars(self), "_hidden": None, "_attached": False}
+        empty: dict[str, Any] = {
+            "_hidden": None,
+            "_logits": None,
+            "_earlier": {},
+            "_running": False,
+        }
+        return {**vars(self), **empty, "_attached": False}
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self._running = self._attached and torch.is_grad_enabled()
+
+    def _capture_layer(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        # Activation checkpointing runs layers again in the backward pass: the decoder does not
+        # run then, and what they return is not of a forward pass.
+        if self._running:
+            self._earlier[index] = output[0] if isinstance(output, (tuple, list)) else output
 
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
         if self._attached and torch.is_grad_enabled():
             self._hidden = _last_hidden(output)
+            self._logits = None  # those of an earlier pass
+        self._running = False
 
-    def _take(self) -> Tensor:
+    def _capture_logits(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._attached and torch.is_grad_enabled():
+            self._logits = output
+
+    def _forget(self) -> None:
+        self._hidden = self._logits = None
+        self._earlier = {}
+
+    def _take(self) -> tuple[Tensor, dict[str, Any]]:
+        """The final hidden states and what else the objective reads, by keyword."""
         if not self._attached:
             raise RuntimeError("the objective was detached from the model: attach it again")
         if self._hidden is None:
@@ -125,8 +189,56 @@ class Attached:
                 "attached before its first call)"
             )
         # Taken, not read: labels never meet the hidden states of another batch.
-        hidden, self._hidden = self._hidden, None
-        return hidden
+        hidden, read = self._hidden, self._read(self._hidden)
+        self._forget()
+        return hidden, read
+
+    def _read(self, hidden: Tensor) -> dict[str, Any]:
+        wanted = reads(self.objective)
+        read: dict[str, Any] = {}
+        if wanted.logits:
+            if self._logits is None or self._logits.shape[:2] != hidden.shape[:2]:
+                raise RuntimeError(
+                    f"{type(self.objective).__name__} reads the logits of every position, which "
+                    "the last forward pass did not make: turn off fused cross-entropy, and leave "
+                    "logits_to_keep alone"
+                )
+            read["logits"] = self._logits
+        if wanted.depths:
+            if len(self._earlier) < self._layers:
+                raise RuntimeError(
+                    "no hidden states of earlier layers: reentrant activation checkpointing hides "
+                    "them (use_reentrant=False does not)"
+                )
+            read["earlier"] = tuple(self._earlier[i] for i in range(self._layers))
+        return read
+
+
+def _find_head(model: nn.Module) -> nn.Module:
+    find = getattr(_unwrap(model), "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"model: found no get_output_embeddings() on {type(_unwrap(model)).__name__}, the LM "
+            "head whose logits the objective reads"
+        )
+    return head
+
+
+def _find_layers(decoder: nn.Module, depths: Sequence[float]) -> list[nn.Module]:
+    """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise ValueError(
+            f"model: found no list of layers in {type(decoder).__name__}, whose earlier hidden "
+            "states the objective reads"
+        )
+    layers = max(lists, key=len)
+    for depth in depths:
+        if not 0 < depth <= 1:
+            raise ValueError(f"depth: expected a fraction of the layers in (0, 1], got {depth!r}")
+    # Rounded, since 0.7 · 10 is a little more than 7.
+    return [layers[math.ceil(round(depth * len(layers), 6)) - 1] for depth in depths]
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:

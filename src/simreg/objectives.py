@@ -1,8 +1,35 @@
 """The protocol that SimReg and its rivals share: trainers and studies know no particular one."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What an objective reads of a forward pass besides the final hidden states.
+
+    Each comes as a keyword of the call, with gradients, in the dtype that the model computed it in.
+    """
+
+    logits: bool = False
+    """`logits`: `[B, L, V]`, what the LM head returns (before a soft cap, if the model has one)."""
+    depths: tuple[float, ...] = ()
+    """`earlier`: for each fraction of the depth, the hidden states `[B, L, d]` that leave the layer
+    there (of n layers, layer ⌈fraction · n⌉), before any norm."""
+
+    def __or__(self, other: "Reads") -> "Reads":
+        """What both read; depths without repetition, in the order of their first mention."""
+        return Reads(
+            self.logits or other.logits, tuple(dict.fromkeys((*self.depths, *other.depths)))
+        )
+
+
+def reads(objective: object) -> Reads:
+    """What `objective` declares in its attribute `reads`; nothing more if it has none."""
+    declared = getattr(objective, "reads", None)
+    return declared if isinstance(declared, Reads) else Reads()
 
 
 class Objective(Protocol):
@@ -14,6 +41,9 @@ class Objective(Protocol):
     ``num_items`` (a number or a scalar tensor; None: the valid labels of this call), the divisor of
     cross-entropy, so that gradient accumulation and data parallelism stay exact (design: per-token
     and additive). Returns the weighted scalar loss and a dict of detached scalar metrics.
+
+    An objective that needs more declares it in an attribute ``reads`` (a `Reads`) and gets it as
+    keywords. One that owns parameters or buffers is an `nn.Module`.
     """
 
     def __call__(
@@ -26,3 +56,45 @@ class Objective(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted scalar loss, and its metrics."""
         ...
+
+
+class Sum(nn.Module):
+    """SimReg and another objective as one: their losses add.
+
+    The metrics are those of `simreg`, and the other's `loss` as `auxiliary`.
+    """
+
+    def __init__(self, simreg: Objective | None, auxiliary: Objective) -> None:
+        super().__init__()
+        self.simreg, self.auxiliary = simreg, auxiliary
+        self.reads = reads(simreg) | reads(auxiliary)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        **read: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Objective`."""
+        loss, metrics = self.auxiliary(
+            hidden, labels, segments, num_items=num_items, **self._share(self.auxiliary, read)
+        )
+        found = {"auxiliary": metrics["loss"]}
+        if self.simreg is not None:
+            own, metrics = self.simreg(
+                hidden, labels, segments, num_items=num_items, **self._share(self.simreg, read)
+            )
+            loss, found = loss + own, found | metrics
+        return loss, found
+
+    def _share(self, objective: Objective, read: dict[str, Any]) -> dict[str, Any]:
+        """Of all that was read, what this objective asked for."""
+        wanted = reads(objective)
+        share = {"logits": read["logits"]} if wanted.logits else {}
+        if wanted.depths:
+            at = dict(zip(self.reads.depths, read["earlier"], strict=True))
+            share["earlier"] = tuple(at[depth] for depth in wanted.depths)
+        return share

@@ -1,0 +1,1 @@
+"""Rival objectives behind the same call as SimReg, for comparisons: one file each."""
