@@ -160,7 +160,7 @@ class Attached:
     def _capture_layer(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
         # Activation checkpointing runs layers again in the backward pass: the decoder does not
         # run then, and what they return is not of a forward pass.
-        if self._running:
+        if self._running and torch.is_grad_enabled():
             self._earlier[index] = output[0] if isinstance(output, (tuple, list)) else output
 
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -237,7 +237,7 @@ def _find_layers(decoder: nn.Module, depths: Sequence[float]) -> list[nn.Module]
     for depth in depths:
         if not 0 < depth <= 1:
             raise ValueError(f"depth: expected a fraction of the layers in (0, 1], got {depth!r}")
-    # Rounded, since 0.7 · 10 is a little more than 7.
+    # Rounded, since 0.28 · 25 is a little more than 7.
     return [layers[math.ceil(round(depth * len(layers), 6)) - 1] for depth in depths]
 
 

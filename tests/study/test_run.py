@@ -43,6 +43,36 @@ def test_finished_runs_and_timings_are_reused(lab, study):
     assert "4 of 4 runs are finished already" in screen
 
 
+def test_a_study_that_is_over_is_drawn_anywhere_with_its_times(lab, study, monkeypatch):
+    first, _ = compare(study)
+    monkeypatch.setattr(sizing.torch, "__version__", "another")
+    monkeypatch.setattr(run.data, "prepare", lambda config: pytest.fail("needs no data"))
+    again, _ = compare(study)
+    assert again["step_time"] == first["step_time"]
+    assert lab.timed == [0.3]
+
+
+def test_times_are_taken_anew_for_new_runs_on_another_machine(lab, study, monkeypatch):
+    compare(study)
+    monkeypatch.setattr(sizing.torch, "__version__", "another")
+    compare(replace(study, seeds=[0, 1]))
+    assert lab.timed == [0.3, 0.3]
+
+
+def test_only_arms_that_are_asked_for_are_timed(lab, study):
+    arms = {"strong": {"simreg": {"weight": 3}}, "weak": {"simreg": {"weight": 0.1}}}
+    results, screen = compare(replace(study, arms=study.arms | arms, timed=["weak"]))
+    assert lab.timed == [0.1]
+    assert results["step_time"].keys() == {"weak"}
+    saved = results["isoloss"]
+    assert saved["weak"]["seconds_saved"]["mean"] is not None
+    assert saved["strong"]["tokens_saved"]["mean"] is not None
+    assert not (saved["strong"]["seconds_saved"] or {}).get("mean")
+    _, screen = compare(replace(study, arms=study.arms | arms, timed=["weak"]))
+    assert "timing" not in screen
+    assert lab.timed == [0.1]
+
+
 def test_an_interrupted_study_continues(lab, study):
     def stop(config):
         if "0.8" in config.out:

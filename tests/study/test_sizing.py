@@ -85,13 +85,14 @@ def test_close_budgets_come_to_different_steps_or_are_refused():
 def test_what_leaves_the_cost_of_a_step_alone_is_not_timed(tmp_path):
     arms = {
         "lr": {"optim": {"lr": 1e-4, "warmup": 0.5, "clip": 0.5}, "train": {"log_every": 3}},
+        "fading": {"simreg": {"weight": 0, "schedule": "decay"}},
         "noclip": {"optim": {"clip": 0}},
         "batch": {"train": {"batch_rows": 32}},
     }
     plain = {arm: {"simreg": {"weight": 0}, **changes} for arm, changes in arms.items()}
     study = plan.from_dict({"arms": {**plain, "simreg": {}}, "out": str(tmp_path)})
     known = sizing.cached_step_times(study)
-    assert list(known) == ["lr"]
+    assert list(known) == ["lr", "fading"]
     assert (known["lr"]["ratio"], known["lr"]["n"]) == (1.0, 0)
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from simreg.baselines.simreg_variant import SimRegVariant
 from simreg.baselines.z_loss import ZLoss
 
 OBJECTIVES: dict[str, type[nn.Module]] = {
+    "simreg-variant": SimRegVariant,
     "z-loss": ZLoss,
 }
 _SIZES = ("hidden_size", "vocab_size")

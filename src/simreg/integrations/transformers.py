@@ -22,6 +22,8 @@ from simreg.integrations.window import Window, wide
 from simreg.objectives import Objective
 
 SEGMENTS = "segments"
+OBJECTIVE = "training_objective"
+"""The submodule under which a model in training keeps an objective that has weights of its own."""
 
 
 class SimRegTrainer(Trainer):
@@ -42,8 +44,12 @@ class SimRegTrainer(Trainer):
     Training checkpoints keep the model's own parameter names, so that resuming is exact for models
     whose published layout differs; `save_model` writes the published layout, as in `Trainer`.
 
+    Parameters and buffers that the objective owns are a submodule of the model while it trains, so
+    that they are optimized and saved in checkpoints with it; `save_model` leaves them out.
+
     Raises:
-        ValueError: under `torch.nn.DataParallel`, or with sequences sharded over processes.
+        ValueError: under `torch.nn.DataParallel`, with sequences sharded over processes, or for an
+            objective with parameters or buffers under FSDP.
     """
 
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
@@ -66,8 +72,16 @@ class SimRegTrainer(Trainer):
     def _attach(self, model: nn.Module | None) -> None:
         if self._reg is not None:
             self._reg.detach()
-        if model is not None and self._objective is not None:
-            self._reg = attach(model, self._objective)
+        if model is None or self._objective is None:
+            return
+        self._reg = attach(model, self._objective)
+        if isinstance(self._objective, nn.Module) and self._objective.state_dict():
+            if self.is_fsdp_enabled:
+                raise ValueError(
+                    f"objective: {type(self._objective).__name__} has parameters or buffers of its "
+                    "own, which FSDP is not supported with; use DDP"
+                )
+            model.add_module(OBJECTIVE, self._objective.to(self.args.device))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model by `model_init`, with the objective attached."""
@@ -222,7 +236,8 @@ class SimRegTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; training checkpoints keep the model's own parameter names."""
         if not _internal_call:
-            super().save_model(output_dir)
+            with published(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+                super().save_model(output_dir)
             return
         # Resuming loads by the model's names: what the published layout renames would be lost.
         with _own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
@@ -251,6 +266,17 @@ def _router_loss(model: nn.Module, outputs: Any) -> tuple[float, Tensor] | None:
         f"model: {type(model).__name__} returned an aux_loss, but neither it nor its config has a "
         "router_aux_loss_coef, so its share of the loss is unknown"
     )
+
+
+@contextmanager
+def published(model: nn.Module) -> Iterator[None]:
+    """Take what an objective owns out of the model, for as long as it is being saved."""
+    objective = model._modules.pop(OBJECTIVE, None)
+    try:
+        yield
+    finally:
+        if objective is not None:
+            model.add_module(OBJECTIVE, objective)
 
 
 @contextmanager

@@ -11,34 +11,58 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import (
     TensorBoardCallback,
     TrackioCallback,
     WandbCallback,
 )
 
+from simreg.baselines import registry
 from simreg.loss import SimRegLoss
-from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig, SimRegConfig
+from simreg.objectives import Objective, Sum
+from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
 from simreg.recipe.errors import UserError
 
 
-def objective(config: SimRegConfig) -> SimRegLoss | None:
-    """The auxiliary loss, or None where its weight is 0."""
-    if config.weight == 0:
-        return None
-    return SimRegLoss(
-        weight=config.weight,
-        temperature=config.temperature,
-        variant=config.variant,
-        chunk_size=config.chunk_size,
-    )
+def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
+    """The auxiliary losses of a run as one, or None where there is none.
+
+    What they initialise follows from the seed, and takes nothing from the model's random numbers.
+    """
+    own, other = config.simreg, config.auxiliary
+    simreg = None
+    if own.weight > 0:
+        simreg = SimRegLoss(
+            weight=own.weight,
+            temperature=own.temperature,
+            variant=own.variant,
+            chunk_size=own.chunk_size,
+        )
+    if other.name is None:
+        return simreg
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        auxiliary = registry.build(
+            other.name,
+            other.options,
+            hidden_size=model.hidden_size,
+            vocab_size=model.vocab_size,
+        )
+    return Sum(simreg, auxiliary)
 
 
-def collator(config: SimRegConfig) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+def scheduled(objective: Objective | None) -> SimRegLoss | None:
+    """The part whose weight `simreg.schedule` changes."""
+    part = objective.simreg if isinstance(objective, Sum) else objective
+    return part if isinstance(part, SimRegLoss) else None
+
+
+def collator(config: RunConfig) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
     """Rows to a batch; it carries document ids only if the loss is to stay within documents."""
     keys = ["input_ids", "labels"]
-    if config.weight > 0 and config.scope == "document":
+    active = config.simreg.weight > 0 or config.auxiliary.name is not None
+    if active and config.simreg.scope == "document":
         keys.append("segments")
 
     def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from simreg.baselines import registry
 from simreg.recipe.errors import UserError
 
 T = TypeVar("T")
@@ -121,6 +122,41 @@ class SimRegConfig:
     """Compare only tokens in the same chunk of this many positions; None: the whole row."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
+    schedule: Literal["constant", "warmup", "decay", "stop"] = "constant"
+    """How λ changes over the run: not at all, up from 0 over the first `schedule_fraction` of the
+    steps, down to 0 over the last, or 0 after it."""
+    schedule_fraction: Fraction = 0.5
+    """Share of the steps that `schedule` speaks of."""
+
+    def weight_at(self, done: float) -> float:
+        """λ when `done` (0 to 1) of the steps are done."""
+        part = self.schedule_fraction
+        if self.schedule == "stop":
+            return self.weight if done < part else 0.0
+        if self.schedule == "constant" or part == 0:
+            return self.weight
+        passed = done if self.schedule == "warmup" else 1 - done
+        return self.weight * min(1.0, passed / part)
+
+
+@_checked
+@dataclass(config=_STRICT, frozen=True)
+class AuxiliaryConfig:
+    """Another auxiliary loss, instead of SimReg or beside it (docs/rivals.md)."""
+
+    name: str | None = None
+    """Which one; None: none."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Its options, `weight` among them; those left out keep their defaults."""
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.options:
+            raise ValueError("auxiliary.options are those of auxiliary.name, which is not set")
+        if self.name is not None:
+            try:  # built for a model of any size, to see what it says
+                registry.build(self.name, self.options, hidden_size=1, vocab_size=1)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"auxiliary: {error}") from None
 
 
 @_checked
@@ -172,6 +208,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     simreg: SimRegConfig = field(default_factory=SimRegConfig)
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

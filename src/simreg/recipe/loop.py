@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from simreg.integrations.transformers import SimRegTrainer
-from simreg.recipe import checkpoints
+from simreg.recipe import assemble, checkpoints
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Diverged
 from simreg.recipe.folder import RunFolder, storage_errors
@@ -40,6 +40,7 @@ class RunTrainer(SimRegTrainer):
         self.interrupted = False  # this process was asked to stop
         self.stopping = False  # all of them stop after this step
         self.metrics_file: MetricsFile | None = None
+        self.regularizer = assemble.scheduled(kwargs.get("objective"))
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -147,6 +148,12 @@ class RunCallback(TrainerCallback):
         self._last = (state.global_step, self.trainer.clock.seconds)
         self.trainer.clock.start()
 
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Set the weight that the regularizer has in this step."""
+        if self.trainer.regularizer is not None:
+            done = state.global_step / self.steps
+            self.trainer.regularizer.weight = self.trainer.config.simreg.weight_at(done)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -207,7 +214,7 @@ class RunCallback(TrainerCallback):
             **position,
             "ce": logs["ce"],
             **{key: logs.get(key) for key in _OBJECTIVE_KEYS},
-            **({"router_loss": logs["router_loss"]} if "router_loss" in logs else {}),
+            **{key: logs[key] for key in ("router_loss", "auxiliary") if key in logs},
             "lr": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
             "clipped": logs["clipped"],

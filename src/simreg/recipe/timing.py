@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from simreg.capture import attach
@@ -33,12 +34,16 @@ class Stepper:
         self.model = model.to(self.device)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        objective = assemble.objective(config.simreg)
+        objective = assemble.objective(config, self.model.config)
+        if isinstance(objective, nn.Module):
+            objective.to(self.device)
         self.reg = None if objective is None else attach(self.model, objective)
         self.forward = torch.compile(self.model) if config.train.compile else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.optim.lr, fused=True)
+        owned = objective.parameters() if isinstance(objective, nn.Module) else ()
+        self.parameters = [*self.model.parameters(), *owned]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.optim.lr, fused=True)
         rows = ordered(corpus.train, config.train.seed, steps * config.train.batch_rows)
-        collate = assemble.collator(config.simreg)
+        collate = assemble.collator(config)
         self._batches = iter(DataLoader(rows, assemble.micro_batch(config), collate_fn=collate))
 
     def step(self) -> float:
@@ -53,7 +58,7 @@ class Stepper:
                     loss = loss + self.reg(batch["labels"], segments)
             (loss / self.config.train.accumulate).backward()
         if self.config.optim.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.device.type != "cpu":

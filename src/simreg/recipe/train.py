@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from simreg.integrations.transformers import published
 from simreg.recipe import assemble, checkpoints, models, progress, provenance
 from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, Rows, ordered, prepare
@@ -92,8 +93,8 @@ def _run(
         args=arguments,
         train_dataset=rows,
         eval_dataset=_validation(config, corpus.validation),
-        data_collator=assemble.collator(config.simreg),
-        objective=assemble.objective(config.simreg),
+        data_collator=assemble.collator(config),
+        objective=assemble.objective(config, model.config),
     )
     flops = models.flops_per_token(model.config, active, config.data.seq_len)
     probe = None if config.train.analyze_every is None else Probe(corpus.validation)
@@ -201,6 +202,7 @@ def _result(
         "seconds": seconds,
         "params": {"total": params[0], "active": params[1]},
         "objective": {"name": "simreg", **dataclasses.asdict(config.simreg)},
+        "auxiliary": dataclasses.asdict(config.auxiliary),
         "corpus": {
             "fingerprint": corpus.fingerprint,
             "train_tokens": corpus.tokens,
@@ -214,7 +216,8 @@ def _export(
 ) -> None:
     """The model as a normal Hugging Face folder; then the result, which marks the run finished."""
     with checkpoints.new_folder(folder.model) as aside:
-        model.save_pretrained(aside)
+        with published(model):
+            model.save_pretrained(aside)
         corpus.tokenizer.save_pretrained(aside)
     checkpoints.write_atomically(folder.result, json.dumps(result, indent=2) + "\n")
 

@@ -60,6 +60,8 @@ class Study:
         default_factory=lambda: [0]
     )
     """Each seed fixes initialisation and batches in every arm alike."""
+    timed: list[str] | None = None
+    """Arms whose step time is measured against the reference's; None: all."""
     minutes: Positive | None = None
     """Size N to the machine so that the whole study takes about this long."""
 
@@ -76,6 +78,8 @@ class Study:
             )
         if isinstance(self.budgets, dict) and (unknown := self.budgets.keys() - self.arms.keys()):
             raise ValueError(f"budgets for unknown arms: {', '.join(sorted(unknown))}")
+        if unknown := set(self.timed or ()) - self.arms.keys():
+            raise ValueError(f"timed: unknown arms {', '.join(sorted(unknown))}")
         if 1.0 not in self.budgets_of(self.reference):
             raise ValueError(f"the reference arm {self.reference!r} needs the budget 1.0")
         for arm in self.arms:
@@ -108,6 +112,10 @@ class Study:
     def others(self) -> list[str]:
         """The arms that are compared with the reference."""
         return [arm for arm in self.arms if arm != self.reference]
+
+    def times(self, arm: str) -> bool:
+        """Whether the arm's step time is to be measured."""
+        return self.timed is None or arm in self.timed
 
     def cells(self) -> list[Cell]:
         """All runs in order: a seed's arms together, the reference first."""

@@ -143,9 +143,12 @@ def _measure(
     study: Study, console: Console, *, unsized: bool
 ) -> tuple[Corpus | None, sizing.StepTimes]:
     """The corpus (None if nothing is left to train or time) and the arms' step times."""
-    known = sizing.cached_step_times(study)
     finished = {} if unsized else _finished(study)
-    if len(known) == len(study.others) and len(finished) == len(study.cells()):
+    done = len(finished) == len(study.cells())
+    # A study that is over can be drawn again anywhere, with the times that are on record.
+    known = sizing.cached_step_times(study, any_machine=done)
+    untimed = [arm for arm in study.others if study.times(arm) and arm not in known]
+    if done and not untimed:
         return None, known
     corpus = data.prepare(study.base.data)
     corpus.require_batch(study.base.train.batch_rows)
@@ -156,7 +159,7 @@ def _measure(
                 f"trained ({before} then, {corpus.fingerprint} now): restore them, or give another "
                 "--out"
             )
-    if len(known) < len(study.others):
+    if untimed:
         console.print("timing the steps of each arm, interleaved with the reference's ...")
     with storage_errors(Path(study.out)):
         return corpus, sizing.step_times(study, corpus)

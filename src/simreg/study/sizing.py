@@ -31,6 +31,7 @@ _EVAL_COST = 0.4
 _RUN_SECONDS = 3.0
 # Settings that leave the cost of a step as it is.
 _FREE = {
+    "simreg": {"schedule", "schedule_fraction"},
     "optim": {"lr", "warmup", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2"},
     "train": {"tokens", "seed", "log_every", "evals", "eval_tokens", "save_every"}
     | {"keep_checkpoints", "report_to", "analyze_every"},  # the clock stands still for a look
@@ -50,7 +51,7 @@ def step_times(study: Study, corpus: Corpus) -> StepTimes:
     path = Path(study.out) / STEP_TIME_FILE
     known = cached_step_times(study)
     for arm in study.others:
-        if arm not in known:
+        if arm not in known and study.times(arm):
             measured = timing.step_time_ratio(
                 study.arm_config(study.reference), study.arm_config(arm), corpus
             )
@@ -59,8 +60,11 @@ def step_times(study: Study, corpus: Corpus) -> StepTimes:
     return known
 
 
-def cached_step_times(study: Study) -> StepTimes:
-    """The step times that need no measurement: same cost, or measured earlier on this machine."""
+def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
+    """The step times that need no measurement: same cost, or measured earlier.
+
+    Unless `any_machine`, those of another machine or of other software do not count.
+    """
     try:
         stored = json.loads((Path(study.out) / STEP_TIME_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -71,7 +75,7 @@ def cached_step_times(study: Study) -> StepTimes:
         entry = stored.get(arm)
         if _cost(study, arm) == _cost(study, study.reference):
             known[arm] = _SAME_COST
-        elif isinstance(entry, dict) and entry.get("key") == _key(study, arm):
+        elif isinstance(entry, dict) and (any_machine or entry.get("key") == _key(study, arm)):
             known[arm] = entry
     return known
 

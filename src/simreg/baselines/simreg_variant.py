@@ -1,0 +1,141 @@
+"""SimReg with changes that are under study and not part of the loss itself."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simreg.baselines import terms
+from simreg.loss import simreg_loss
+from simreg.objectives import Reads
+
+CENTRES = ("none", "row", "batch")
+
+
+class SimRegVariant(nn.Module):
+    """weight · SimReg, changed in one respect or several; unchanged by default.
+
+    Args:
+        weight, temperature, variant, chunk_size: as in `SimRegLoss`.
+        centre: take the mean embedding of the valid tokens of the row, or of the batch, out of the
+            hidden states first. SimReg itself does not change if all similarities of a row rise by
+            the same amount, so it is blind to a direction that all embeddings share.
+        batch: compare all tokens of the batch, not those of a row alone.
+        depths: regularize the hidden states at these fractions of the depth instead of the final
+            ones (with `final`: besides), and average.
+        rarity: weigh anchors by (count of their label in the row, or the batch)^-rarity, scaled
+            to a mean of 1 over the valid tokens there.
+        normalise: False takes h_i·h_j / τ for the similarity; choose τ near √d.
+        learn_temperature: train log τ with the model; `temperature` is where it starts.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.3,
+        temperature: float = 0.1,
+        variant: str = "out",
+        chunk_size: int | None = None,
+        *,
+        centre: str = "none",
+        batch: bool = False,
+        depths: Sequence[float] = (),
+        final: bool = False,
+        rarity: float = 0.0,
+        normalise: bool = True,
+        learn_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = terms.check("weight", weight, 0)
+        if centre not in CENTRES:
+            raise ValueError(f"centre: expected one of {CENTRES}, got {centre!r}")
+        if final and not depths:
+            raise ValueError("final: goes with depths; without them the final states are taken")
+        self.plain = not normalise or learn_temperature
+        if self.plain and (variant != "out" or chunk_size is not None):
+            raise ValueError('normalise, learn_temperature: only with variant="out", no chunk_size')
+        self.variant, self.chunk_size = variant, chunk_size
+        self.centre, self.batch, self.normalise = centre, batch, normalise
+        self.final = final or not depths
+        self.rarity = terms.check("rarity", rarity, 0)
+        self.temperature = terms.check("temperature", temperature, 1e-6)
+        self.log_temperature: nn.Parameter | None = None
+        if learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.reads = Reads(depths=tuple(depths))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        earlier: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `objectives.Objective`."""
+        layers = [*earlier, hidden] if self.final else list(earlier)
+        losses = torch.stack([self._of(h, labels, segments) for h in layers]).mean(0)
+        return terms.weigh(self.weight, losses, labels, num_items)
+
+    def _of(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+        """Per-token losses `[B, L]` of one layer."""
+        h, y, g = self._centred(hidden, labels), labels, segments
+        if self.batch:
+            h, y = h.flatten(0, 1)[None], y.flatten()[None]
+            g = None if g is None else _apart(g).flatten()[None]
+        if self.plain:
+            losses = self._plain(h, y, g)
+        else:
+            losses = simreg_loss(
+                h,
+                y,
+                temperature=self.temperature,
+                variant=self.variant,
+                segments=g,
+                chunk_size=self.chunk_size,
+                reduction="none",
+            )
+        return (losses * self._weights(y)).view(labels.shape)
+
+    def _centred(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if self.centre == "none":
+            return hidden
+        over = (0, 1) if self.centre == "batch" else (1,)
+        h = terms.seen(hidden, labels)
+        count = terms.valid(labels).sum(over, keepdim=True).clamp_min(1).unsqueeze(-1)
+        return (h - h.sum(over, keepdim=True) / count).to(hidden.dtype)
+
+    def _weights(self, labels: Tensor) -> Tensor:
+        """What an anchor's loss counts, `[B, L]`; 1 on average over the valid ones."""
+        valid = terms.valid(labels)
+        if not self.rarity:
+            return valid.float()
+        same = (labels.unsqueeze(-1) == labels.unsqueeze(-2)) & valid.unsqueeze(-2)
+        weights = same.sum(-1).clamp_min(1).float().pow(-self.rarity).masked_fill(~valid, 0)
+        count = valid.sum(-1, keepdim=True)
+        return weights * (count / weights.sum(-1, keepdim=True).clamp_min(terms.EPS))
+
+    def _plain(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+        """Variant "out" in plain PyTorch, L×L, so that it can differ in what kernels fix."""
+        tau: Tensor | float = self.temperature
+        if self.log_temperature is not None:
+            tau = self.log_temperature.exp()
+        e = (terms.unit if self.normalise else terms.seen)(hidden, labels)
+        s = e @ e.mT / tau
+        valid = terms.valid(labels)
+        pairs = valid.unsqueeze(-1) & valid.unsqueeze(-2)
+        pairs = pairs & ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
+        if segments is not None:
+            pairs = pairs & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
+        positives = pairs & (labels.unsqueeze(-1) == labels.unsqueeze(-2))
+        count = positives.sum(-1)
+        mean = s.masked_fill(~positives, 0).sum(-1) / count.clamp_min(1)
+        # A token without candidates has no logsumexp: give it one, then drop it.
+        total = s.masked_fill(~pairs & pairs.any(-1, keepdim=True), -math.inf).logsumexp(-1)
+        return (total - mean).masked_fill(count == 0, 0)
+
+
+def _apart(segments: Tensor) -> Tensor:
+    """Segment ids that no two rows share."""
+    return segments * len(segments) + torch.arange(len(segments), device=segments.device)[:, None]

@@ -1,0 +1,168 @@
+"""Runs with another objective than SimReg, or with a weight that changes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simreg.objectives import Sum
+from simreg.recipe import assemble, loop, models
+from simreg.recipe.config import SimRegConfig, from_dict, to_yaml
+from simreg.recipe.errors import UserError
+from simreg.recipe.timing import Stepper
+from simreg.recipe.train import train
+from tests.recipe import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OWNED = {"name": "simreg-variant", "options": {"learn_temperature": True}}
+LAST = f"checkpoints/step-{tiny.STEPS:07d}/model.safetensors"
+PARAMETER = "training_objective.auxiliary.log_temperature"
+
+
+def run(folder: Path, text: Path, changes: dict[str, Any]) -> Any:
+    config = tiny.config(folder, text, changes)
+    return config, train(config)
+
+
+def test_its_parameters_are_trained_saved_and_left_behind(tmp_path: Path, text: Path) -> None:
+    changes = {"simreg": {"weight": 0}, "auxiliary": OWNED}
+    config, result = run(tmp_path / "whole", text, changes)
+    saved = load_file(Path(config.out) / LAST)
+    assert abs(float(saved[PARAMETER]) - torch.log(torch.tensor(0.1))) > 1e-3
+    exported = load_file(Path(config.out) / "model/model.safetensors")
+    assert exported.keys() == saved.keys() - {PARAMETER}
+    assert all(torch.equal(exported[name], saved[name]) for name in exported)
+    assert result["auxiliary"] == OWNED
+    lines = tiny.metrics(config.out)
+    assert all(line["auxiliary"] > 0 for line in lines if line["kind"] == "train")
+    assert all(line["simreg"] is None for line in lines if line["kind"] == "train")
+
+    # Killed and continued, it ends as if nothing had been.
+    broken = tiny.config(tmp_path / "broken", text, changes)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(broken))
+    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), "kill@step:13"]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    train(broken)
+    assert tiny.metrics(broken.out) == lines
+    again = load_file(Path(broken.out) / LAST)
+    assert all(torch.equal(again[name], value) for name, value in saved.items())
+
+
+def test_it_takes_nothing_from_the_models_random_numbers(text: Path, tmp_path: Path) -> None:
+    """An arm with projectors starts from the weights of an arm without."""
+    plain = tiny.config(tmp_path, text)
+    before = models.build(plain, tokenizer_size=300, eos_token_id=0)
+    rival = tiny.config(tmp_path, text, {"auxiliary": OWNED})
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assemble.objective(rival, before.config)
+    assert torch.equal(torch.rand(3), expected)
+    after = models.build(rival, tokenizer_size=300, eos_token_id=0)
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_beside_simreg(tmp_path: Path, text: Path) -> None:
+    """Both act: the gradient is the sum, so the run is neither's alone."""
+    both = {"simreg": {"weight": 0.3}, "auxiliary": {"name": "z-loss", "options": {"weight": 0.1}}}
+    ends = [
+        run(tmp_path / str(i), text, changes)[1]["final_ce"]
+        for i, changes in enumerate(
+            (both, {"simreg": both["simreg"]}, {**both, "simreg": {"weight": 0}})
+        )
+    ]
+    assert len(set(ends)) == 3
+    lines = tiny.metrics(str(tmp_path / "0" / "run"))
+    assert all({"simreg", "auxiliary"} <= line.keys() for line in lines if line["kind"] == "train")
+
+
+@pytest.mark.parametrize(
+    ("auxiliary", "message"),
+    [
+        ({"name": "zloss"}, "no objective 'zloss'; there are"),
+        ({"name": "z-loss", "options": {"wait": 1}}, "z-loss has no option wait; it has weight"),
+        ({"name": "z-loss", "options": {"weight": -1}}, "weight: expected a finite number from 0"),
+        ({"name": "z-loss", "options": {"weight": "x"}}, "weight: expected a finite number from 0"),
+        ({"options": {"weight": 1}}, "auxiliary.name, which is not set"),
+    ],
+)
+def test_wrong_options_are_named(auxiliary: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_dict({"auxiliary": auxiliary})
+
+
+def test_a_learned_temperature_is_timed_too(tmp_path: Path, text: Path) -> None:
+    from simreg.recipe.data import prepare
+
+    config = tiny.config(tmp_path, text, {"auxiliary": OWNED})
+    stepper = Stepper(config, prepare(config.data), 2)
+    assert isinstance(stepper.reg.objective, Sum)
+    before = [p.detach().clone() for p in stepper.reg.objective.parameters()]
+    stepper.step()
+    after = list(stepper.reg.objective.parameters())
+    assert len(before) == len(after) == 1
+    assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [
+        ("constant", [2, 2, 2, 2, 2]),
+        ("warmup", [0, 1, 2, 2, 2]),
+        ("decay", [2, 2, 2, 1, 0]),
+        ("stop", [2, 2, 0, 0, 0]),
+    ],
+)
+def test_weight_over_a_run(schedule: str, weights: list[float]) -> None:
+    config = SimRegConfig(weight=2, schedule=schedule, schedule_fraction=0.5)
+    assert [config.weight_at(done) for done in (0, 0.25, 0.5, 0.75, 1)] == weights
+    none = SimRegConfig(weight=2, schedule=schedule, schedule_fraction=0)
+    assert none.weight_at(0) == (0 if schedule == "stop" else 2)
+
+
+@pytest.mark.parametrize("auxiliary", [{}, {"name": "z-loss"}])
+def test_each_step_has_its_weight(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, auxiliary: dict[str, Any]
+) -> None:
+    seen = []
+    original = loop.RunTrainer.training_step
+
+    def spy(self: loop.RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.regularizer.weight)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop.RunTrainer, "training_step", spy)
+    simreg = {"weight": 0.5, "schedule": "decay", "schedule_fraction": 0.5}
+    run(tmp_path, text, {"simreg": simreg, "auxiliary": auxiliary})
+    expected = [0.5] * 10 + [0.5 * (1 - step / 20) / 0.5 for step in range(10, 20)]
+    assert seen == pytest.approx(expected)
+
+
+def test_two_processes_train_its_parameters(tmp_path: Path, text: Path) -> None:
+    """Under DDP the projector's gradient is reduced as the model's own: the run is the same."""
+    changes = {"simreg": {"weight": 0}, "auxiliary": OWNED}
+    config, result = run(tmp_path / "one", text, changes)
+    file = tmp_path / "two.yaml"
+    two = tiny.config(tmp_path / "two", text, changes)
+    file.write_text(to_yaml(two))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.recipe.tiny", str(file), "none"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tiny.ROOT, check=True, timeout=240, env=environment)
+    one, other = (load_file(Path(c.out) / LAST) for c in (config, two))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+    moved = float(one[PARAMETER]) - float(torch.log(torch.tensor(0.1)))
+    assert float(other[PARAMETER]) - float(torch.log(torch.tensor(0.1))) == pytest.approx(
+        moved, rel=1e-3
+    )
+    assert result["auxiliary"] == OWNED

@@ -1,0 +1,203 @@
+"""What an objective reads besides the final hidden states: logits and earlier layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from simreg.capture import attach
+from simreg.objectives import Reads, Sum, reads
+from tests.test_capture import batch, build
+
+pytest.importorskip("transformers")
+
+
+class Keeps(nn.Module):
+    """An objective that keeps what it was given; its loss has a gradient to all of it."""
+
+    def __init__(self, **declared):
+        super().__init__()
+        self.reads = Reads(**declared)
+        self.seen = {}
+
+    def forward(self, hidden, labels, segments=None, *, num_items=None, **read):
+        self.seen = {"hidden": hidden, **read}
+        tensors = [hidden, *read.get("earlier", ())]
+        if "logits" in read:
+            tensors.append(read["logits"])
+        loss = sum(t.square().mean() for t in tensors)
+        return loss, {"loss": loss.detach()}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model, objective):
+    """Gradients of the objective alone."""
+    ids, labels = batch()[:2]
+    with attach(model, objective) as reg:
+        model(input_ids=ids, labels=labels)
+        reg(labels).backward()
+    found = gradients(model)
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral", "gpt2", "neox", "opt"])
+def test_they_are_what_the_model_says(name):
+    model, keeps = build(name), Keeps(logits=True, depths=(0.5, 1.0, 0.2))
+    ids, labels = batch()[:2]
+    with attach(model, keeps) as reg:
+        out = model(input_ids=ids, labels=labels, output_hidden_states=True)
+        reg(labels)
+    assert keeps.seen["logits"] is out.logits
+    half, whole, fifth = keeps.seen["earlier"]
+    # hidden_states: the embeddings, then each layer; the last is after the final norm.
+    torch.testing.assert_close(half, out.hidden_states[1], rtol=0, atol=0)
+    torch.testing.assert_close(fifth, out.hidden_states[1], rtol=0, atol=0)
+    assert whole.shape == half.shape
+    assert not torch.equal(whole, half)
+
+
+def test_the_layer_of_a_depth_is_counted_upwards():
+    model, keeps = build(), Keeps(depths=(0.01, 0.04, 0.28, 0.281))
+    layers = model.get_decoder().layers
+    for _ in range(23):
+        layers.append(copy.deepcopy(layers[0]))
+    model.config.num_hidden_layers = 25
+    given = {}
+    for i, layer in enumerate(layers, start=1):
+        layer.register_forward_hook(lambda m, x, out, i=i: given.update({i: out}))
+    ids, labels = batch()[:2]
+    reg = attach(model, keeps)
+    model(input_ids=ids, use_cache=False)
+    reg(labels)
+    for found, layer in zip(keeps.seen["earlier"], (1, 1, 7, 8), strict=True):
+        assert found is given[layer]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    plain = step(build(), Keeps(depths=(0.5,), logits=True))
+    model = build()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed = step(model, Keeps(depths=(0.5,), logits=True))
+    assert plain.keys() == checkpointed.keys()
+    for name, value in plain.items():  # up to the order in which gradients are added
+        torch.testing.assert_close(checkpointed[name], value, rtol=1e-5, atol=1e-7)
+
+
+class Tower(nn.Module):
+    """A model whose hooks run again in the backward pass: it checkpoints the whole layer."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.reentrant = reentrant
+
+    def get_decoder(self):
+        return self
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
+
+
+def test_what_runs_again_in_backward_is_not_kept():
+    labels, x = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, 4, requires_grad=True)
+    model = Tower(reentrant=False)
+    reg = attach(model, Keeps(depths=(0.5,)))
+    with set_checkpoint_early_stop(False):  # else it ends before the hooks
+        model(x)
+    reg(labels).backward()
+    assert reg._earlier == {}
+    assert model.layers[0].weight.grad is not None
+
+
+def test_layers_hidden_by_reentrant_checkpointing_are_an_error():
+    labels, x = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, 4, requires_grad=True)
+    model = Tower(reentrant=True)
+    reg = attach(model, Keeps(depths=(0.5,)))
+    model(x)
+    with pytest.raises(RuntimeError, match="use_reentrant=False does not"):
+        reg(labels)
+
+
+def test_compile():
+    plain = step(build(), Keeps(depths=(0.5,), logits=True))
+    model, keeps = build(), Keeps(depths=(0.5,), logits=True)
+    ids, labels = batch()[:2]
+    reg = attach(model, keeps)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        compiled(input_ids=ids, labels=labels)
+        reg(labels).backward()
+    found = gradients(model)
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_a_model_that_skips_logits_is_an_error():
+    model = build()
+    ids, labels = batch()[:2]
+    reg = attach(model, Keeps(logits=True))
+    model(input_ids=ids, logits_to_keep=1)
+    with pytest.raises(RuntimeError, match="logits of every position"):
+        reg(labels)
+    model(input_ids=ids)
+    model.get_decoder()(input_ids=ids)  # those of the pass before are not of this one
+    with pytest.raises(RuntimeError, match="logits of every position"):
+        reg(labels)
+
+
+def test_what_a_model_lacks_is_named():
+    model = build()
+    with pytest.raises(ValueError, match=r"leave module out"):
+        attach(model, Keeps(logits=True), module=model.get_decoder())
+    with pytest.raises(ValueError, match=r"\(0, 1\], got 1.5"):
+        attach(model, Keeps(depths=(1.5,)))
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match=r"get_output_embeddings\(\) on LlamaForCausalLM"):
+        attach(model, Keeps(logits=True))
+    model.get_decoder = lambda: nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="list of layers in Linear"):
+        attach(model, Keeps(depths=(0.5,)))
+
+
+def test_a_copy_of_the_model_keeps_nothing():
+    model, keeps = build(), Keeps(depths=(0.5,), logits=True)
+    reg = attach(model, keeps)
+    ids, labels = batch()[:2]
+    model(input_ids=ids)
+    twin = copy.deepcopy(model)
+    twin(input_ids=ids)
+    reg(labels)
+    reg.detach()
+    model(input_ids=ids)
+    assert reg._hidden is None
+    assert reg._earlier == {}
+
+
+def test_sum_gives_each_what_it_asked_for():
+    one, other = Keeps(depths=(1.0, 0.5)), Keeps(depths=(0.5,), logits=True)
+    both = Sum(one, other)
+    assert reads(both) == Reads(logits=True, depths=(1.0, 0.5))
+    model = build()
+    ids, labels = batch()[:2]
+    reg = attach(model, both)
+    out = model(input_ids=ids)
+    loss = reg(labels)
+    assert one.seen.keys() == {"hidden", "earlier"}
+    assert len(one.seen["earlier"]) == 2
+    assert other.seen["logits"] is out.logits
+    assert other.seen["earlier"][0] is one.seen["earlier"][1]
+    assert reg.metrics.keys() == {"loss", "auxiliary"}
+    torch.testing.assert_close(loss, reg.metrics["loss"] + reg.metrics["auxiliary"])
+    alone, ones = Sum(None, other), torch.ones(1, 2, 3)
+    _, metrics = alone(ones, torch.zeros(1, 2), logits=ones, earlier=(ones,))
+    assert metrics.keys() == {"auxiliary"}
