@@ -6,10 +6,28 @@ from typing import Any
 
 from torch import nn
 
+from simreg.baselines.center import Center
+from simreg.baselines.contraclm import ContraCLM
+from simreg.baselines.cosine import Cosine
+from simreg.baselines.dispersion import Dispersion
+from simreg.baselines.label_smoothing import LabelSmoothing
+from simreg.baselines.mtp import MTP
+from simreg.baselines.nitp import NITP
+from simreg.baselines.reweighting import Reweighting
+from simreg.baselines.simctg import SimCTG
 from simreg.baselines.simreg_variant import SimRegVariant
 from simreg.baselines.z_loss import ZLoss
 
 OBJECTIVES: dict[str, type[nn.Module]] = {
+    "center": Center,
+    "contraclm": ContraCLM,
+    "cosine": Cosine,
+    "dispersion": Dispersion,
+    "label-smoothing": LabelSmoothing,
+    "mtp": MTP,
+    "nitp": NITP,
+    "reweighting": Reweighting,
+    "simctg": SimCTG,
     "simreg-variant": SimRegVariant,
     "z-loss": ZLoss,
 }

@@ -111,7 +111,7 @@ class SimRegVariant(nn.Module):
         valid = terms.valid(labels)
         if not self.rarity:
             return valid.float()
-        same = (labels.unsqueeze(-1) == labels.unsqueeze(-2)) & valid.unsqueeze(-2)
+        same = (labels.unsqueeze(2) == labels.unsqueeze(1)) & valid.unsqueeze(1)
         weights = same.sum(-1).clamp_min(1).float().pow(-self.rarity).masked_fill(~valid, 0)
         count = valid.sum(-1, keepdim=True)
         return weights * (count / weights.sum(-1, keepdim=True).clamp_min(terms.EPS))
@@ -121,14 +121,10 @@ class SimRegVariant(nn.Module):
         tau: Tensor | float = self.temperature
         if self.log_temperature is not None:
             tau = self.log_temperature.exp()
-        e = (terms.unit if self.normalise else terms.seen)(hidden, labels)
-        s = e @ e.mT / tau
-        valid = terms.valid(labels)
-        pairs = valid.unsqueeze(-1) & valid.unsqueeze(-2)
-        pairs = pairs & ~torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
-        if segments is not None:
-            pairs = pairs & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
-        positives = pairs & (labels.unsqueeze(-1) == labels.unsqueeze(-2))
+        states = (terms.unit if self.normalise else terms.seen)(hidden, labels)
+        s = terms.products(states) / tau
+        pairs = terms.pairs(labels, segments)
+        positives = pairs & (labels.unsqueeze(2) == labels.unsqueeze(1))
         count = positives.sum(-1)
         mean = s.masked_fill(~positives, 0).sum(-1) / count.clamp_min(1)
         # A token without candidates has no logsumexp: give it one, then drop it.

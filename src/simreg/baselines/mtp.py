@@ -1,0 +1,47 @@
+"""Multi-token prediction without heads of its own: the logits also score later tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from simreg.baselines import terms
+from simreg.objectives import Reads
+
+
+class MTP(nn.Module):
+    """weight · Σ_t mean_{k=2..horizon} −log p_t(y_{t+k−1}), 0 for what lies beyond the segment.
+
+    p_t is the model's one distribution at t, asked for the next token and, less, for those after.
+
+    Source: modded-nanogpt (KellerJordan/modded-nanogpt, pull request 178), where the tokens two and
+    three ahead have weights 0.5 and 0.25 beside 1 for the next, gone after two thirds and one third
+    of the run, on a stream that runs on across documents. Adapted: one weight, the same for all of
+    them and throughout, and never across segments. Not the heads or modules of Gloeckle et al. 2024
+    (arXiv 2404.19737) and DeepSeek-V3.
+    """
+
+    reads = Reads(logits=True)
+
+    def __init__(self, weight: float = 0.3, horizon: int = 3) -> None:
+        super().__init__()
+        self.weight = terms.check("weight", weight, 0)
+        self.horizon = terms.check_count("horizon", horizon, 2)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        logits: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `objectives.Objective`."""
+        wide = terms.seen(logits, labels)
+        normaliser = wide.logsumexp(-1)
+        losses = torch.zeros_like(normaliser)
+        for ahead in range(1, min(self.horizon, labels.shape[1])):
+            known = terms.together(labels, segments, ahead)
+            later = normaliser[:, :-ahead] - terms.pick(wide[:, :-ahead], labels[:, ahead:])
+            later = later.masked_fill(~known, 0) / (self.horizon - 1)
+            losses = losses + nn.functional.pad(later, (0, ahead))
+        return terms.weigh(self.weight, losses, labels, num_items)

@@ -1,0 +1,69 @@
+"""Loss-based reweighting: how much a token counts follows from its loss."""
+
+import torch
+from torch import Tensor, nn
+
+from simreg.baselines import terms
+from simreg.objectives import Reads
+
+STRATEGIES = ("linupper", "quadratic", "extremes")
+
+
+class Reweighting(nn.Module):
+    """weight · Σ_t (w_t − 1) · CE_t, so that at weight 1 the whole objective is Σ_t w_t · CE_t.
+
+    w_t = exp(strength · f(l_t)), divided by its mean, without gradient; l_t is CE_t scaled to run
+    from −1 to 1, and f the strategy:
+
+    - "linupper": min(l + 1, 1): low losses count less, from the middle up all the same;
+    - "quadratic": 1 − l²: the middle counts most;
+    - "extremes": |l|: the middle counts least.
+
+    Source: Sow et al. 2025, "Dynamic Loss-Based Sample Reweighting for Improved Large Language
+    Model Pretraining", arXiv 2502.06733, and its code; strength is 1 / r of theirs (there near 0
+    in a warm-up, here constant). Adapted from samples to tokens: there l is the mean
+    loss of a sequence, scaled over the whole batch. Here the scaling and the mean of w are over the
+    tokens of a row that have a label, whatever their segments, so that rows stay independent and
+    accumulation over whole rows is exact.
+    """
+
+    reads = Reads(logits=True)
+
+    def __init__(
+        self, weight: float = 1.0, strategy: str = "linupper", strength: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.weight = terms.check("weight", weight, 0)
+        self.strength = terms.check("strength", strength, 0, 50)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
+        self.strategy = strategy
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        logits: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `objectives.Objective`."""
+        losses = terms.cross_entropy(logits, labels)
+        extra = (self.weights(losses.detach(), terms.valid(labels)) - 1) * losses
+        return terms.weigh(self.weight, extra, labels, num_items)
+
+    def weights(self, losses: Tensor, valid: Tensor) -> Tensor:
+        """w `[B, L]`, of mean 1 over the `valid` tokens of each row; 1 elsewhere."""
+        high = losses.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+        low = losses.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+        scaled = (2 * losses - high - low) / (high - low).clamp_min(1e-6)
+        if self.strategy == "linupper":
+            chosen = (scaled + 1).clamp_max(1)
+        elif self.strategy == "quadratic":
+            chosen = 1 - scaled.square()
+        else:
+            chosen = scaled.abs()
+        raw = (self.strength * (chosen - 1)).exp().masked_fill(~valid, 0)
+        mean = raw.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+        return (raw / mean).masked_fill(~valid, 1)

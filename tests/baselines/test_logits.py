@@ -1,0 +1,121 @@
+"""Objectives on logits, against loops over the tokens and against torch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from simreg.baselines.reweighting import STRATEGIES
+from tests.baselines.problems import (
+    assert_equals,
+    call,
+    gradients,
+    joined,
+    leaves,
+    make,
+    problem,
+    problems,
+    tokens,
+)
+
+few = settings(max_examples=60, deadline=None)
+
+
+def surprise(logits, label):
+    return -(logits.exp() / logits.exp().sum())[label].log()
+
+
+@few
+@given(p=problems())
+def test_z_loss(p):
+    def naive(p):
+        return sum(p["logits"][b, i].exp().sum().log() ** 2 for b, i, _ in tokens(p))
+
+    assert_equals(make("z-loss", p, weight=0.7), p, naive)
+
+
+@few
+@given(p=problems(), epsilon=st.sampled_from([0.0, 0.1, 1.0]))
+def test_label_smoothing(p, epsilon):
+    def naive(p):
+        total = 0
+        for b, i, y in tokens(p):
+            every = [surprise(p["logits"][b, i], j) for j in range(p["logits"].shape[-1])]
+            total = total + sum(every) / len(every) - every[y]
+        return total
+
+    assert_equals(make("label-smoothing", p, weight=epsilon), p, naive)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.7, 1.0])
+def test_label_smoothing_makes_that_of_torch(epsilon):
+    p, inputs = leaves(problem(seed=4, batch=3, length=11, vocab=9))
+    flat, labels = p["logits"].flatten(0, 1), p["labels"].flatten()
+    expected = F.cross_entropy(flat, labels, label_smoothing=epsilon)
+    added, _ = call(make("label-smoothing", p, weight=epsilon), p)
+    loss = F.cross_entropy(flat, labels) + added
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for a, e in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@few
+@given(p=problems(), horizon=st.integers(2, 9))
+def test_mtp(p, horizon):
+    def naive(p):
+        total = 0
+        for b, i, _ in tokens(p):
+            for c, j, y in tokens(p):
+                if c == b and i < j < i + horizon and joined(p, b, i, j):
+                    total = total + surprise(p["logits"][b, i], y) / (horizon - 1)
+        return total
+
+    assert_equals(make("mtp", p, horizon=horizon, weight=0.7), p, naive)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@few
+@given(p=problems(), strength=st.sampled_from([0.0, 1.0, 4.0]))
+def test_reweighting(strategy, p, strength):
+    shape = {
+        "linupper": lambda x: min(x + 1, 1),
+        "quadratic": lambda x: 1 - x * x,
+        "extremes": abs,
+    }[strategy]
+
+    def naive(p):
+        total = 0
+        for row in range(len(p["labels"])):
+            losses = [surprise(p["logits"][b, i], y) for b, i, y in tokens(p) if b == row]
+            if not losses:
+                continue
+            values = [x.item() for x in losses]
+            low, high = min(values), max(values)
+            span = max(high - low, 1e-6)
+            raw = [math.exp(strength * shape((2 * x - low - high) / span)) for x in values]
+            mean = sum(raw) / len(raw)
+            total = total + sum((w / mean - 1) * x for w, x in zip(raw, losses, strict=True))
+        return total
+
+    objective = make("reweighting", p, strategy=strategy, strength=strength, weight=0.7)
+    assert_equals(objective, p, naive)
+
+
+def test_reweighting_prefers_what_its_strategies_say():
+    losses, valid = torch.tensor([[1.0, 3.0, 4.0, 5.0, 9.0]]), torch.tensor([[True] * 4 + [False]])
+    weights = {
+        name: make("reweighting", problem(), strategy=name).weights(losses, valid)[0].tolist()
+        for name in STRATEGIES
+    }
+    easy, middle, hard, hardest, ignored = weights["linupper"]
+    assert easy < middle == pytest.approx(hard) == pytest.approx(hardest)
+    easy, middle, hard, hardest, ignored = weights["quadratic"]
+    assert middle > hard > hardest == pytest.approx(easy)
+    easy, middle, hard, hardest, ignored = weights["extremes"]
+    assert middle < hard < hardest == pytest.approx(easy)
+    assert ignored == 1
+    for found in weights.values():
+        assert sum(found[:4]) / 4 == pytest.approx(1)
