@@ -155,6 +155,8 @@ def test_options(name):
         make(name, p, nonsense=1)
     for option in known:
         for bad in (-1, float("nan"), "much", True):
+            if bad is True and isinstance(known[option], bool):
+                continue
             with pytest.raises(ValueError, match=f"^{option}: expected .*, got {bad!r}"):
                 make(name, p, **{option: bad})
 

@@ -34,9 +34,7 @@ class Dispersion(nn.Module):
         super().__init__()
         self.weight = terms.check("weight", weight, 0)
         self.temperature = terms.check("temperature", temperature, 0.02)  # sums don't underflow
-        if not isinstance(depths, list | tuple):
-            raise ValueError(f"depths: expected a list of fractions, got {depths!r}")
-        self.reads = Reads(depths=tuple(terms.check("depths", d, 0.001, 1) for d in depths))
+        self.reads = Reads(depths=terms.check_depths("depths", depths))
 
     def forward(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simreg.baselines import terms
-from simreg.loss import simreg_loss
+from simreg.loss import check_options, simreg_loss
 from simreg.objectives import Reads
 
 CENTRES = ("none", "row", "batch")
@@ -47,22 +47,24 @@ class SimRegVariant(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = terms.check("weight", weight, 0)
+        self.temperature = terms.check("temperature", temperature, 1e-6)
+        check_options(self.temperature, variant, chunk_size, "auto")
+        self.variant, self.chunk_size = variant, chunk_size
         if centre not in CENTRES:
             raise ValueError(f"centre: expected one of {CENTRES}, got {centre!r}")
+        self.centre, self.batch = centre, terms.check_flag("batch", batch)
+        self.reads = Reads(depths=terms.check_depths("depths", depths))
+        self.final = terms.check_flag("final", final) or not depths
+        self.rarity = terms.check("rarity", rarity, 0)
+        self.normalise = terms.check_flag("normalise", normalise)
+        self.log_temperature: nn.Parameter | None = None
+        if terms.check_flag("learn_temperature", learn_temperature):
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.plain = not normalise or learn_temperature
         if final and not depths:
             raise ValueError("final: goes with depths; without them the final states are taken")
-        self.plain = not normalise or learn_temperature
         if self.plain and (variant != "out" or chunk_size is not None):
             raise ValueError('normalise, learn_temperature: only with variant="out", no chunk_size')
-        self.variant, self.chunk_size = variant, chunk_size
-        self.centre, self.batch, self.normalise = centre, batch, normalise
-        self.final = final or not depths
-        self.rarity = terms.check("rarity", rarity, 0)
-        self.temperature = terms.check("temperature", temperature, 1e-6)
-        self.log_temperature: nn.Parameter | None = None
-        if learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        self.reads = Reads(depths=tuple(depths))
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """What the rival objectives share: how per-token losses become the loss that trainers add."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,17 @@ def check_count(name: str, value: Any, low: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name}: expected a whole number from {low}, got {value!r}")
     return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False; ValueError names the argument."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def check_depths(name: str, value: Any) -> tuple[float, ...]:
+    """Fractions of the depth, for `Reads`; ValueError names the argument."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{name}: expected a list of fractions of the depth, got {value!r}")
+    return tuple(check(name, depth, 0.001, 1) for depth in value)

@@ -1,0 +1,160 @@
+"""SimReg with one thing changed, against loops over pairs; and unchanged, against SimReg."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simreg.loss import SimRegLoss
+from tests.baselines.problems import (
+    assert_equals,
+    call,
+    changed,
+    make,
+    others,
+    problem,
+    problems,
+    tokens,
+    unit,
+)
+
+NAME = "simreg-variant"
+few = settings(max_examples=40, deadline=None)
+
+
+def naive(p, states=None, tau=0.1, weights=None, embed=unit):
+    """Variant "out" of `p` by a loop; `states` in place of its hidden states."""
+    h = p["hidden"] if states is None else states
+    total = 0
+    for b, i, y in tokens(p):
+        near = others(p, b, i)
+        positives = [j for j in near if p["labels"][b, j] == y]
+        if not positives:
+            continue
+        s = {j: embed(h[b, i]).dot(embed(h[b, j])) / tau for j in near}
+        loss = torch.stack(list(s.values())).logsumexp(0)
+        loss = loss - sum(s[j] for j in positives) / len(positives)
+        total = total + loss * (1 if weights is None else weights[b, i])
+    return total
+
+
+@few
+@given(p=problems(), variant=st.sampled_from(["out", "in", "decoupled"]), chunk=st.integers(1, 9))
+def test_unchanged_it_is_simreg(p, variant, chunk):
+    ours = make(NAME, p, weight=0.7, temperature=0.3, variant=variant, chunk_size=chunk)
+    simreg = SimRegLoss(0.7, 0.3, variant, chunk)
+    loss, metrics = call(ours, p, num_items=5.0)
+    expected, known = simreg(p["hidden"], p["labels"], p["segments"], num_items=5.0)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(metrics["loss"], known["loss"])
+
+
+def centred(p, over):
+    """Less the mean over the valid tokens of each row, or of all rows."""
+    h, there = p["hidden"], p["labels"] >= 0
+    rows = []
+    for b in range(len(h)):
+        pool = h[there] if over == "batch" else h[b][there[b]]
+        rows.append(h[b] - (pool.mean(0) if len(pool) else 0))
+    return torch.stack(rows)
+
+
+@few
+@given(p=problems(), over=st.sampled_from(["row", "batch"]))
+def test_centre(p, over):
+    # At a temperature where float64 resolves what a mean close to a state leaves of it.
+    ours = make(NAME, p, centre=over, temperature=0.5)
+    assert_equals(ours, p, lambda p: naive(p, centred(p, over), tau=0.5), tolerance=1e-7)
+
+
+def test_centred_it_is_blind_to_a_shared_direction_that_simreg_sees():
+    p = problem(length=12)
+    moved = changed(p, lambda x: x + 3)
+    ours, plain = make(NAME, p, centre="row"), make(NAME, p)
+    torch.testing.assert_close(call(ours, moved)[0], call(ours, p)[0])
+    assert abs(call(plain, moved)[0] - call(plain, p)[0]) > 0.01
+
+
+@few
+@given(p=problems())
+def test_batch_compares_all_rows(p):
+    """As one long row, in which a document ends with its row."""
+    flat = {
+        "hidden": lambda p: p["hidden"].flatten(0, 1)[None],
+        "labels": lambda p: p["labels"].flatten()[None],
+    }
+
+    def rows(p):
+        segments = p["segments"]
+        if segments is not None:
+            own = torch.arange(len(segments))[:, None].expand_as(segments)
+            pair = torch.stack([own, segments], -1).flatten(0, 1)
+            segments = pair.unique(dim=0, return_inverse=True)[1][None]
+        return naive(p | {key: of(p) for key, of in flat.items()} | {"segments": segments})
+
+    assert_equals(make(NAME, p, batch=True), p, rows)
+
+
+@few
+@given(p=problems(), rarity=st.sampled_from([0.5, 1.0, 2.0]), batch=st.booleans())
+def test_rarity_weighs_anchors_by_their_label(p, rarity, batch):
+    labels, weights = p["labels"], torch.zeros(p["labels"].shape, dtype=torch.float64)
+    for rows in [range(len(labels))] if batch else [[b] for b in range(len(labels))]:
+        met = [(b, i, y) for b, i, y in tokens(p) if b in rows]
+        raw = {(b, i): sum(y == z for *_, z in met) ** -rarity for b, i, y in met}
+        for key, value in raw.items():
+            weights[key] = value * len(raw) / sum(raw.values())
+    if not batch:
+        ours = make(NAME, p, rarity=rarity)
+        # Weights are float32: they need no more digits.
+        assert_equals(ours, p, lambda p: naive(p, weights=weights), tolerance=1e-6)
+        return
+    ours = make(NAME, p, rarity=rarity, batch=True)
+    assert ours._weights(labels.flatten()[None]).view(labels.shape) == pytest.approx(weights)
+
+
+@few
+@given(p=problems(), final=st.booleans())
+def test_layers_are_averaged(p, final):
+    ours = make(NAME, p, depths=(0.5, 0.9), final=final)
+
+    def layers(p):
+        states = [*p["earlier"], *([p["hidden"]] if final else [])]
+        return sum(naive(p, h) for h in states) / len(states)
+
+    assert_equals(ours, p, layers)
+
+
+@few
+@given(p=problems())
+def test_not_normalised(p):
+    ours = make(NAME, p, normalise=False, temperature=2.0)
+    assert_equals(ours, p, lambda p: naive(p, tau=2.0, embed=lambda x: x))
+
+
+@few
+@given(p=problems())
+def test_learned_temperature(p):
+    ours = make(NAME, p, learn_temperature=True, temperature=0.4)
+    assert float(ours.log_temperature) == pytest.approx(math.log(0.4))
+    assert_equals(ours, p, lambda p: naive(p, tau=ours.log_temperature.exp()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"centre": "column"}, "centre: expected one of"),
+        ({"final": True}, "final: goes with depths"),
+        ({"normalise": False, "variant": "in"}, 'only with variant="out"'),
+        ({"learn_temperature": True, "chunk_size": 4}, "no chunk_size"),
+        ({"depths": 0.5}, "depths: expected a list"),
+        ({"depths": [1.5]}, "depths: expected a finite number from 0.001 to 1, got 1.5"),
+        ({"variant": "off"}, "variant: expected one of"),
+        ({"temperature": 0}, "temperature: expected"),
+    ],
+)
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(NAME, problem(), **options)
