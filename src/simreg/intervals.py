@@ -8,6 +8,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+NO_SEED = -1
+"""Stands for the seed of models that are no runs: they pair with each other, never with a run."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class Interval:
     low: float | None
     high: float | None
     n: int
+
+
+def pairing(seed: int | None) -> int:
+    """By which a model is paired: its seed, or `NO_SEED`."""
+    return NO_SEED if seed is None else seed
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from simreg import cli
 from simreg.analysis import compare, describe, figures, measure, plots, run, summary, text
+from simreg.geometry import collapse
 from simreg.geometry.classes import classes, token_cosines
 from simreg.geometry.groups import mean_se
 from simreg.geometry.margins import margins
@@ -244,12 +245,15 @@ def test_the_command(study, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "PICTURES", figures.PICTURES[-1:])
     out = tmp_path / "out"
     common = ["--tokens", "200", "--least", "2", "--cache-dir", str(study.parent / "cache")]
+    says = "simreg minus baseline, at rare labels (tail) minus at frequent ones (head): loss (nats)"
     assert cli.main(["analyze", str(study), "--out", str(out), *common]) == 0
     found = json.loads((out / "results.json").read_text())
     assert found["command"].startswith("simreg ")
     assert found["versions"]["torch"] == torch.__version__
     assert found["machine"]["cpus"]
-    assert "effective rank" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "effective rank" in printed
+    assert says in printed
     for wrong, message in (
         (["--reference", "nobody"], "the arms are baseline, simreg"),
         (["--labels", "not one token at all"], "tokens of this tokenizer, not one"),
@@ -274,9 +278,11 @@ def test_only_seeds_that_all_arms_have_are_compared(study, capsys):
 
 
 def test_arms_without_a_common_seed_are_shown_unpaired():
-    assert compare.seeds_compared({"a": {1, 2}, "b": {2, 3}}) == {2}
-    assert compare.seeds_compared({"a": {1}, "b": {2}}) == {1, 2}
-    assert compare.seeds_compared({}) == set()
+    none = compare.NO_SEED
+    assert compare.seeds_compared({"a": {1, 2}, "b": {2, 3}}) == {2, none}
+    assert compare.seeds_compared({"a": {1}, "b": {2}}) == {1, 2, none}
+    assert compare.seeds_compared({"a": {1, 2}, "b": {2, 3}, "model": {none}}) == {2, none}
+    assert compare.seeds_compared({}) == {none}
 
 
 def test_groups_are_measured_on_their_own_tokens():
@@ -298,6 +304,27 @@ def test_groups_are_measured_on_their_own_tokens():
         assert own["variance_share"] == pytest.approx(found.variance_share, rel=1e-4)
         intra, _ = token_cosines(sample)  # against the whole sample
         assert own["intra_cos"] == pytest.approx(float(intra[mask].nanmean()), rel=1e-4)
+        centre = sample.hidden.double().mean(0)  # of the whole sample, of which others are too
+        for metric, shift in (("inter_max_cos", None), ("inter_max_cos_centred", centre)):
+            nearest = collapse.nearest_other(found, classes(sample, 4), shift)
+            assert own[metric] == pytest.approx(float(nearest.mean()), rel=1e-4)
     assert masks["position-3"].nonzero()[:, 0].tolist() == [
         i for i, p in enumerate(sample.positions.tolist()) if 25 <= p < 38
     ]
+
+
+@pytest.mark.parametrize(("labels", "given"), [(12, True), (11, False)])
+def test_nc1_takes_twice_as_many_classes_as_dimensions(labels, given):
+    sample = problems.sample(2000, 6, labels - 1)  # and a class of one
+    weight, bias = problems.head_of(sample)
+    states = measure.States(sample, weight, bias, "")
+    frequency = torch.bincount(sample.labels, minlength=len(weight))
+    settings = measure.Settings(least=1)
+    record, _ = measure.measure(states, frequency, 51, settings, brief=True)
+    groups = record["groups"]
+    assert groups["all"]["classes_measured"] == labels
+    expected = pytest.approx(collapse.nc1(classes(sample)), rel=1e-4) if given else None
+    assert groups["all"]["nc1"] == expected
+    assert groups["tail"]["classes_measured"] > 1
+    assert groups["tail"]["nc1"] is None
+    assert groups["tail"]["cdnv"] is not None

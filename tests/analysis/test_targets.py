@@ -24,7 +24,7 @@ def test_a_run_with_its_checkpoints_in_order(study):
     assert brief(found) == [("simreg", 2, 10, False), ("simreg", 2, 20, True)]
     assert found[0].path.endswith("checkpoints/step-0000010")
     named = targets.find([f"mine={run}", str(run / "model")], series=False)
-    assert brief(named) == [("mine", 2, 20, True), ("model", 0, None, True)]
+    assert brief(named) == [("mine", 2, 20, True), ("model", None, None, True)]
 
 
 def test_a_run_without_a_model_is_known_by_its_checkpoints(study, tmp_path):
@@ -61,3 +61,11 @@ def test_a_study_without_models(tmp_path):
     (tmp_path / "study.yaml").write_text("")
     with pytest.raises(UserError, match="no run with a model"):
         targets.find([str(tmp_path)], series=False)
+
+
+def test_a_model_that_is_no_run_has_no_seed_in_its_name(study):
+    model = study / "simreg" / "1" / "seed-2" / "model"
+    [target] = targets.find([f"mine={model}"], series=False)
+    assert target.name == "mine"
+    [run] = targets.find([str(model.parent)], series=False)
+    assert run.name == "simreg, seed 2"

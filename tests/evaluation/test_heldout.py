@@ -1,5 +1,6 @@
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ def test_the_gold_choice_follows_the_context_and_the_others_come_from_elsewhere(
     for item in heldout.cloze(DOCUMENTS, 200):
         whole = item.context + item.choices[item.gold]
         [home] = [doc for doc in DOCUMENTS if whole in doc]
+        assert DOCUMENTS[item.document] == home
         for choice in item.choices:
             assert any(choice in doc for doc in DOCUMENTS if doc != home) or choice in whole
             assert len(choice) == len(item.choices[item.gold])
@@ -95,3 +97,13 @@ def test_normalised_subtracts_what_a_continuation_scores_alone(loaded):
     task = offline.Cloze([item], "made up")
     outcome = task.run(lambda *a: [(x, False) for x in (*given, *alone)], loaded[1], None)
     assert (outcome.values, outcome.normalised) == ([0.0], [1.0])
+    assert outcome.clusters == [item.document]
+
+
+def test_scores_cached_without_documents_are_not_those_of_these_items():
+    item, same = heldout.cloze(DOCUMENTS, 2)
+    assert item.document != same.document
+    keys = [
+        offline.Cloze([replace(item, document=document)], "made up").key() for document in (0, 1)
+    ]
+    assert keys[0] != keys[1]

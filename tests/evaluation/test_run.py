@@ -46,6 +46,10 @@ def test_a_folder_of_runs_offline(runs, evaluate):
     assert gap["mean"] == pytest.approx(sum(scores[2:]) / 2 - sum(scores[:2]) / 2)
     assert (gap["seeds"], gap["items"]) == (2, 40)
     assert gap["low"] <= gap["mean"] <= gap["high"]
+    assert gap["low"] <= gap["bootstrap"][0] <= gap["bootstrap"][1] <= gap["high"]
+    [task] = offline.load(["heldout-cloze"], subjects.find([str(runs)]), [], 40)
+    assert gap["clusters"] == len({item.document for item in task.items}) < 40
+    assert results["schema"] == 2
     assert f"{arms[1]} on heldout-cloze: accuracy" in printed
     assert results["versions"]["torch"] == torch.__version__
 

@@ -138,6 +138,21 @@ def test_the_nearest_other_mean_over_several_tiles():
     torch.testing.assert_close(collapse.nearest_other(few, everything), cosines.amax(1))
 
 
+def test_the_nearest_other_mean_with_the_mean_of_all_tokens_taken_out(sample, found):
+    everything, h = classes(sample), sample.hidden.double()
+    own, theirs = (
+        {c: torch.stack([x - h.mean(0) for x in h[sample.labels == c]]).mean(0) for c in each}
+        for each in (found.ids.tolist(), everything.ids.tolist())
+    )
+    truth = [
+        max(float(torch.cosine_similarity(x, y, dim=0)) for d, y in theirs.items() if d != c)
+        for c, x in own.items()
+    ]
+    centred = collapse.nearest_other(found, everything, h.mean(0))
+    assert centred.tolist() == pytest.approx(truth)
+    assert float((centred - collapse.nearest_other(found, everything)).abs().max()) > 0.05
+
+
 def test_a_class_without_others_has_no_nearest():
     assert collapse.nearest_other(points([[1.0]]), points([[1.0]])).isnan().all()
 

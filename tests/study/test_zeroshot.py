@@ -122,6 +122,77 @@ def test_scores_of_models_that_have_changed_are_left_out(trained, tmp_path, caps
     assert "models that have changed since: left out" in capsys.readouterr().err
 
 
+def edited(trained, tmp_path, change):
+    """A copy of the study whose record of the offline suite was changed."""
+    out = tmp_path / "s"
+    shutil.copytree(trained[0] / "s", out)
+    path = out / "zero-shot" / "offline" / "results.json"
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+    return make(out, trained[1])
+
+
+def of_dropped_arm(results):
+    results["models"].append({**results["models"][0], "name": "other/1/seed-1"})
+
+
+def of_dropped_seed(results):
+    results["models"].append({**results["models"][0], "name": "simreg/1/seed-9"})
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (lambda results: None, False),
+        (lambda results: results.update(limit=None), False),  # 1,000 items
+        (lambda results: results.update(limit=249), True),
+        (lambda results: results.update(schema=1), True),
+        (lambda results: results["tasks"].pop("heldout-bits"), True),
+        (lambda results: results["models"].pop(), True),
+        (of_dropped_arm, True),
+        (of_dropped_seed, True),
+    ],
+)
+def test_what_is_done_again(trained, tmp_path, monkeypatch, change, again):
+    study, asked = edited(trained, tmp_path, change), []
+
+    def evaluate(*args, **kwargs):
+        asked.append(args)
+        raise zeroshot.UserError("not now")
+
+    monkeypatch.setattr(zeroshot.run, "evaluate", evaluate)
+    zeroshot.after_training(study, None, {}, Console(quiet=True))
+    assert bool(asked) == again
+
+
+def test_a_model_that_is_gone_stays_in_the_record(trained, tmp_path, monkeypatch):
+    study = edited(trained, tmp_path, lambda results: None)
+    monkeypatch.setattr(zeroshot.run, "evaluate", lambda *a, **k: pytest.fail("evaluated"))
+    shutil.rmtree(Path(study.out) / "simreg/1/seed-2/model")
+    zeroshot.after_training(study, None, {}, Console(quiet=True))
+    assert zeroshot.recorded(study)["offline"] == trained[2]["zero_shot"]["offline"]
+
+
+def test_limits_of_an_older_record_are_the_bootstraps_and_not_shown(trained, tmp_path, capsys):
+    def old(results):
+        results["schema"] = 1
+        gap = results["differences"]["simreg"]["heldout-cloze"]["score"]
+        gap.update(low=-0.25, high=0.5)
+        del gap["bootstrap"]
+
+    study = edited(trained, tmp_path, old)
+    found = zeroshot.recorded(study)["offline"]
+    assert "has bootstrap intervals alone: not shown" in capsys.readouterr().err
+    gap = found["differences"]["simreg"]["heldout-cloze"]["score"]
+    assert (gap["low"], gap["high"], gap["bootstrap"]) == (None, None, [-0.25, 0.5])
+    [sentence] = zeroshot.summary.sentences(found)
+    assert "points (interval not known) against baseline" in sentence
+    assert "[" not in zeroshot.summary.difference("acc", gap)
+    picture = Picture([], {**trained[2], "zero_shot": {"offline": found}})
+    assert plots.zero_shot(picture) is not None
+
+
 def test_missing_text_leaves_it_out(trained, tmp_path):
     out, text = tmp_path / "s", tmp_path / "text.jsonl"
     shutil.copytree(trained[0] / "s", out)

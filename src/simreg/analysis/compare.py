@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from simreg.intervals import paired_difference, t_interval
+from simreg.geometry.groups import mean_se
+from simreg.intervals import CONFIDENCE, NO_SEED, paired_difference, pairing, t_interval
 
 Model = dict[str, Any]
 PARTS = ("all", "head", "torso", "tail")
@@ -17,17 +18,19 @@ _PER_TOKEN = ("margin", "margin_cos", "intra_cos")
 
 
 def final(models: Iterable[Model], arm: str) -> dict[int, Model]:
-    """Seed -> the trained model of the arm, of those that are compared."""
-    return {m["seed"]: m for m in models if m["arm"] == arm and m["compared"]}
+    """Seed (`pairing`) -> the trained model of the arm, of those that are compared."""
+    return {pairing(m["seed"]): m for m in models if m["arm"] == arm and m["compared"]}
 
 
 def seeds_compared(seeds: dict[str, set[int]]) -> set[int]:
-    """The seeds that every arm has, so that means and pictures compare like with like.
+    """The seeds that every arm of runs has, so that means and pictures compare like with like.
 
     `seeds` are those of each arm's trained models; if the arms share none, all seeds are taken.
+    Models that are no runs are compared in any case.
     """
-    shared = set[int].intersection(*seeds.values()) if seeds else set()
-    return shared or set().union(*seeds.values())
+    runs = [real for own in seeds.values() if (real := own - {NO_SEED})]
+    shared = set[int].intersection(*runs) if runs else set()
+    return (shared or set().union(*runs)) | {NO_SEED}
 
 
 def arms_of(models: Iterable[Model]) -> list[str]:
@@ -68,6 +71,68 @@ def paired(models: list[Model], reference: str) -> dict[str, Any]:
                 del difference["per_seed"]  # which the models themselves say
                 found[arm].setdefault(group, {})[metric] = _rounded(difference)
     return found
+
+
+def tail_minus_head(models: list[Model], reference: str) -> dict[str, Any]:
+    """arm -> metric -> the change at rare labels minus that at frequent ones.
+
+    The change is arm minus reference; mean and interval are over the seeds that both have.
+    Intervals of head and tail apart do not say whether the two differ: a seed moves them together.
+    """
+
+    def apart(arm: str, metric: str) -> dict[int, float]:
+        found = {}
+        for seed, model in final(models, arm).items():
+            tail, head = (_value(model, group, metric) for group in ("tail", "head"))
+            if tail is not None and head is not None:
+                found[seed] = tail - head
+        return found
+
+    found: dict[str, Any] = {}
+    metrics = dict.fromkeys(metric for group, metric in _columns(models) if group == "tail")
+    for arm in (arm for arm in arms_of(models) if arm != reference):
+        for metric in metrics:
+            difference = paired_difference(apart(arm, metric), apart(reference, metric))
+            if difference.pop("per_seed"):
+                found.setdefault(arm, {})[metric] = _rounded(difference)
+    return found
+
+
+def over_tokens(
+    tokens: dict[tuple[str, int], dict[str, Tensor]],
+    masks: dict[str, Tensor],
+    rows: Tensor,
+    reference: str,
+) -> dict[str, Any]:
+    """arm -> group -> metric -> arm minus reference over tokens, for arms of a single pair.
+
+    `{mean, low, high, n, rows}`: 95 % Student-t limits of the mean over the n tokens of which both
+    models have a value, clustered by row (`groups.mean_se`), so with one degree of freedom less
+    than rows. They say what other text would change, and nothing of other seeds.
+    """
+    found: dict[str, Any] = {}
+    for arm in dict.fromkeys(arm for arm, _ in tokens if arm != reference):
+        seeds = [s for own, s in tokens if own == arm and (reference, s) in tokens]
+        if len(seeds) != 1:
+            continue
+        own, base = tokens[arm, seeds[0]], tokens[reference, seeds[0]]
+        for group, mask in masks.items():
+            for metric in own:
+                entry = _over_rows((own[metric] - base[metric])[mask], rows[mask])
+                if entry is not None:
+                    found.setdefault(arm, {}).setdefault(group, {})[metric] = entry
+    return found
+
+
+def _over_rows(differences: Tensor, rows: Tensor) -> dict[str, Any] | None:
+    mean, se, n = mean_se(differences, rows)
+    clusters = len(torch.unique(rows[~differences.isnan()]))
+    if clusters < 2:
+        return None
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, clusters - 1)) * se
+    return _rounded(
+        {"mean": mean, "low": mean - half, "high": mean + half, "n": n, "rows": clusters}
+    )
 
 
 def across_models(models: list[Model]) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from simreg.loss import per_token
 from simreg.recipe.errors import UserError
 
 POSITION_BINS = 4
+NC1_CLASSES = 2
+"""Classes a dimension of h from which on NC1 is given. With fewer, Σ_B has directions in which few
+means lie, and its inverse makes NC1 a matter of their number: it peaks where K is about d."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HISTOGRAMS = {"margin": (-20.0, 15.0, 70), "margin_cos": (-0.8, 0.8, 64)}
 """Low end, high end and number of bins; what lies outside counts in the last bin on its side."""
@@ -50,9 +53,12 @@ def measure(
     found = classes(sample, settings.least)
     if not len(found.ids):
         raise UserError(f"no label has {settings.least} tokens in the sample: lower --least")
-    values = _per_token(states, found)
+    centre = mean(sample)
+    values = _per_token(states, found, centre)
     masks = group_masks(sample, frequency, length, brief=brief)
-    by_group = {name: _group(states, found, values, mask, settings) for name, mask in masks.items()}
+    by_group = {
+        name: _group(states, found, values, mask, centre, settings) for name, mask in masks.items()
+    }
     histograms = {
         key: {name: _histogram(values[key][masks[name]], *limits) for name in _HISTOGRAM_GROUPS}
         for key, limits in HISTOGRAMS.items()
@@ -76,12 +82,12 @@ def group_masks(
     return masks | {f"position-{i + 1}": place == i for i in range(POSITION_BINS)}
 
 
-def _per_token(states: States, found: Classes) -> Tokens:
+def _per_token(states: States, found: Classes, centre: Tensor) -> Tokens:
     """Everything that a single token has, `[T]` float64; NaN where it has not."""
     sample = states.sample
     margin = margins(sample, states.weight, states.bias)
     intra, inter = token_cosines(sample)
-    intra_centred, inter_centred = token_cosines(sample, mean(sample))
+    intra_centred, inter_centred = token_cosines(sample, centre)
     pos, neg = _row_cosines(sample)
     bias = None if states.bias is None else states.bias[found.ids]
     return {
@@ -112,7 +118,12 @@ def _row_cosines(sample: Sample) -> tuple[Tensor, Tensor]:
 
 
 def _group(
-    states: States, everything: Classes, values: Tokens, mask: Tensor, settings: Settings
+    states: States,
+    everything: Classes,
+    values: Tokens,
+    mask: Tensor,
+    centre: Tensor,
+    settings: Settings,
 ) -> dict[str, Any]:
     part = states.sample.where(mask)
     found = classes(part, settings.least)
@@ -128,26 +139,30 @@ def _group(
     for name in HISTOGRAMS:
         for q, at in zip(QUANTILES, _quantiles(values[name][mask]), strict=True):
             metrics[f"{name}_p{100 * q:.0f}"] = at
-    metrics |= _class_metrics(found, everything, states.weight, settings.pairs)
+    metrics |= _class_metrics(found, everything, states.weight, centre, settings.pairs)
     metrics |= spectrum(part)._asdict()
     errors["cdnv"] = metrics.pop("cdnv_se")
     return {**_plain(metrics), "se": _plain(errors)}
 
 
 def _class_metrics(
-    found: Classes, everything: Classes, weight: Tensor, pairs: int
+    found: Classes, everything: Classes, weight: Tensor, centre: Tensor, pairs: int
 ) -> dict[str, float]:
     if not len(found):
         return dict.fromkeys(CLASS_METRICS, math.nan) | {"cdnv_se": math.nan}
     head = weight[found.ids]
-    nearest = collapse.nearest_other(found, everything)
+    nearest, nearest_centred = (
+        float(collapse.nearest_other(found, everything, shift).nanmean())
+        for shift in (None, centre)
+    )
     spread = collapse.cdnv(found, pairs)
     angle, angle_sd = collapse.equiangular(found)
     return {
         "intra_variance": found.intra_variance,
         "variance_share": found.variance_share,
-        "inter_max_cos": float(nearest.nanmean()),
-        "nc1": collapse.nc1(found),
+        "inter_max_cos": nearest,
+        "inter_max_cos_centred": nearest_centred,
+        "nc1": collapse.nc1(found) if len(found) >= NC1_CLASSES * len(centre) else math.nan,
         "cdnv": spread.mean,
         "cdnv_se": spread.se,
         "cdnv_median": spread.median,
@@ -166,6 +181,7 @@ CLASS_METRICS = (
     "intra_variance",
     "variance_share",
     "inter_max_cos",
+    "inter_max_cos_centred",
     "nc1",
     "cdnv",
     "cdnv_median",

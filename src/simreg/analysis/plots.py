@@ -211,7 +211,7 @@ def embedding_map(results: Results, theme: Theme) -> Figure | None:
                 ax.plot(x, y, marker, color=colours[label], ms=4, alpha=0.7, mew=0)
             share = entry["explained"]
             ax.set_title(
-                f"{arm}, seed {entry['seed']}"
+                (arm if entry["seed"] is None else f"{arm}, seed {entry['seed']}")
                 + (f": {sum(share):.0%} of variance" if share else "")
             )
             ax.set_aspect("equal", "datalim")

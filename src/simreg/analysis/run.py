@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from matplotlib import rc_context
 from rich.console import Console
 
 from simreg.analysis import compare, figures, project, states, summary, targets, text
-from simreg.analysis.measure import HISTOGRAMS, Settings, group_masks, measure
+from simreg.analysis.measure import HISTOGRAMS, Settings, Tokens, group_masks, measure
 from simreg.analysis.targets import Target
 from simreg.geometry import groups
+from simreg.geometry.sample import Sample
+from simreg.intervals import pairing
 from simreg.recipe import config, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
@@ -90,8 +93,9 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
     text.check_tokenizers(found, read.corpus)
     settings = Settings(options.least, options.pairs)
     compared = _compared(found)
-    models, tokens, maps, masks = [], {}, {}, {}
+    models, tokens, maps = [], {}, {}
     shown: list[int] = []
+    sample: Sample | None = None
     for target in found:
         began = time.perf_counter()
         with console.status(target.name) as status:
@@ -101,7 +105,7 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
             record, values = measure(
                 state, read.frequency, read.ids.shape[1], settings, brief=not target.final
             )
-        of_arms = target.final and target.seed in compared
+        of_arms = target.final and pairing(target.seed) in compared
         identity = _identity(target, state.weights_hash) | {"compared": of_arms}
         models.append(identity | record)
         seconds = time.perf_counter() - began
@@ -111,10 +115,10 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
         if not of_arms:
             continue
         if not shown:
-            masks = group_masks(state.sample, read.frequency, read.ids.shape[1], brief=True)
+            sample = state.sample  # all models have the same labels and rows
             decile = groups.deciles(state.sample.labels, read.frequency)
             shown = _labels(options, read.corpus, state.sample.labels, decile)
-        tokens[target.arm, target.seed] = values
+        tokens[target.arm, pairing(target.seed)] = values
         if target.arm not in maps:
             place = project.project(state.sample, shown, options.projection)
             maps[target.arm] = {"seed": target.seed, **place}
@@ -133,16 +137,35 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
         },
         "settings": vars(settings) | {"histograms": HISTOGRAMS},
         "reference": reference,
-        "means": compare.means(models),
-        "minus_reference": compare.paired(models, reference),
-        "correlations": {
-            "models": compare.across_models(models),
-            "tokens": compare.across_tokens(tokens, masks, reference),
-        },
+        **_comparisons(models, tokens, sample, read, reference),
         "positive_rate": text.positive_rates(read),
         "map": {"labels": names, "arms": maps},
         "training": _training(found),
         "models": models,
+    }
+
+
+def _comparisons(
+    models: list[compare.Model],
+    tokens: dict[tuple[str, int], Tokens],
+    sample: Sample | None,
+    read: text.Text,
+    reference: str,
+) -> dict[str, Any]:
+    """Arms against the reference; `sample` is that of any model."""
+    masks, rows = {}, torch.empty(0)
+    if sample is not None:
+        masks = group_masks(sample, read.frequency, read.ids.shape[1], brief=True)
+        rows = sample.rows
+    return {
+        "means": compare.means(models),
+        "minus_reference": compare.paired(models, reference),
+        "tail_minus_head": compare.tail_minus_head(models, reference),
+        "over_tokens": compare.over_tokens(tokens, masks, rows, reference),
+        "correlations": {
+            "models": compare.across_models(models),
+            "tokens": compare.across_tokens(tokens, masks, reference),
+        },
     }
 
 
@@ -195,7 +218,7 @@ def _compared(found: list[Target]) -> set[int]:
     seeds: dict[str, set[int]] = {}
     for target in found:
         if target.final:
-            seeds.setdefault(target.arm, set()).add(target.seed)
+            seeds.setdefault(target.arm, set()).add(pairing(target.seed))
     compared = compare.seeds_compared(seeds)
     for arm, own in seeds.items():
         if alone := sorted(own - compared):
@@ -204,8 +227,12 @@ def _compared(found: list[Target]) -> set[int]:
 
 
 def _identity(target: Target, weights_hash: str) -> dict[str, Any]:
+    """What the model is; `fingerprint` is of its files, for a report to know it by (null: of a
+    checkpoint or a Hub id), `weights` of what was loaded."""
     keys = ("arm", "seed", "step", "tokens", "final", "path")
-    return {key: getattr(target, key) for key in keys} | {"weights": weights_hash}
+    known = target.final and Path(target.path).is_dir()
+    own = provenance.fingerprint(Path(target.path)) if known else None
+    return {k: getattr(target, k) for k in keys} | {"weights": weights_hash, "fingerprint": own}
 
 
 def _labels(options: AnalyzeOptions, corpus: Any, labels: Any, decile: Any) -> list[int]:

@@ -18,6 +18,7 @@ ROWS = (
     ("intra_cos_centred", "cosine, same label, centred"),
     ("inter_cos_centred", "cosine, other labels, centred"),
     ("inter_max_cos", "cosine to nearest class mean"),
+    ("inter_max_cos_centred", "cosine to nearest class mean, centred"),
     ("variance_share", "variance within classes, share"),
     ("nc1", "NC1"),
     ("cdnv", "CDNV"),
@@ -30,6 +31,8 @@ ROWS = (
     ("pair_cos", "cosine of random pairs"),
 )
 GROUPS = ("all", "head", "tail")
+CONTRASTS = ("loss", "margin_cos", "intra_cos_centred", "variance_share")
+"""Of which metrics a sentence says whether the change differs between rare and frequent labels."""
 
 
 def columns(results: dict[str, Any]) -> list[str]:
@@ -50,15 +53,37 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
         for group in GROUPS:
             means = [_value(own.get(group, {}).get(metric)) for own in results["means"].values()]
             differences = [
-                _difference(results["minus_reference"][arm].get(group, {}).get(metric))
+                _difference(
+                    results["minus_reference"][arm].get(group, {}).get(metric),
+                    _of_tokens(results, arm).get(group, {}).get(metric),
+                )
                 for arm in _others(results)
             ]
             table.append([label, group, *means, *differences])
     return table
 
 
+def sentences(results: dict[str, Any]) -> list[str]:
+    """For each arm but the reference: whether its change differs between tail and head."""
+    found, labels, reference = [], dict(ROWS), results["reference"]
+    contrasts = results.get("tail_minus_head", {})  # not in results of older versions
+    for arm in (arm for arm in results["means"] if arm != reference):
+        if arm not in results["minus_reference"]:
+            found.append(f"{arm} shares no seed with {reference}: not compared.")
+        entries = {m: e for m in CONTRASTS if (e := contrasts.get(arm, {}).get(m))}
+        if entries:
+            seeds = max(entry["n"] for entry in entries.values())
+            each = "; ".join(f"{labels[m]} {_difference(e)}" for m, e in entries.items())
+            over = f"{seeds} seeds" if seeds > 1 else "one pair, of which no interval is known"
+            found.append(
+                f"{arm} minus {reference}, at rare labels (tail) minus at frequent ones (head): "
+                f"{each} ({over})."
+            )
+    return found
+
+
 def show(results: dict[str, Any], console: Console) -> None:
-    """Print the table."""
+    """Print the table and the sentences."""
     table = Table(title=_title(results), title_justify="left", box=box.SIMPLE)
     for i, name in enumerate(columns(results)):
         table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
@@ -66,11 +91,29 @@ def show(results: dict[str, Any], console: Console) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
+    for text in sentences(results):
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def _title(results: dict[str, Any]) -> str:
     text = results["text"]
-    return f"{text['tokens']:,} tokens of {text['split']} text; brackets: 95 % intervals over seeds"
+    return f"{text['tokens']:,} tokens of {text['split']} text; brackets: {intervals(results)}"
+
+
+def intervals(results: dict[str, Any]) -> str:
+    """What the intervals of the table are over."""
+    text = "95 % Student-t intervals of paired differences over seeds"
+    if single := results.get("over_tokens"):
+        text += (
+            f"; of {', '.join(single)}, with one seed, over tokens by row, which says nothing of "
+            "other seeds"
+        )
+    return text
+
+
+def _of_tokens(results: dict[str, Any], arm: str) -> dict[str, Any]:
+    found: dict[str, Any] = results.get("over_tokens", {}).get(arm, {})
+    return found
 
 
 def _others(results: dict[str, Any]) -> list[str]:
@@ -81,8 +124,10 @@ def _value(entry: dict[str, Any] | None) -> str:
     return "–" if entry is None or entry["mean"] is None else f"{entry['mean']:.4g}"
 
 
-def _difference(entry: dict[str, Any] | None) -> str:
+def _difference(entry: dict[str, Any] | None, tokens: dict[str, Any] | None = None) -> str:
+    """With the limits over `tokens` where there are none over seeds."""
     if entry is None or entry["mean"] is None:
         return "–"
-    limits = "" if entry["low"] is None else f" [{entry['low']:+.3g}, {entry['high']:+.3g}]"
+    known = entry if entry["low"] is not None else tokens
+    limits = "" if known is None else f" [{known['low']:+.3g}, {known['high']:+.3g}]"
     return f"{entry['mean']:+.4g}{limits}"

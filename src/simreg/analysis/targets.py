@@ -20,7 +20,8 @@ class Target:
     arm: str
     path: str
     """A folder with config.json and weights, or a Hub id."""
-    seed: int = 0
+    seed: int | None = None
+    """None: no run, whose seed is not known."""
     step: int | None = None
     tokens: int | None = None
     final: bool = True
@@ -30,8 +31,9 @@ class Target:
     @property
     def name(self) -> str:
         """For messages: `simreg, seed 3, step 750`."""
+        seed = "" if self.seed is None else f", seed {self.seed}"
         step = "" if self.final or self.step is None else f", step {self.step}"
-        return f"{self.arm}, seed {self.seed}{step}"
+        return f"{self.arm}{seed}{step}"
 
 
 def find(names: list[str], *, series: bool) -> list[Target]:
@@ -102,7 +104,7 @@ def _arm_of(run: Path) -> str:
 
 
 def _require_distinct(targets: list[Target]) -> None:
-    seen: dict[tuple[str, int, int | None], Target] = {}
+    seen: dict[tuple[str, int | None, int | None], Target] = {}
     for target in targets:
         other = seen.setdefault((target.arm, target.seed, target.step), target)
         if other is not target:

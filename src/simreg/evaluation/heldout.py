@@ -24,6 +24,8 @@ class Item:
     context: str
     choices: tuple[str, ...]
     gold: int
+    document: int
+    """Which one the context was cut from: its items are not independent."""
 
 
 class _Document:
@@ -109,7 +111,7 @@ def _item(usable: list[_Document], which: int, start: int, draw: Callable[[], fl
     begin = max(0, start - CONTEXT)
     if begin:  # at a word, if one begins in time
         begin = next((e for e in before if begin <= e <= start - LEAST_CONTEXT), begin)
-    return Item(document.text[begin:start].lstrip(), tuple(choices), gold)
+    return Item(document.text[begin:start].lstrip(), tuple(choices), gold, which)
 
 
 def windows(tokens: list[int], prefix: int, max_length: int) -> list[Pair]:

@@ -39,7 +39,7 @@ class Cloze:
     note: str = ""
 
     def key(self) -> dict[str, Any]:
-        """The items."""
+        """The items, documents included: cached outcomes of a version without those don't count."""
         return {"task": self.name, "version": _VERSION, "items": _digest(map(repr, self.items))}
 
     def run(self, scorer: Scorer, tokenizer: Any, advance: Callable[[int], None]) -> Outcome:
@@ -54,7 +54,8 @@ class Cloze:
         scores = [score for score, _ in scorer([*pairs, *alone], advance)]
         given, free = scores[: len(pairs)], scores[len(pairs) :]
         gained = [score - without for score, without in zip(given, free, strict=True)]
-        return Outcome("acc", self._hits(given), self._hits(gained))
+        documents = [item.document for item in self.items]
+        return Outcome("acc", self._hits(given), self._hits(gained), clusters=documents)
 
     def _hits(self, scores: list[float]) -> list[float]:
         """1 for each item whose true continuation has the largest score (the first, if several)."""

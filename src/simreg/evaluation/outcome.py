@@ -1,10 +1,11 @@
 """What a model scored on the items of a task, and the figures that follow from it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Outcome:
     """The same with log-likelihoods divided by length (the harness's `acc_norm`)."""
     weights: list[float] | None = None
     """None: all 1."""
+    clusters: list[int] | None = None
+    """What items depend on together, such as the document they were cut from; None: each is
+    independent."""
     extra: dict[str, float] = field(default_factory=dict)
     """Other figures of the whole task, such as LAMBADA's perplexity."""
 
@@ -31,7 +35,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Outcome":
-        """What `to_dict` gave."""
+        """What `to_dict` gave, of this version or of one that knew no clusters."""
         return cls(**values)
 
     @property
@@ -46,8 +50,10 @@ class Outcome:
 
     def summary(self) -> dict[str, Any]:
         """`{metric, n, score, stderr, normalised, normalised_stderr, extra}`, None if unknown."""
-        score, stderr = ratio(self.values, self.weights)
-        normalised = (None, None) if self.normalised is None else ratio(self.normalised, None)
+        score, stderr = ratio(self.values, self.weights, self.clusters)
+        normalised: tuple[float | None, float | None] = (None, None)
+        if self.normalised is not None:
+            normalised = ratio(self.normalised, None, self.clusters)
         return {
             "metric": self.metric,
             "n": self.n,
@@ -59,16 +65,30 @@ class Outcome:
         }
 
 
-def ratio(values: list[float], weights: list[float] | None) -> tuple[float, float | None]:
-    """Σ values / Σ weights over items, and its standard error (None from one item).
+def ratio(
+    values: ArrayLike, weights: ArrayLike | None, clusters: Sequence[int] | None = None
+) -> tuple[float, float | None]:
+    """Σ values / Σ weights over items, and its standard error (None from one cluster).
 
-    For weights of 1 that is the mean and sd/√n with the sample's sd, as the harness has it; for
-    others the linearised standard error of a ratio (Cochran 1977, Sampling Techniques,
-    chapter 6).
+    Items with equal `clusters` are not independent; without, every item is a cluster. For weights
+    of 1 and no clusters the error is sd/√n with the sample's sd, as the harness has it; else the
+    linearised standard error of a ratio (Cochran 1977, Sampling Techniques, chapter 6), by cluster:
+    √(C/(C − 1) Σ_c (Σ_{i∈c} (x_i − v w_i))²) / Σ w.
     """
     x = np.asarray(values, dtype=float)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=float)
     value = float(x.sum() / w.sum())
-    if len(x) < 2:
+    sums = cluster_sums(x - value * w, clusters)
+    count = len(sums)
+    if count < 2:
         return value, None
-    return value, float(np.std(x - value * w, ddof=1) / np.sqrt(len(x)) / w.mean())
+    spread = np.square(sums).sum() * count / (count - 1)
+    return value, float(np.sqrt(spread) / w.sum())
+
+
+def cluster_sums(values: np.ndarray, clusters: Sequence[int] | None) -> np.ndarray:
+    """Sums of `values` `[items]` over the items of each cluster, in the order of their ids."""
+    if clusters is None:
+        return values
+    place = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    return np.bincount(place, weights=values)

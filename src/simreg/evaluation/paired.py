@@ -1,21 +1,59 @@
-"""Arms against each other on the same items with the same seeds, with bootstrap intervals.
+"""Arms against each other on the same items with the same seeds.
 
-A difference is that of two arms' scores of the same seed on the same items. Its interval is a
-percentile bootstrap over seeds and items, each drawn with replacement (crossed: all seeds of a
-resample see the same items), so it covers the spread of training and of the benchmark alike. With
-one seed it covers the items alone, and says nothing of other seeds.
+A difference is that of two arms' scores of the same seed on the same items. It varies with the
+training (seeds) and with the benchmark (items) alike, which are crossed: every seed sees the same
+items. Its variance is the two-way cluster-robust one of Cameron, Gelbach and Miller (2011, Journal
+of Business & Economic Statistics 29:2, doi:10.1198/jbes.2010.07136),
+
+    V = V_seed + V_item − V_both,
+
+each from the sums of the same linearised gaps within clusters (`ratio`): by seed, by item, and by
+both at once, which the other two count twice. V is never taken below V_seed or V_item, to which the
+difference of noisy estimates may fall. The limits are Student's t with one degree of freedom less
+than there are clusters of the rarer kind, as a rule the seeds. Items that were cut from one
+document are one cluster.
+
+With one seed the limits cover the items alone, and say nothing of other seeds.
+
+A percentile bootstrap that draws seeds and clusters of items with replacement stands beside it:
+with few seeds it is too narrow.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from simreg.evaluation.outcome import Outcome, ratio
+from simreg.evaluation.outcome import Outcome, cluster_sums, ratio
+from simreg.intervals import CONFIDENCE
 
-CONFIDENCE, RESAMPLES = 0.95, 4000
+RESAMPLES = 4000
 Scores = Mapping[int, Outcome]
 """seed -> outcome"""
+
+
+@dataclass(frozen=True)
+class _Gaps:
+    """Of one task, for each cluster of items: sums of differences `[seeds, clusters]` and of
+    weights `[clusters]`."""
+
+    values: np.ndarray
+    weights: np.ndarray
+    items: int
+
+    @property
+    def of_seeds(self) -> np.ndarray:
+        """The difference of each seed, `[seeds]`."""
+        return np.asarray(self.values.sum(1) / self.weights.sum())
+
+    def variances(self) -> tuple[float, float]:
+        """V_item and V_both; 0 from a single cluster, of whose kind nothing is known."""
+        items = ratio(self.values.mean(0), self.weights)[1]
+        # Each seed has the items for itself: as many cells as seeds × clusters.
+        both = ratio(self.values.ravel(), np.tile(self.weights, len(self.values)))[1]
+        return (items or 0.0) ** 2, (both or 0.0) ** 2 if items is not None else 0.0
 
 
 def difference(
@@ -24,8 +62,11 @@ def difference(
     """Arm minus reference, averaged over tasks (task -> seed -> outcome) and common seeds.
 
     With `normalised`, tasks that have normalised scores count by these. Returns `{mean, low, high,
-    seeds, items}`, or None without a common seed; low and high are None where neither a second
-    seed nor a second item is there to resample.
+    bootstrap, seeds, items, clusters}`, or None without a common seed. `low`, `high`: 95 % limits
+    of Student's t, None from one seed if a task has a single cluster of items; `bootstrap`:
+    `[low, high]` of the percentile bootstrap, None where there is nothing to draw; `items` and
+    their independent `clusters`: counts over tasks. ValueError if the arms were scored on other
+    items.
     """
     tasks = [task for task in arm if task in reference]
     seeds = sorted(
@@ -35,52 +76,75 @@ def difference(
     )
     if not seeds:
         return None
-    rng = np.random.default_rng(0)
-    draws = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)
-    total, means, items = np.zeros(RESAMPLES), [], []
-    for task in tasks:
-        gaps, weights = _gaps(arm[task], reference[task], seeds, normalised)
-        means.append(float((gaps.sum(1) / weights.sum()).mean()))
-        items.append(gaps.shape[1])
-        total += _resampled(gaps, weights, draws, rng)
-    varies = len(seeds) > 1 or max(items) > 1
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(total / len(tasks), [tail, 1 - tail]) if varies else (None, None)
+    gaps = [_gaps(arm[task], reference[task], seeds, normalised) for task in tasks]
+    low, high = _limits(gaps)
     return {
-        "mean": float(np.mean(means)),
-        "low": None if low is None else float(low),
-        "high": None if high is None else float(high),
+        "mean": float(np.mean([task.of_seeds.mean() for task in gaps])),
+        "low": low,
+        "high": high,
+        "bootstrap": _bootstrap(gaps),
         "seeds": len(seeds),
-        "items": sum(items),
+        "items": sum(task.items for task in gaps),
+        "clusters": sum(len(task.weights) for task in gaps),
     }
 
 
-def _gaps(
-    arm: Scores, reference: Scores, seeds: Sequence[int], normalised: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Differences [seeds, items] of values, and the items' weights [items]."""
+def _gaps(arm: Scores, reference: Scores, seeds: Sequence[int], normalised: bool) -> _Gaps:
     rows = []
     for seed in seeds:
         one, other = arm[seed], reference[seed]
-        if one.n != other.n or one.weights != other.weights:
+        same = one.weights == other.weights and one.clusters == other.clusters
+        if one.n != other.n or not same:
             raise ValueError(f"the arms were scored on other items ({one.n} and {other.n})")
         x, y = one.values, other.values
         if normalised and one.normalised is not None and other.normalised is not None:
             x, y = one.normalised, other.normalised
         rows.append(np.subtract(x, y))
-    weights = arm[seeds[0]].weights
-    return np.array(rows), np.ones(len(rows[0])) if weights is None else np.array(weights)
+    first = arm[seeds[0]]
+    weights = np.ones(first.n) if first.weights is None else np.array(first.weights)
+    values = np.array([cluster_sums(row, first.clusters) for row in rows])
+    return _Gaps(values, cluster_sums(weights, first.clusters), first.n)
 
 
-def _resampled(
-    gaps: np.ndarray, weights: np.ndarray, draws: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _limits(gaps: Sequence[_Gaps]) -> tuple[float | None, float | None]:
+    """Limits of the average over tasks.
+
+    Tasks share their seeds, so V_seed is that of each seed's average; items of different tasks are
+    independent, so their variances add up.
+    """
+    by_seed = np.mean([task.of_seeds for task in gaps], axis=0)
+    fewest = min(len(task.weights) for task in gaps)
+    seeds = len(by_seed)
+    if seeds == 1 and fewest == 1:
+        return None, None
+    of_items, of_both = np.sum([task.variances() for task in gaps], axis=0) / len(gaps) ** 2
+    of_seeds = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
+    variance = of_items if seeds == 1 else max(of_seeds, of_items, of_seeds + of_items - of_both)
+    kinds = [count for count in (seeds, fewest) if count > 1]
+    half = stats.t.ppf(0.5 + CONFIDENCE / 2, min(kinds) - 1) * np.sqrt(variance)
+    return float(by_seed.mean() - half), float(by_seed.mean() + half)
+
+
+def _bootstrap(gaps: Sequence[_Gaps]) -> list[float] | None:
+    """`[low, high]`: seeds are drawn for all tasks at once, clusters of items for each task."""
+    seeds = len(gaps[0].values)
+    if seeds == 1 and max(len(task.weights) for task in gaps) == 1:
+        return None
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    total = np.sum([_resampled(task, draws, rng) for task in gaps], axis=0)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(total / len(gaps), [tail, 1 - tail])
+    return [float(low), float(high)]
+
+
+def _resampled(gaps: _Gaps, draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The difference in each resample, given how often (as a share) it draws each seed.
 
-    Items alike in all seeds are drawn together: how often a resample draws any of them is
+    Clusters alike in all seeds are drawn together: how often a resample draws any of them is
     multinomial, so 67,000 items of BLiMP cost no more than the few patterns they fall into.
     """
-    columns = np.vstack([gaps, weights]).T
+    columns = np.vstack([gaps.values, gaps.weights]).T
     kinds, counts = np.unique(columns, axis=0, return_counts=True)
     n, result = len(columns), np.empty(len(draws))
     step = max(1, 2**24 // len(kinds))  # bounds the memory
@@ -96,7 +160,7 @@ def over_seeds(scores: Scores) -> dict[str, Any]:
     """An arm on one task: mean and sample sd over seeds, and the standard error over items.
 
     `{metric, n, score, sd, stderr, normalised, seeds}`; stderr is that of the seeds' mean score of
-    each item, None from one item; sd is None from one seed.
+    each item (by cluster, as `ratio`), None from one cluster; sd is None from one seed.
     """
     outcomes = list(scores.values())
     values = np.array([outcome.score for outcome in outcomes])
@@ -107,7 +171,7 @@ def over_seeds(scores: Scores) -> dict[str, Any]:
         "n": outcomes[0].n,
         "score": float(values.mean()),
         "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
-        "stderr": ratio(mean_items.tolist(), outcomes[0].weights)[1],
+        "stderr": ratio(mean_items, outcomes[0].weights, outcomes[0].clusters)[1],
         "normalised": float(np.mean(normalised)) if len(normalised) == len(values) else None,
         "seeds": sorted(scores),
     }

@@ -1,6 +1,5 @@
 """What is evaluated: run folders, folders of runs, Hugging Face models; and of which arm it is."""
 
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from simreg.evaluation.scoring import Scorer, prefix_token
-from simreg.recipe import assemble
+from simreg.recipe import assemble, provenance
 from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
@@ -22,7 +21,6 @@ from simreg.recipe.files import one_line
 from simreg.recipe.folder import FREE_FIELDS, RunFolder
 
 _SEED_FOLDER = re.compile(r"seed-\d+")
-_CONTENT = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
@@ -44,14 +42,7 @@ class Subject:
 
     def fingerprint(self) -> str:
         """Hash of weights, configuration and tokenizer."""
-        digest = hashlib.blake2b()
-        for path in sorted(self.model.iterdir()):
-            if path.is_file() and path.suffix in _CONTENT:
-                digest.update(f"{path.name} {path.stat().st_size} ".encode())
-                with path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-        return digest.hexdigest()[:32]
+        return provenance.fingerprint(self.model)
 
     def load(self, *, bf16: bool) -> tuple[Scorer, Any]:
         """The model, ready to score, and its tokenizer; UserError if they cannot be loaded."""

@@ -11,13 +11,12 @@ from rich.table import Table
 from simreg.evaluation import paired
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.subjects import Subject
+from simreg.intervals import NO_SEED, pairing
 
 Outcomes = dict[tuple[str, str], Outcome]
 """(name of the model, task) -> outcome"""
 ACCURACIES = ("acc", "exact_match")
 AVERAGE = "average"
-NO_SEED = -1
-"""Stands for the seed of models that are no runs: they pair with each other, never with a run."""
 
 
 def build(
@@ -28,10 +27,7 @@ def build(
     for subject in found:
         arms.setdefault(subject.arm, []).append(subject)
     scores = {
-        arm: {
-            task: {NO_SEED if s.seed is None else s.seed: outcomes[s.name, task] for s in members}
-            for task in tasks
-        }
+        arm: {task: {pairing(s.seed): outcomes[s.name, task] for s in members} for task in tasks}
         for arm, members in arms.items()
     }
     reference = next(iter(arms))
@@ -144,8 +140,6 @@ def _named(metric: str, score: float) -> str:
     return f"accuracy {text} %" if metric == "acc" else f"{metric.replace('_', ' ')} {text}"
 
 
-ENOUGH_SEEDS = 10
-"""From which on a bootstrap over seeds is not called too narrow."""
 COLUMNS = ("task", "n", "arm", "score", "normalised", "difference", "normalised difference")
 
 
@@ -208,7 +202,7 @@ def _points(gap: dict[str, Any]) -> str:
     """`+1.2 points (95 % interval -0.3 to +2.6, which includes no difference)`."""
     text = f"{100 * gap['mean']:+.1f} points"
     if gap["low"] is None:
-        return text
+        return f"{text} (interval not known)"
     none = ", which includes no difference" if gap["low"] <= 0 <= gap["high"] else ""
     return f"{text} (95 % interval {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}{none})"
 
@@ -216,9 +210,7 @@ def _points(gap: dict[str, Any]) -> str:
 def _seeds_and_items(gap: dict[str, Any]) -> str:
     if gap["seeds"] == 1:
         return f"One seed, {gap['items']:,} items: the interval says nothing of other seeds"
-    text = f"{gap['seeds']} seeds, {gap['items']:,} items"
-    few = gap["seeds"] < ENOUGH_SEEDS and gap["low"] is not None
-    return f"{text}: with so few seeds a bootstrap interval is too narrow" if few else text
+    return f"{gap['seeds']} seeds, {gap['items']:,} items"
 
 
 def show(results: dict[str, Any], console: Console) -> None:

@@ -118,12 +118,15 @@ def alignment(found: Classes, head: Tensor) -> Tensor:
     return (unit(found.centred) * unit(rows - rows.mean(0))).sum(-1)
 
 
-def nearest_other(found: Classes, others: Classes) -> Tensor:
-    """`[K]`: the greatest cosine of a class mean μ_c (not centred) to that of another class.
+def nearest_other(found: Classes, others: Classes, centre: Tensor | None = None) -> Tensor:
+    """`[K]`: the greatest cosine of a class mean μ_c to that of another class.
 
-    Tiles of `others` are compared and dropped; NaN if there is no other class.
+    `centre` `[d]` is subtracted from the means first: those that share a direction are alike
+    whatever their class. Tiles of `others` are compared and dropped; NaN if there is no other
+    class.
     """
-    own, theirs = unit(found.mean), unit(others.mean)
+    shift = 0 if centre is None else centre
+    own, theirs = unit(found.mean - shift), unit(others.mean - shift)
     best = torch.full((len(found),), -torch.inf, dtype=torch.float64)
     for start in range(0, len(found), _TILE):
         part = slice(start, start + _TILE)

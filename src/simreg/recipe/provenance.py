@@ -1,6 +1,7 @@
 """Where a recorded number comes from: versions, commit and machine."""
 
 import contextlib
+import hashlib
 import os
 import platform
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 import simreg
+
+_MODEL_FILES = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
 
 
 def versions() -> dict[str, str | None]:
@@ -23,6 +26,18 @@ def versions() -> dict[str, str | None]:
         "transformers": version("transformers"),
         "accelerate": version("accelerate"),
     }
+
+
+def fingerprint(model: Path) -> str:
+    """Hash of a model's folder: weights, configuration and tokenizer."""
+    digest = hashlib.blake2b()
+    for path in sorted(model.iterdir()):
+        if path.is_file() and path.suffix in _MODEL_FILES:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:32]
 
 
 def commit() -> str | None:

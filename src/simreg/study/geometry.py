@@ -4,13 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from simreg.analysis import summary
+from simreg.recipe import provenance
 from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder, warn
+from simreg.study.plan import Cell
 
 FOLDER = "geometry"
 
 
 def load(study: Path) -> dict[str, Any] | None:
-    """The results of an analysis of the study, or None if it was not analysed."""
+    """The results of an analysis of the study, or None if it was not analysed.
+
+    None too, with a warning, if one of its models has changed since. Records are kept where the
+    models are gone, or were analysed by a version that recorded no fingerprint.
+    """
     path = study / FOLDER / "results.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -18,7 +26,18 @@ def load(study: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         raise UserError(f"{path} is damaged: delete it, or run simreg analyze again") from None
+    if any(_changed(study, model) for model in found["models"] if model["final"]):
+        warn(f"{path} is of models that have changed since: left out, run simreg analyze again")
+        return None
     return found
+
+
+def _changed(study: Path, model: dict[str, Any]) -> bool:
+    """Whether the study's model of this arm and seed is another one now."""
+    if model["seed"] is None or model.get("fingerprint") is None:
+        return False
+    folder = RunFolder(study / Cell(model["arm"], 1.0, model["seed"]).folder).model
+    return folder.is_dir() and provenance.fingerprint(folder) != str(model["fingerprint"])
 
 
 def note(found: dict[str, Any]) -> str:
@@ -27,7 +46,6 @@ def note(found: dict[str, Any]) -> str:
     return (
         f"{len(models)} trained models on the same {text['tokens']:,} tokens of {text['split']} "
         "text; head, tail: the three tenths with the most frequent labels, and with the rarest. "
-        "Means over seeds; brackets hold 95 % Student-t intervals of paired "
-        "differences. Metrics of classes take labels with at least "
-        f"{found['settings']['least']} tokens. Definitions: docs/analysis.md."
+        f"Means over seeds; brackets hold {summary.intervals(found)}. Metrics of classes take "
+        f"labels with at least {found['settings']['least']} tokens. Definitions: docs/analysis.md."
     )

@@ -138,9 +138,10 @@ def _geometry(analysis: dict[str, Any]) -> str:
             "</figcaption></figure>"
         )
     head, rows = tuple(geometry_summary.columns(analysis)), geometry_summary.rows(analysis)
+    said = "".join(f"<p>{escape(text)}</p>" for text in geometry_summary.sentences(analysis))
     return (
         f"<section><h2>Geometry</h2>{_table(head, [row for row in rows if row[1] == 'all'])}"
-        f"<p class='note'>{escape(geometry.note(analysis))}</p>"
+        f"<p class='note'>{escape(geometry.note(analysis))}</p>{said}"
         f"<details><summary>Head and tail</summary>{_table(head, rows)}</details>"
         f"{''.join(drawn)}</section>"
     )
@@ -241,9 +242,9 @@ _ZERO_SHOT = (
     "Models at the full budget, accuracies in per cent. ± is the standard deviation over seeds, or "
     "with one seed the standard error over items. Normalised: log-likelihoods are divided by the "
     "length of the answer (benchmarks), or the answer's own, without context, is subtracted "
-    "(heldout-cloze). Differences are paired over seeds and items; brackets hold 95 % percentile "
-    "bootstrap intervals that draw both anew (with one seed the items alone), too narrow for few "
-    "seeds."
+    "(heldout-cloze). Differences are paired over seeds and items; brackets hold 95 % Student-t "
+    "intervals with the spread of both (with one seed of the items alone, which says nothing of "
+    "other seeds)."
 )
 
 

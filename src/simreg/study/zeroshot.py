@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from simreg.evaluation import run, subjects, summary
+from simreg.evaluation import offline, run, subjects, summary
 from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.subjects import Subject
 from simreg.recipe.checkpoints import write_atomically
@@ -67,9 +67,12 @@ def after_training(
     found = of_study(study)
     earlier = _read(out / "results.json")
     models = {(subject.name, subject.fingerprint()) for subject in found}
-    if not found or (earlier and _models(earlier) >= models):
+    if not found:
         return
-    options = EvalOptions([study.out], limit=_items(study, step_time, len(found)))
+    limit = _items(study, step_time, len(found))
+    if earlier and _covers(earlier, study, models, limit):
+        return
+    options = EvalOptions([study.out], limit=limit)
     options.cache_dir = Path(study.base.data.cache_dir)
     console.print("\nzero-shot, on held-out documents:")
     try:
@@ -80,6 +83,23 @@ def after_training(
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def _covers(
+    earlier: dict[str, Any], study: Study, models: set[tuple[str, str]], limit: int
+) -> bool:
+    """Whether an evaluation is of the same models and tasks, with as many items or more.
+
+    Models whose weights are gone since stay in it; arms and seeds that the study dropped do not.
+    """
+    planned = {cell.folder for cell in study.cells() if cell.budget == 1.0}
+    return (
+        earlier.get("schema") == run.SCHEMA
+        and list(earlier["tasks"]) == list(run.SUITES["offline"])
+        and (earlier["limit"] or offline.ITEMS) >= limit
+        and _models(earlier) >= models
+        and {name for name, _ in _models(earlier)} <= planned
+    )
 
 
 def _items(study: Study, step_time: StepTimes, models: int) -> int:
@@ -95,7 +115,7 @@ def recorded(study: Study) -> dict[str, Any]:
     """Suite -> what is known of it, for the study's results.json.
 
     Without what was found of other models than those that are there now (records are kept where
-    there are none).
+    there are none), and without the limits of records that hold nothing but a bootstrap's.
     """
     found, now = {}, {model.name: model.fingerprint() for model in of_study(study)}
     for path in sorted((Path(study.out) / FOLDER).glob("*/results.json")):
@@ -104,8 +124,19 @@ def recorded(study: Study) -> dict[str, Any]:
         if any(now.get(name, fingerprint) != fingerprint for name, fingerprint in _models(results)):
             warn(f"{path} is of models that have changed since: left out, run simreg eval again")
         else:
+            if results.get("schema") != run.SCHEMA:
+                warn(f"{path} has bootstrap intervals alone: not shown, run simreg eval again")
+                _withdraw(results["differences"])
             found[path.parent.name] = {key: results[key] for key in _KEPT}
     return found
+
+
+def _withdraw(differences: dict[str, Any]) -> None:
+    """Take limits that are too narrow for what they would now be called."""
+    kinds = [kind for tasks in differences.values() for kind in tasks.values()]
+    for gap in (gap for kind in kinds for gap in kind.values() if gap is not None):
+        limits = None if gap["low"] is None else [gap["low"], gap["high"]]
+        gap.update(low=None, high=None, bootstrap=limits)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
