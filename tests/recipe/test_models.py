@@ -106,3 +106,30 @@ def test_vocabulary_can_be_padded_but_not_too_small() -> None:
 def test_unknown_preset_names_the_known() -> None:
     with pytest.raises(UserError, match=r"no preset 'gpt-5'.*llama-tiny.*mixtral-8x7b"):
         models.model_config("gpt-5", vocab_size=10, seq_len=10)
+
+
+def test_another_width_and_depth_keep_the_proportions() -> None:
+    built = models.of_run(
+        from_dict({"model": {"preset": "llama-60m", "hidden_size": 256, "layers": 3}}),
+        vocab_size=100,
+    )
+    assert (built.hidden_size, built.intermediate_size, built.num_hidden_layers) == (256, 688, 3)
+    assert built.num_attention_heads == built.num_key_value_heads == 4
+    plain, same = (
+        models.of_run(from_dict({"model": {"preset": "llama-60m", **shape}}), vocab_size=100)
+        for shape in ({}, {"hidden_size": 512, "layers": 8})
+    )
+    assert plain.to_dict() == same.to_dict()
+    grouped = models.of_run(
+        from_dict({"model": {"preset": "mixtral-8x7b", "hidden_size": 1024}}), vocab_size=100
+    )
+    assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "hidden"), [("llama-tiny", 100), ("mixtral-8x7b", 128), ("mixtral-8x7b", 384)]
+)
+def test_a_width_that_heads_do_not_fit_is_named(preset: str, hidden: int) -> None:
+    config = from_dict({"model": {"preset": preset, "hidden_size": hidden}})
+    with pytest.raises(UserError, match=rf"model.hidden_size={hidden}: expected a multiple of"):
+        models.of_run(config, vocab_size=100)

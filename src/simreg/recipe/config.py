@@ -52,6 +52,11 @@ class ModelConfig:
 
     preset: str = "llama-tiny"
     """One of the presets that `simreg train --list-models` prints."""
+    hidden_size: Count | None = None
+    """Another width than the preset's, in multiples of its head's; all that goes with the width is
+    scaled."""
+    layers: Count | None = None
+    """Another number of layers than the preset's."""
     tie_embeddings: bool = False
     """Share the input embedding with the LM head."""
     vocab_size: Annotated[int, Field(gt=0, le=2**24)] | None = None
@@ -86,8 +91,10 @@ class DataConfig:
 @_checked
 @dataclass(config=_STRICT, frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices inside the layers, AdamW for the rest."""
     lr: Positive = 3e-3
     """Peak learning rate."""
     warmup: Fraction = 0.3

@@ -21,6 +21,7 @@ from simreg.recipe import assemble, checkpoints
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Diverged
 from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.recipe.muon import MuonAdamW
 from simreg.recipe.probe import Probe
 from simreg.recipe.processes import is_main_process
 from simreg.recipe.progress import Clock, MetricsFile
@@ -42,6 +43,13 @@ class RunTrainer(SimRegTrainer):
         self.metrics_file: MetricsFile | None = None
         self.regularizer = assemble.scheduled(kwargs.get("objective"))
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as `Trainer` makes it, or Muon."""
+        if self.config.optim.name == "muon" and self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            self.optimizer = MuonAdamW(trained, self.config.optim)
+        return super().create_optimizer(model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; remembers, on the device, the first step whose loss is not finite."""

@@ -1,5 +1,6 @@
 """Presets of models trained from scratch, from transformers' own Llama and Mixtral classes."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
-from simreg.recipe.presets import EXPERTS_PER_TOKEN, PRESETS, PUBLISHED_VOCABULARY
+from simreg.recipe.presets import EXPERTS_PER_TOKEN, PRESETS, PUBLISHED_VOCABULARY, Shape
 
 
 def model_config(
@@ -18,11 +19,20 @@ def model_config(
     seq_len: int,
     tie_embeddings: bool = False,
     eos_token_id: int | None = None,
+    hidden_size: int | None = None,
+    layers: int | None = None,
 ) -> PretrainedConfig:
-    """The transformers config of a preset; UserError if there is no such preset."""
+    """The transformers config of a preset, perhaps of another width or depth.
+
+    UserError if there is no such preset, or its heads do not fit the width.
+    """
     if preset not in PRESETS:
         raise UserError(f"model.preset: no preset {preset!r}; there are {', '.join(PRESETS)}")
     shape = PRESETS[preset]
+    if hidden_size is not None:
+        shape = _widened(shape, hidden_size)
+    if layers is not None:
+        shape = replace(shape, layers=layers)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": shape.hidden,
@@ -49,6 +59,36 @@ def model_config(
     )
 
 
+def _widened(shape: Shape, hidden: int) -> Shape:
+    """The shape with heads of the same size, more or fewer of them, and all else in proportion."""
+    head = shape.hidden // shape.heads
+    heads, rest = divmod(hidden, head)
+    kv_heads = None if shape.kv_heads is None else shape.kv_heads * hidden // shape.hidden
+    if rest or (kv_heads is not None and (kv_heads == 0 or heads % kv_heads)):
+        raise UserError(
+            f"model.hidden_size={hidden}: expected a multiple of {head}, the width of a head"
+            + ("" if kv_heads is None else ", that keeps the share of key-value heads")
+        )
+    intermediate = round(shape.intermediate * hidden / shape.hidden)
+    return replace(shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads)
+
+
+def of_run(
+    config: RunConfig, *, vocab_size: int, eos_token_id: int | None = None
+) -> PretrainedConfig:
+    """The transformers config of a run's model; UserError if it can't be."""
+    model = config.model
+    return model_config(
+        model.preset,
+        vocab_size=vocab_size,
+        seq_len=config.data.seq_len,
+        tie_embeddings=model.tie_embeddings,
+        eos_token_id=eos_token_id,
+        hidden_size=model.hidden_size,
+        layers=model.layers,
+    )
+
+
 def build(config: RunConfig, *, tokenizer_size: int, eos_token_id: int | None) -> PreTrainedModel:
     """A float32 model on the CPU whose weights follow from `config.model` and the seed alone."""
     vocab_size = config.model.vocab_size or tokenizer_size
@@ -57,13 +97,7 @@ def build(config: RunConfig, *, tokenizer_size: int, eos_token_id: int | None) -
             f"the tokenizer has {tokenizer_size} tokens but model.vocab_size is {vocab_size}: "
             f"raise it to {tokenizer_size} or more, leave it out, or use a smaller tokenizer"
         )
-    hf_config = model_config(
-        config.model.preset,
-        vocab_size=vocab_size,
-        seq_len=config.data.seq_len,
-        tie_embeddings=config.model.tie_embeddings,
-        eos_token_id=eos_token_id,
-    )
+    hf_config = of_run(config, vocab_size=vocab_size, eos_token_id=eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return _model(hf_config)

@@ -14,6 +14,7 @@ from simreg.capture import attach
 from simreg.recipe import assemble, models
 from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, ordered
+from simreg.recipe.muon import MuonAdamW
 
 T = TypeVar("T")
 WARM_UP = 2
@@ -39,9 +40,13 @@ class Stepper:
             objective.to(self.device)
         self.reg = None if objective is None else attach(self.model, objective)
         self.forward = torch.compile(self.model) if config.train.compile else self.model
-        owned = objective.parameters() if isinstance(objective, nn.Module) else ()
+        owned = [*objective.parameters()] if isinstance(objective, nn.Module) else []
         self.parameters = [*self.model.parameters(), *owned]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.optim.lr, fused=True)
+        self.optimizer: torch.optim.Optimizer
+        if config.optim.name == "muon":
+            self.optimizer = MuonAdamW(self.model, config.optim, owned)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=config.optim.lr, fused=True)
         rows = ordered(corpus.train, config.train.seed, steps * config.train.batch_rows)
         collate = assemble.collator(config)
         self._batches = iter(DataLoader(rows, assemble.micro_batch(config), collate_fn=collate))

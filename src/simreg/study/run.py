@@ -128,8 +128,7 @@ def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") ->
 def _check_models(study: Study) -> None:
     """UserError for a config that cannot be trained, before any text is read."""
     for arm in study.arms:
-        config = study.arm_config(arm)
-        models.model_config(config.model.preset, vocab_size=1, seq_len=config.data.seq_len)
+        models.of_run(study.arm_config(arm), vocab_size=1)
 
 
 def _finished(study: Study) -> dict[Cell, dict[str, Any]]:
@@ -262,12 +261,7 @@ def _train(
 
 def _setting(config: RunConfig, corpus: Corpus) -> str:
     """What all runs have in common: `llama-tiny: 1.84M parameters, cpu fp32, ...`."""
-    model = models.model_config(
-        config.model.preset,
-        vocab_size=config.model.vocab_size or corpus.vocab_size,
-        seq_len=config.data.seq_len,
-        tie_embeddings=config.model.tie_embeddings,
-    )
+    model = models.of_run(config, vocab_size=config.model.vocab_size or corpus.vocab_size)
     total, active = models.count_parameters(model)
     of_active = "" if active == total else f" ({models.millions(active)} active)"
     precision = "bf16" if assemble.use_bf16(config.train.precision) else "fp32"
