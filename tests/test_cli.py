@@ -8,7 +8,7 @@ import pytest
 
 from simreg import __version__, cli
 from simreg.recipe import train as train_module
-from simreg.recipe.config import RunConfig
+from simreg.recipe.config import RunConfig, to_yaml
 from simreg.recipe.errors import UserError
 
 
@@ -28,6 +28,17 @@ def test_defaults_then_file_then_flags(tmp_path: Path, seen: list[RunConfig]) ->
     assert seen[0].optim.warmup == 0.2
     assert seen[0].data.source == ["a", "b"]
     assert seen[0].train == RunConfig().train
+
+
+def test_options_of_another_loss(tmp_path: Path, seen: list[RunConfig]) -> None:
+    command = ["train", "--auxiliary.name", "dispersion", "--auxiliary.options"]
+    assert cli.main([*command, "weight=1e-3", "depths=[0.5, 1]", "--optim.lr", "0.5"]) == 0
+    assert seen[0].auxiliary.options == {"weight": 0.001, "depths": [0.5, 1]}
+    assert seen[0].optim.lr == 0.5
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(seen[0]))
+    assert cli.main(["train", str(file)]) == 0
+    assert seen[1] == seen[0]
 
 
 def test_values_that_are_none_one_or_many(seen: list[RunConfig]) -> None:

@@ -28,6 +28,29 @@ WSD_DECAY = 0.2
 """Share of the steps over which the `wsd` schedule decays."""
 
 
+def _from_words(words: list[str]) -> dict[str, Any]:
+    """`key=value` words of a command line; values are read as YAML, as a file would."""
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{word!r} is not of the form KEY=VALUE")
+        found[key] = yaml.safe_load(value)
+    return found
+
+
+Options = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE ...",
+        instance_from_str=_from_words,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda options: [f"{key}={value}" for key, value in options.items()],
+    ),
+]
+
+
 def _checked(section: type[T]) -> type[T]:
     """Let construction, by hand or by tyro, report a wrong value as UserError."""
     validate = section.__init__
@@ -153,17 +176,26 @@ class AuxiliaryConfig:
 
     name: str | None = None
     """Which one; None: none."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     """Its options, `weight` among them; those left out keep their defaults."""
 
     def __post_init__(self) -> None:
         if self.name is None and self.options:
             raise ValueError("auxiliary.options are those of auxiliary.name, which is not set")
+        object.__setattr__(self, "options", {k: _number(v) for k, v in self.options.items()})
         if self.name is not None:
             try:  # built for a model of any size, to see what it says
                 registry.build(self.name, self.options, hidden_size=1, vocab_size=1)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"auxiliary: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-3, without a point, for a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 @_checked
