@@ -30,6 +30,9 @@ def test_training_goes_on_as_if_nobody_had_looked(text, tmp_path, one_thread, we
     assert [r["step"] for r in found] == [4, 8, 12, 16, 20]
     assert [r for r in lines if r["kind"] != "geometry"] == tiny.metrics(str(blind / "run"))
     assert found[0]["effective_rank"] != found[-1]["effective_rank"]
+    ratios = [r["grad_ratio"] for r in found if "grad_ratio" in r]
+    assert len(ratios) == (5 if weight else 0)
+    assert all(0 < ratio < 10 for ratio in ratios)
     assert found[0]["tokens"] == 4 * 4 * 32
 
 

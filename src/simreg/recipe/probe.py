@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from simreg.geometry.glance import glance
+from simreg.geometry.pull import gradient_ratio
 from simreg.recipe.data import Rows
 
 TOKENS = 1024
@@ -27,20 +28,23 @@ class Probe:
 
     @torch.no_grad()
     def __call__(self, trainer: Any) -> dict[str, float | None]:
-        """What `glance` finds in the model of a `Trainer`."""
+        """What `glance` finds in the model of a trainer, and `grad_ratio` of its regularizer."""
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         ids, training = self.ids.to(trainer.args.device), model.training
         model.eval()
         with trainer.compute_loss_context_manager():
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         model.train(training)
-        head = model.get_output_embeddings()
-        found = [hidden[:, :-1].float(), ids[:, 1:], _whole(head.weight)]
-        bias = getattr(head, "bias", None)
-        found.append(None if bias is None else _whole(bias))
+        layer = model.get_output_embeddings()
+        weights = [layer.weight, getattr(layer, "bias", None)]
+        head, bias = (None if w is None else _whole(w) for w in weights)
+        found: Any = [hidden[:, :-1].float(), ids[:, 1:], head, bias]
         if hidden.device.type == "mps":  # which has no float64
             found = [None if t is None else t.cpu() for t in found]
-        return glance(*found)
+        looked = glance(*found)
+        if (regularizer := getattr(trainer, "regularizer", None)) is not None:
+            looked["grad_ratio"] = gradient_ratio(*found, objective=regularizer)
+        return looked
 
 
 def _whole(weight: Tensor) -> Tensor:

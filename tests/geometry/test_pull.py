@@ -1,0 +1,38 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from simreg.geometry.pull import gradient_ratio
+from simreg.loss import SimRegLoss, simreg_loss
+
+
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 9, 5, generator=generator)
+    labels = torch.randint(0, 4, (2, 9), generator=generator)
+    labels[0, :3] = -100
+    return hidden, labels, torch.randn(7, 5, generator=generator), torch.randn(7)
+
+
+@torch.no_grad()
+def test_it_is_the_ratio_of_the_two_gradients():
+    hidden, labels, head, bias = problem()
+    found = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.4, 0.2))
+    with torch.enable_grad():
+        h = hidden.double().requires_grad_()
+        logits = h @ head.double().T + bias.double()
+        ce = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+        reg = 0.4 * simreg_loss(h, labels, temperature=0.2, reduction="sum")
+        one, other = (torch.autograd.grad(x, h)[0].norm() for x in (reg, ce))
+    assert found == pytest.approx(float(one / other), rel=1e-5)
+    twice = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.8, 0.2))
+    assert twice == pytest.approx(2 * found, rel=1e-5)
+
+
+def test_without_a_pull_there_is_none():
+    hidden, labels, head, _ = problem()
+    assert gradient_ratio(hidden, labels, head, None, SimRegLoss(0.0)) is None
+    different = torch.arange(18).view(2, 9) % 7
+    different[1] = -100  # and a row in which each label is there once
+    different[0] = torch.tensor([0, 1, 2, 3, 4, 5, 6, -100, -100])
+    assert gradient_ratio(hidden, different, head, None, SimRegLoss(1.0)) is None
