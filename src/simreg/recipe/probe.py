@@ -36,14 +36,16 @@ class Probe:
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         model.train(training)
         layer = model.get_output_embeddings()
-        weights = [layer.weight, getattr(layer, "bias", None)]
-        head, bias = (None if w is None else _whole(w) for w in weights)
-        found: Any = [hidden[:, :-1].float(), ids[:, 1:], head, bias]
+        head, bias = _whole(layer.weight), getattr(layer, "bias", None)
+        bias = None if bias is None else _whole(bias)
+        states = hidden[:, :-1].float()
         if hidden.device.type == "mps":  # which has no float64
-            found = [None if t is None else t.cpu() for t in found]
-        looked = glance(*found)
+            states, ids, head = states.cpu(), ids.cpu(), head.cpu()
+            bias = None if bias is None else bias.cpu()
+        looked = glance(states, ids[:, 1:], head, bias)
         if (regularizer := getattr(trainer, "regularizer", None)) is not None:
-            looked["grad_ratio"] = gradient_ratio(*found, objective=regularizer)
+            ratio = gradient_ratio(states, ids[:, 1:], head, bias, regularizer)
+            looked["grad_ratio"] = ratio
         return looked
 
 
