@@ -53,6 +53,50 @@ def test_budgets_for_each_arm():
     assert study.budgets_of("b") == [1.0]
 
 
+SCALED = """
+out: docs/results/x
+base: {train: {tokens: 1000000}, optim: {lr: 0.01}}
+seeds: [1, 2]
+arms: {simreg: {}, strong: {simreg: {weight: 3}}}
+scales:
+  gpu: {base: {model: {preset: llama-60m}, train: {tokens: 9000000}}, seeds: [7], arms: {big: {}}}
+  far: {out: elsewhere}
+"""
+
+
+def test_a_study_at_another_scale(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(SCALED)
+    plain, gpu, far = (
+        plan.from_options(CompareOptions(str(file), scale=scale)) for scale in (None, "gpu", "far")
+    )
+    assert (plain.out, gpu.out, far.out) == ("docs/results/x", "docs/results/x-gpu", "elsewhere")
+    assert (gpu.base.model.preset, gpu.base.train.tokens, gpu.base.optim.lr) == (
+        "llama-60m",
+        9_000_000,
+        0.01,
+    )
+    assert (gpu.seeds, plain.seeds) == ([7], [1, 2])
+    assert gpu.arms.keys() == {"baseline", "simreg", "strong", "big"}
+    assert (plain.base.model.preset, plain.base.train.tokens) == ("llama-tiny", 1_000_000)
+    over = plan.from_options(CompareOptions(str(file), scale="gpu", out="mine", tokens=5_000_000))
+    assert (over.out, over.base.train.tokens) == ("mine", 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "cpu"}, "--scale cpu: the study has gpu, far"),
+        ({"scale": "cpu", "study": None}, "--scale cpu: the study has no scales"),
+    ],
+)
+def test_a_scale_that_is_not_there(tmp_path, options, message):
+    file = tmp_path / "x.yaml"
+    file.write_text(SCALED)
+    with pytest.raises(UserError, match=message):
+        plan.from_options(CompareOptions(**{"study": str(file), **options}))
+
+
 def test_another_reference():
     study = plan.from_dict({"reference": "plain", "arms": {"plain": {}, "new": {}}})
     assert list(study.arms) == ["plain", "new"]

@@ -1,9 +1,11 @@
 import json
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
 
+from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder
 from simreg.study import plan, run, sizing
 from simreg.study.plan import CompareOptions
@@ -84,6 +86,26 @@ def test_an_interrupted_study_continues(lab, study):
     lab.before = lambda config: None
     compare(study)
     assert len(lab.trained) == len(set(lab.trained)) == 4
+
+
+def test_a_study_stops_after_a_time_as_if_asked_to(lab, tmp_path):
+    options = CompareOptions(out=str(tmp_path / "s"), tokens=1_000_000, stop_after=0.002)
+
+    def wait(config):
+        if "0.8" in config.out:
+            threading.Event().wait(5)
+
+    lab.before = wait
+    with pytest.raises(KeyboardInterrupt):
+        run.main(options)
+    assert len(lab.trained) == 2
+    lab.before = lambda config: None
+    run.main(replace(options, stop_after=5))
+    assert len(lab.trained) == len(set(lab.trained)) == 4
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)  # cancelled, not waiting to strike
+    with pytest.raises(UserError, match="--stop-after 0: expected minutes above 0"):
+        run.main(replace(options, stop_after=0))
 
 
 def test_arms_seeds_and_budgets_are_added_to_what_is_there(lab, study):

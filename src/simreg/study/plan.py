@@ -200,6 +200,10 @@ class CompareOptions:
     """A study file (YAML); flags override what it says."""
     out: Annotated[str | None, _default("runs/NAME")] = None
     """Folder of the study."""
+    scale: Annotated[str | None, _default("as the file begins")] = None
+    """Take the study at another size, one of those under `scales` in its file."""
+    stop_after: float | None = None
+    """Minutes after which to save and stop; the same command continues."""
     seeds: Annotated[list[int] | None, _default("0")] = None
     """Seeds, such as `--seeds 0 1 2 3 4`."""
     budgets: Annotated[list[float] | None, _default("0.6 0.8 1.0")] = None
@@ -256,6 +260,19 @@ def _section(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return section or {}
 
 
+def _scaled(values: dict[str, Any], scale: str | None) -> dict[str, Any]:
+    """A study file's values at one of its `scales`, in a folder named for it unless it says one."""
+    values = dict(values)
+    scales = _section({"scales": values.pop("scales", None)}, "scales", "scales")
+    if scale is None:
+        return values
+    if scale not in scales:
+        raise UserError(f"--scale {scale}: the study has {', '.join(scales) or 'no scales'}")
+    out = values.get("out") or f"runs/{values['name']}"
+    own = _section(scales, scale, f"scales.{scale}")
+    return recipe.merge({**values, "out": f"{out}-{scale}"}, own)
+
+
 def _parse_arm(text: str, reference: str) -> tuple[str, dict[str, Any]]:
     name, colon, rest = text.partition(":")
     if not colon or not name:
@@ -272,6 +289,7 @@ def from_options(options: CompareOptions) -> Study:
     values: dict[str, Any] = {"name": "demo"}
     if options.study is not None:
         values = {"name": Path(options.study).stem, **recipe.read_yaml(options.study)}
+    values = _scaled(values, options.scale)
     base = _section(values, "base", "base")
     for text in options.set:
         base = recipe.merge(base, parse_assignments(text, "--set"))

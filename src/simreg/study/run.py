@@ -3,8 +3,12 @@
 import contextlib
 import fcntl
 import json
+import math
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +37,26 @@ SLOW = 1.4
 
 def main(options: CompareOptions) -> None:
     """`simreg compare`."""
-    compare(plan.from_options(options), command=shlex.join(["simreg", *sys.argv[1:]]))
+    study = plan.from_options(options)
+    with _stopping_after(options.stop_after):
+        compare(study, command=shlex.join(["simreg", *sys.argv[1:]]))
+
+
+@contextlib.contextmanager
+def _stopping_after(minutes: float | None) -> Iterator[None]:
+    """As if Ctrl-C were pressed then: a run that is in progress saves first."""
+    if minutes is None:
+        yield
+        return
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--stop-after {minutes:g}: expected minutes above 0")
+    timer = threading.Timer(60 * minutes, os.kill, [os.getpid(), signal.SIGINT])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def compare(
