@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import tyro
 
+from simreg.recipe import config as recipe
 from simreg.recipe.errors import UserError
-from simreg.study import plan
+from simreg.study import plan, run
 from simreg.study.plan import Cell, CompareOptions
 
 
@@ -265,8 +266,16 @@ def test_a_failed_save_keeps_the_file(tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("studies/*.yaml")), ids=str)
-def test_the_studies_of_the_repository_load(path):
-    study = plan.from_options(CompareOptions(study=str(path)))
+STUDIES = [
+    (path, scale)
+    for path in sorted(Path(__file__).parents[2].glob("studies/*.yaml"))
+    for scale in (None, *recipe.read_yaml(path).get("scales", {}))
+]
+
+
+@pytest.mark.parametrize(("path", "scale"), STUDIES, ids=lambda part: getattr(part, "stem", part))
+def test_the_studies_of_the_repository_load(path, scale):
+    study = plan.from_options(CompareOptions(study=str(path), scale=scale))
     assert study.arm_config(study.reference).simreg.weight == 0
     assert len(study.cells()) >= 2
+    run._check_models(study)
