@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test tables clean
 
 demo: $(VENV)/train
 	$(BIN)/simreg compare
@@ -15,6 +15,10 @@ test: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
+
+# The tables of README.md and docs/results.md, from the records they name.
+tables: $(VENV)/train
+	$(BIN)/python -m simreg.study.tables
 
 $(VENV)/%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'

@@ -1,0 +1,1 @@
+"""Tables in Markdown files, drawn from recorded JSON: `python -m simreg.study.tables`."""
