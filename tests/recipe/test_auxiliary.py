@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 from simreg.objectives import Sum
 from simreg.recipe import assemble, loop, models
-from simreg.recipe.config import SimRegConfig, from_dict, to_yaml
+from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml
 from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder
 from simreg.recipe.timing import Stepper
 from simreg.recipe.train import train
+from simreg.study import run as study_run
 from tests.recipe import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,3 +168,21 @@ def test_two_processes_train_its_parameters(tmp_path: Path, text: Path) -> None:
         moved, rel=1e-3
     )
     assert result["auxiliary"] == OWNED
+
+
+@pytest.mark.parametrize(
+    "pair", [({}, {"weight": 0.5}), ({"weight": 0.5}, {}), ({"weight": 2},) * 2]
+)
+def test_a_folder_knows_the_options_of_its_run(tmp_path: Path, pair: Any) -> None:
+    """Options that one of two configs leaves out are a difference too."""
+    there, here = (from_dict({"auxiliary": {"name": "z-loss", "options": o}}) for o in pair)
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(to_yaml(there))
+    folder.metrics.touch()
+    if there == here:
+        folder.check(here)
+    else:
+        with pytest.raises(UserError, match=r"auxiliary\.options is .* there and .* now"):
+            folder.check(here)
+    changes = study_run._changes(to_dict(there), to_dict(here))
+    assert changes.startswith("auxiliary.options: {") == (there != here)

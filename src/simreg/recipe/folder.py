@@ -126,9 +126,10 @@ def warn(message: str) -> None:
         print(f"simreg: warning: {message}", file=sys.stderr, flush=True)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """`section.field` -> value; a field that is a mapping itself is one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+        inside = isinstance(value, dict)
+        flat |= {f"{key}.{name}": x for name, x in value.items()} if inside else {key: value}
     return flat

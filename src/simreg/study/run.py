@@ -137,11 +137,11 @@ def _settled(study: Study) -> Study:
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> str:
-    """`optim.lr: 0.003 -> 0.001`, for every value that differs."""
+    """`optim.lr: 0.003 -> 0.001`, for every value that differs; one that is a mapping is one."""
     found = []
     for key, old in before.items():
         new = after[key]
-        if isinstance(old, dict):
+        if isinstance(old, dict) and not prefix:
             found.append(_changes(old, new, f"{prefix}{key}."))
         elif old != new and f"{prefix}{key}" not in (*FREE_FIELDS, "train.seed"):
             found.append(f"{prefix}{key}: {old} -> {new}")
