@@ -49,13 +49,17 @@ class SimRegTrainer(Trainer):
 
     Raises:
         ValueError: under `torch.nn.DataParallel`, with sequences sharded over processes, or for an
-            objective with parameters or buffers under FSDP.
+            objective with parameters or buffers under FSDP, with PEFT or with
+            `ddp_find_unused_parameters=True` (False is the default there).
     """
 
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         idle = objective is None or getattr(objective, "weight", None) == 0
         self._objective = None if idle else objective
         self._reg: Attached | None = None
+        # What it owns, as it came: `model_init` is to begin anew with it too.
+        owned = objective.state_dict() if isinstance(objective, nn.Module) else {}
+        self._owned = {name: value.clone() for name, value in owned.items()}
         self._window = Window()
         self._evaluated: list[Tensor] | None = None
         super().__init__(*args, **kwargs)
@@ -75,17 +79,44 @@ class SimRegTrainer(Trainer):
         if model is None or self._objective is None:
             return
         self._reg = attach(model, self._objective)
-        if isinstance(self._objective, nn.Module) and self._objective.state_dict():
+        if isinstance(self._objective, nn.Module) and self._owned:
+            own = (
+                f"objective: {type(self._objective).__name__} has parameters or buffers of its own"
+            )
             if self.is_fsdp_enabled:
+                raise ValueError(f"{own}, which FSDP is not supported with; use DDP")
+            if getattr(model, "peft_config", None):
                 raise ValueError(
-                    f"objective: {type(self._objective).__name__} has parameters or buffers of its "
-                    "own, which FSDP is not supported with; use DDP"
+                    f"{own}, which PEFT is not supported with: its checkpoints hold adapters alone"
                 )
             model.add_module(OBJECTIVE, self._objective.to(self.args.device))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer`, but DDP does not look for unused parameters if the objective has some.
+
+        It looks in the graph of the model's outputs, where those of the objective are not.
+        """
+        given = self.args.ddp_find_unused_parameters
+        if self._objective is not None and self._owned:
+            if given:
+                raise ValueError(
+                    f"args: {type(self._objective).__name__} has parameters or buffers of its own, "
+                    "which ddp_find_unused_parameters=True is not supported with"
+                )
+            self.args.ddp_find_unused_parameters = False
+        super().create_accelerator_and_postprocess()
+        self.args.ddp_find_unused_parameters = given
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As `Trainer`; of what the objective owns, matrices alone: no scale or temperature."""
+        kept = {n for n, p in model.named_parameters() if p.ndim > 1 or OBJECTIVE not in n}
+        return [name for name in super().get_decay_parameter_names(model) if name in kept]
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model by `model_init`, with the objective attached."""
+        """A fresh model by `model_init`, with the objective attached, as it came."""
         model = super().call_model_init(trial)
+        if isinstance(self._objective, nn.Module) and self._owned:
+            self._objective.load_state_dict(self._owned)
         self._attach(model)
         return model
 
@@ -235,9 +266,9 @@ class SimRegTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; training checkpoints keep the model's own parameter names."""
-        if not _internal_call:
+        if not _internal_call or output_dir is None:  # None: by `push_to_hub`, to be published
             with published(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
-                super().save_model(output_dir)
+                super().save_model(output_dir, _internal_call=_internal_call)
             return
         # Resuming loads by the model's names: what the published layout renames would be lost.
         with _own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
