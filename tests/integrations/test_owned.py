@@ -43,8 +43,10 @@ def worker(rank, folder, port):
     model, objective = build(), nitp()
     run(folder, model, objective, per_device_train_batch_size=2)
     center = registry.build("center", {}, hidden_size=16, vocab_size=24)
+    seen = []
+    center.register_forward_pre_hook(lambda module, _: seen.append(module.centers.clone()))
     run(folder, build(), center, per_device_train_batch_size=2)
-    found = {"weights": weights(model), "objective": weights(objective), "center": center.centers}
+    found = {"weights": weights(model), "objective": weights(objective), "centers": seen[1]}
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
 
@@ -59,6 +61,8 @@ def test_two_processes_of_default_arguments_equal_one(tmp_path):
         torch.testing.assert_close(found["weights"], weights(model), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found["objective"], weights(objective), rtol=1e-5, atol=1e-6)
     assert not torch.equal(before, weights(objective))
+    assert torch.equal(ranks[0]["centers"], ranks[1]["centers"])  # whatever the rows of the second
+    assert ranks[0]["centers"].any()
 
 
 def test_what_is_not_supported_is_refused(tmp_path):

@@ -17,7 +17,8 @@ class Center(nn.Module):
     (ECCV), equations 2 to 4, alpha 0.5. Adapted: embeddings are normalised, so that the loss runs
     from 0 to 2 whatever the scale of the model's norm; the centres, being means, stay inside the
     sphere. Centres are of the whole run, not of a row, and those that a call sees depend on the
-    calls before: accumulation is exact only for given centres, and each process has its own.
+    calls before: accumulation is exact only for given centres. Under DDP, which broadcasts buffers,
+    all processes see those of the first, which its rows alone have moved.
     """
 
     centers: Tensor
