@@ -186,3 +186,24 @@ def test_a_folder_knows_the_options_of_its_run(tmp_path: Path, pair: Any) -> Non
             folder.check(here)
     changes = study_run._changes(to_dict(there), to_dict(here))
     assert changes.startswith("auxiliary.options: {") == (there != here)
+
+
+def test_the_timed_loss_is_as_outside_of_autocast_as_the_trained_one(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simreg.recipe.data import prepare
+
+    seen = []
+    original = Sum.forward
+
+    def spy(self: Sum, *args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Sum, "forward", spy)
+    changes = {"auxiliary": {"name": "nitp"}, "train": {"precision": "bf16", "tokens": 128}}
+    config = tiny.config(tmp_path, text, changes)
+    train(config)
+    Stepper(config, prepare(config.data), 2).step()
+    assert len(seen) >= 2
+    assert not any(seen)

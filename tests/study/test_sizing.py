@@ -159,3 +159,23 @@ def test_step_times_stay_known_when_a_study_begins_to_look_at_geometry(study):
         ),
     )
     assert sizing._key(looking, "simreg") == sizing._key(study, "simreg")
+
+
+def test_a_step_time_of_another_machine_is_still_of_its_configs(tmp_path, monkeypatch):
+    """A finished study may name another reference: the ratio on record is not to that."""
+    monkeypatch.setattr(sizing.timing, "step_time_ratio", lambda *args: TIMES)
+    arms = {"half": {"simreg": {"chunk_size": 8}}, "simreg": {}}
+    study = plan.from_dict({"arms": arms, "out": str(tmp_path)})
+    sizing.step_times(study, None)
+    monkeypatch.setattr(sizing.torch, "__version__", "9")
+    assert not sizing.cached_step_times(study)
+    assert set(sizing.cached_step_times(study, any_machine=True)) == {"half", "simreg"}
+    other = dataclasses.replace(study, reference="half")
+    assert "simreg" not in sizing.cached_step_times(other, any_machine=True)
+
+    path = tmp_path / sizing.STEP_TIME_FILE  # as recorded by versions that did not say
+    found = {arm: {**entry, "configs": None} for arm, entry in json.loads(path.read_text()).items()}
+    for entry in found.values():
+        del entry["configs"]
+    path.write_text(json.dumps(found))
+    assert set(sizing.cached_step_times(study, any_machine=True)) == {"half", "simreg"}

@@ -59,8 +59,8 @@ class Stepper:
             segments = batch.pop("segments", None)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.forward(**batch).loss
-                if self.reg is not None:
-                    loss = loss + self.reg(batch["labels"], segments)
+            if self.reg is not None:  # outside, as in Trainer, which wraps the forward pass alone
+                loss = loss + self.reg(batch["labels"], segments)
             (loss / self.config.train.accumulate).backward()
         if self.config.optim.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)

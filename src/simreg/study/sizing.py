@@ -55,7 +55,7 @@ def step_times(study: Study, corpus: Corpus) -> StepTimes:
             measured = timing.step_time_ratio(
                 study.arm_config(study.reference), study.arm_config(arm), corpus
             )
-            known[arm] = {**measured, "key": _key(study, arm)}
+            known[arm] = {**measured, "key": _key(study, arm), "configs": _configs(study, arm)}
             write_atomically(path, json.dumps(known, indent=1) + "\n")
     return known
 
@@ -63,7 +63,8 @@ def step_times(study: Study, corpus: Corpus) -> StepTimes:
 def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
     """The step times that need no measurement: same cost, or measured earlier.
 
-    Unless `any_machine`, those of another machine or of other software do not count.
+    Unless `any_machine`, those of another machine or of other software do not count; those of
+    another reference or of other configs never do, if the record says.
     """
     try:
         stored = json.loads((Path(study.out) / STEP_TIME_FILE).read_text(encoding="utf-8"))
@@ -75,8 +76,11 @@ def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
         entry = stored.get(arm)
         if _cost(study, arm) == _cost(study, study.reference):
             known[arm] = _SAME_COST
-        elif isinstance(entry, dict) and (any_machine or entry.get("key") == _key(study, arm)):
-            known[arm] = entry
+        elif isinstance(entry, dict):
+            configs = _configs(study, arm)
+            elsewhere = any_machine and entry.get("configs", configs) == configs
+            if elsewhere or entry.get("key") == _key(study, arm):
+                known[arm] = entry
     return known
 
 
@@ -91,6 +95,11 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
     }
 
 
+def _configs(study: Study, arm: str) -> str:
+    """Identifies the configs whose step times are compared."""
+    return _digest([_cost(study, name) for name in (study.reference, arm)])
+
+
 def _key(study: Study, arm: str) -> str:
     """Identifies what a step time depends on: both configs, the software and the machine."""
     machine = provenance.machine()
@@ -99,6 +108,10 @@ def _key(study: Study, arm: str) -> str:
         *(torch.__version__, simreg.__version__),
         *(machine[name] for name in ("cpu", "device", "threads")),
     ]
+    return _digest(parts)
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
