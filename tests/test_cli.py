@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,3 +127,38 @@ def test_version_and_help_do_not_load_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"simreg {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "options"),
+    [
+        ("--auxiliary.name z-loss --auxiliary.options weight=1e-3", "z-loss", {"weight": 1e-3}),
+        ("--auxiliary.options depth=0.5", "nitp", {"depth": 0.5}),
+        ("--auxiliary.name mtp --auxiliary.options", "mtp", {}),
+        ("--optim.lr 1", "nitp", {"weight": 1e-1, "depth": 0.3}),
+        (
+            "--auxiliary.name simreg-variant --auxiliary.options depths=[0.5] final=true",
+            "simreg-variant",
+            {"depths": [0.5], "final": True},
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_train_reads_options_of_an_auxiliary_loss(
+    seen: list[RunConfig], tmp_path: Path, flags: str, name: str, options: dict[str, Any]
+) -> None:
+    """By flags, that replace those of the file; a number without a point is one."""
+    file = tmp_path / "c.yaml"
+    file.write_text("auxiliary: {name: nitp, options: {weight: 1e-1, depth: 0.3}}", "utf-8")
+    assert cli.main(["train", str(file), *flags.split()]) == 0
+    assert (seen[0].auxiliary.name, seen[0].auxiliary.options) == (name, options)
+
+
+@pytest.mark.parametrize("options", ["weight", "weight={", "=3"])
+def test_options_that_are_not_assigned_are_named(
+    seen: list[RunConfig], capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--auxiliary.name", "mtp", "--auxiliary.options", *options.split()])
+    assert "KEY=VALUE" in capsys.readouterr().err
+    assert not seen

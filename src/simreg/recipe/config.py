@@ -33,9 +33,12 @@ def _from_words(words: list[str]) -> dict[str, Any]:
     found = {}
     for word in words:
         key, equals, value = word.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            key = ""
         if not (key and equals):
             raise ValueError(f"{word!r} is not of the form KEY=VALUE")
-        found[key] = yaml.safe_load(value)
     return found
 
 
@@ -177,7 +180,8 @@ class AuxiliaryConfig:
     name: str | None = None
     """Which one; None: none."""
     options: Options = field(default_factory=dict)
-    """Its options, `weight` among them; those left out keep their defaults."""
+    """Its options, `weight` among them; those left out keep their defaults. On the command line
+    they replace all those of the file."""
 
     def __post_init__(self) -> None:
         if self.name is None and self.options:
