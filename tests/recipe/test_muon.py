@@ -63,6 +63,23 @@ def test_each_weight_moves_as_by_its_own_optimizer(preset: str) -> None:
         both.step(lambda: 0.0)
 
 
+def test_a_copy_goes_on_by_itself() -> None:
+    model = build()
+    first = MuonAdamW(model, OPTIM)
+    gradients(model, 0)
+    first.step()
+    twin, second = copy.deepcopy((model, first))
+    before = [p.clone() for p in model.parameters()]
+    gradients(twin, 1)
+    second.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    gradients(model, 1)
+    first.step()
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
 def test_a_scheduler_reaches_every_group() -> None:
     model = build()
     both = MuonAdamW(model, OPTIM)
