@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simreg.recipe import assemble, loop, models, progress, timing
-from simreg.recipe.config import RunConfig, SimRegConfig, from_dict, with_overrides
+from simreg.recipe.config import RunConfig, from_dict, with_overrides
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import Diverged, Locked, UserError
 from simreg.recipe.train import train
@@ -129,10 +129,12 @@ def test_scope_document_keeps_documents_apart(make: Make) -> None:
     )
     corpus = prepare(row.data)
     rows = [corpus.train[i] for i in range(4)]
-    assert set(assemble.collator(row.simreg)(rows)) == {"input_ids", "labels"}
-    assert set(assemble.collator(document.simreg)(rows)) == {"input_ids", "labels", "segments"}
-    plain = SimRegConfig(weight=0, scope="document")
+    assert set(assemble.collator(row)(rows)) == {"input_ids", "labels"}
+    assert set(assemble.collator(document)(rows)) == {"input_ids", "labels", "segments"}
+    plain = make("plain", simreg={"scope": "document", "weight": 0})
     assert set(assemble.collator(plain)(rows)) == {"input_ids", "labels"}
+    rival = make("rival", simreg={"scope": "document", "weight": 0}, auxiliary={"name": "z-loss"})
+    assert "segments" in assemble.collator(rival)(rows)
     train(row)
     train(document)
     assert lines(row, "train")[0]["ce"] == lines(document, "train")[0]["ce"]
