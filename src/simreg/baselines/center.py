@@ -1,12 +1,13 @@
 """Centre loss: embeddings near the running centre of those with their label."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 
 
-class Center(nn.Module):
+class Center(Rival):
     """weight · Σ_t ½ ‖e_t − c_y‖², e the embedding divided by its norm, c_y its label's centre.
 
     After each call in training mode the centre of a label that n tokens of it have moves by
@@ -26,27 +27,19 @@ class Center(nn.Module):
     def __init__(
         self, weight: float = 0.1, alpha: float = 0.5, *, hidden_size: int, vocab_size: int
     ) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.alpha = terms.check("alpha", alpha, 0, 1)
         self.register_buffer("centers", torch.zeros(vocab_size, hidden_size))
 
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`."""
+    def losses(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+        """As `Rival`."""
         units = terms.unit(hidden, labels)
         here = terms.valid(labels)
         away = units - self.centers[labels.clamp_min(0)].to(units.dtype)
         away = away.masked_fill(~here.unsqueeze(-1), 0)
         if self.training:
             self._move(away.detach(), labels.clamp_min(0), here)
-        return terms.weigh(self.weight, 0.5 * away.square().sum(-1), labels, num_items)
+        return 0.5 * away.square().sum(-1)
 
     def _move(self, away: Tensor, labels: Tensor, here: Tensor) -> None:
         index = labels.flatten()

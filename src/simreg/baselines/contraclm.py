@@ -1,13 +1,14 @@
 """ContraCLM, token level: a token is found again among all others under another dropout."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 
 
-class ContraCLM(nn.Module):
+class ContraCLM(Rival):
     """weight · Σ_i ½ Σ_v −log(exp(s(v_i, v'_i)) / Σ exp(s(v_i, ·))), s the cosine over temperature.
 
     v and v' are the two views of the final embeddings, each with a dropout of its own, and every
@@ -25,20 +26,12 @@ class ContraCLM(nn.Module):
     def __init__(
         self, weight: float = 1.0, temperature: float = 0.05, dropout: float = 0.1
     ) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.temperature = terms.check("temperature", temperature, 1e-3)
         self.dropout = terms.check("dropout", dropout, 0, 0.9)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`; takes memory for 2L × 2L cosines of each row."""
+    def losses(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+        """As `Rival`; takes memory for 2L × 2L cosines of each row."""
         states = terms.seen(hidden, labels)
         views = [F.dropout(states, self.dropout, self.training) for _ in range(2)]
         units = torch.cat([terms.unit(view, labels) for view in views], 1)
@@ -49,5 +42,4 @@ class ContraCLM(nn.Module):
         positive = torch.eye(2 * length, dtype=torch.bool, device=labels.device).roll(length, 0)
         met = terms.pairs(labels, segments).repeat(1, 2, 2) | positive
         normalisers = scores.masked_fill(~met, -torch.inf).logsumexp(-1)
-        losses = normalisers.view(-1, 2, length).mean(1) - scores.diagonal(length, 1, 2)
-        return terms.weigh(self.weight, losses, labels, num_items)
+        return normalisers.view(-1, 2, length).mean(1) - scores.diagonal(length, 1, 2)

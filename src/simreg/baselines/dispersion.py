@@ -4,16 +4,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 from simreg.objectives import Reads
 
 STRAIGHT = 1 - 1e-6
 """Cosines beyond it count as it, without gradient: arccos has an infinite slope at 1."""
 
 
-class Dispersion(nn.Module):
+class Dispersion(Rival):
     """weight · Σ_i D(i), D = log mean_{i≠j} exp(−arccos(cos(h_i, h_j)) / (π · temperature)).
 
     D is one number for each segment of a row (the row if there are none), so that it weighs as
@@ -31,23 +32,21 @@ class Dispersion(nn.Module):
     def __init__(
         self, weight: float = 0.1, temperature: float = 0.5, depths: Sequence[float] = ()
     ) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.temperature = terms.check("temperature", temperature, 0.02)  # sums don't underflow
         self.reads = Reads(depths=terms.check_depths("depths", depths))
 
-    def forward(
+    def losses(
         self,
         hidden: Tensor,
         labels: Tensor,
-        segments: Tensor | None = None,
+        segments: Tensor | None,
         *,
-        num_items: Tensor | float | None = None,
         earlier: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`; takes memory for L × L cosines of each row and layer."""
+    ) -> Tensor:
+        """As `Rival`; takes memory for L × L cosines of each row and layer."""
         layers = [self._disperse(states, labels, segments) for states in (hidden, *earlier)]
-        return terms.weigh(self.weight, torch.stack(layers).mean(0), labels, num_items)
+        return torch.stack(layers).mean(0)
 
     def _disperse(self, states: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
         """The D of each token's segment, `[B, L]`."""

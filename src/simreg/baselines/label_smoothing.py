@@ -1,12 +1,13 @@
 """Label smoothing: some of the probability that a label has goes to the whole vocabulary."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 from simreg.objectives import Reads
 
 
-class LabelSmoothing(nn.Module):
+class LabelSmoothing(Rival):
     """weight · Σ_t (mean_j −log p_tj − (−log p_ty)), `weight` being ε, from 0 to 1.
 
     Added to cross-entropy it makes `torch.nn.functional.cross_entropy(label_smoothing=ε)`: a target
@@ -19,19 +20,11 @@ class LabelSmoothing(nn.Module):
     reads = Reads(logits=True)
 
     def __init__(self, weight: float = 0.1) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0, 1)
+        super().__init__(weight, highest=1)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-        logits: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`."""
+    def losses(
+        self, hidden: Tensor, labels: Tensor, segments: Tensor | None, *, logits: Tensor
+    ) -> Tensor:
+        """As `Rival`."""
         wide = terms.seen(logits, labels)
-        losses = terms.pick(wide, labels) - wide.mean(-1)  # 0 where ignored: so is `wide`
-        return terms.weigh(self.weight, losses, labels, num_items)
+        return terms.pick(wide, labels) - wide.mean(-1)  # 0 where ignored: so is `wide`

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 from simreg.objectives import Reads
 
 
-class MTP(nn.Module):
+class MTP(Rival):
     """weight · Σ_t mean_{k=2..horizon} −log p_t(y_{t+k−1}), 0 for what lies beyond the segment.
 
     p_t is the model's one distribution at t, asked for the next token and, less, for those after.
@@ -22,20 +23,13 @@ class MTP(nn.Module):
     reads = Reads(logits=True)
 
     def __init__(self, weight: float = 0.3, horizon: int = 3) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.horizon = terms.check_count("horizon", horizon, 2)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-        logits: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`."""
+    def losses(
+        self, hidden: Tensor, labels: Tensor, segments: Tensor | None, *, logits: Tensor
+    ) -> Tensor:
+        """As `Rival`."""
         wide = terms.seen(logits, labels)
         normaliser = wide.logsumexp(-1)
         losses = torch.zeros_like(normaliser)
@@ -44,4 +38,4 @@ class MTP(nn.Module):
             later = normaliser[:, :-ahead] - terms.pick(wide[:, :-ahead], labels[:, ahead:])
             later = later.masked_fill(~known, 0) / (self.horizon - 1)
             losses = losses + nn.functional.pad(later, (0, ahead))
-        return terms.weigh(self.weight, losses, labels, num_items)
+        return losses

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 from simreg.objectives import Reads
 
 
-class NITP(nn.Module):
+class NITP(Rival):
     """weight · Σ_t (1 − cos(P(h_t), z_{t+1})), z a hidden state at a fraction `depth` of the depth.
 
     No gradient flows into z. P(h) = W_down (silu(W_gate h) · W_up h), `expansion` times as wide
@@ -25,8 +26,7 @@ class NITP(nn.Module):
     def __init__(
         self, weight: float = 1.0, depth: float = 0.2, expansion: int = 4, *, hidden_size: int
     ) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.reads = Reads(depths=(terms.check("depth", depth, 0.001, 1),))
         inner = terms.check_count("expansion", expansion, 1) * hidden_size
         self.gate = nn.Linear(hidden_size, inner, bias=False)
@@ -35,23 +35,16 @@ class NITP(nn.Module):
         for layer in (self.gate, self.up, self.down):
             nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-        earlier: Sequence[Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`."""
+    def losses(
+        self, hidden: Tensor, labels: Tensor, segments: Tensor | None, *, earlier: Sequence[Tensor]
+    ) -> Tensor:
+        """As `Rival`."""
         (shallow,) = earlier
         targets = terms.unit(shallow.detach(), labels)[:, 1:]
         states = terms.seen(hidden, labels)[:, :-1]
         guesses = F.normalize(self.project(states).to(states.dtype), dim=-1, eps=terms.EPS)
         losses = 1 - (guesses * targets).sum(-1)
-        losses = losses.masked_fill(~terms.together(labels, segments, 1), 0)
-        return terms.weigh(self.weight, losses, labels, num_items)
+        return losses.masked_fill(~terms.together(labels, segments, 1), 0)
 
     def project(self, states: Tensor) -> Tensor:
         """P, in the dtype of its weights or of autocast."""

@@ -4,8 +4,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from simreg.baselines.center import Center
 from simreg.baselines.contraclm import ContraCLM
 from simreg.baselines.cosine import Cosine
@@ -14,11 +12,12 @@ from simreg.baselines.label_smoothing import LabelSmoothing
 from simreg.baselines.mtp import MTP
 from simreg.baselines.nitp import NITP
 from simreg.baselines.reweighting import Reweighting
+from simreg.baselines.rival import Rival
 from simreg.baselines.simctg import SimCTG
 from simreg.baselines.simreg_variant import SimRegVariant
 from simreg.baselines.z_loss import ZLoss
 
-OBJECTIVES: dict[str, type[nn.Module]] = {
+OBJECTIVES: dict[str, type[Rival]] = {
     "center": Center,
     "contraclm": ContraCLM,
     "cosine": Cosine,
@@ -42,7 +41,7 @@ def options(name: str) -> dict[str, Any]:
     return {key: p.default for key, p in parameters.items() if key not in _SIZES}
 
 
-def build(name: str, given: Mapping[str, Any], *, hidden_size: int, vocab_size: int) -> nn.Module:
+def build(name: str, given: Mapping[str, Any], *, hidden_size: int, vocab_size: int) -> Rival:
     """The objective of a name with the `given` options, for a model of these sizes.
 
     Raises:

@@ -1,15 +1,16 @@
 """Loss-based reweighting: how much a token counts follows from its loss."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 from simreg.objectives import Reads
 
 STRATEGIES = ("linupper", "quadratic", "extremes")
 
 
-class Reweighting(nn.Module):
+class Reweighting(Rival):
     """weight · Σ_t (w_t − 1) · CE_t, so that at weight 1 the whole objective is Σ_t w_t · CE_t.
 
     w_t = exp(strength · f(l_t)), divided by its mean, without gradient; l_t is CE_t scaled to run
@@ -32,26 +33,18 @@ class Reweighting(nn.Module):
     def __init__(
         self, weight: float = 1.0, strategy: str = "linupper", strength: float = 1.0
     ) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.strength = terms.check("strength", strength, 0, 50)
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
         self.strategy = strategy
 
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-        logits: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`."""
+    def losses(
+        self, hidden: Tensor, labels: Tensor, segments: Tensor | None, *, logits: Tensor
+    ) -> Tensor:
+        """As `Rival`."""
         losses = terms.cross_entropy(logits, labels)
-        extra = (self.weights(losses.detach(), terms.valid(labels)) - 1) * losses
-        return terms.weigh(self.weight, extra, labels, num_items)
+        return (self.weights(losses.detach(), terms.valid(labels)) - 1) * losses
 
     def weights(self, losses: Tensor, valid: Tensor) -> Tensor:
         """w `[B, L]`, of mean 1 over the `valid` tokens of each row; 1 elsewhere."""

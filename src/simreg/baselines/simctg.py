@@ -1,11 +1,12 @@
 """SimCTG: other tokens at least a margin less similar to a token than it is to itself."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 
 
-class SimCTG(nn.Module):
+class SimCTG(Rival):
     """weight · Σ_i mean_{j≠i} max(0, margin − s_ii + s_ij), s the cosine of final embeddings.
 
     Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", arXiv 2202.06417,
@@ -15,23 +16,14 @@ class SimCTG(nn.Module):
     """
 
     def __init__(self, weight: float = 1.0, margin: float = 0.5) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.margin = terms.check("margin", margin, 0, 2)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`; takes memory for L × L cosines of each row."""
+    def losses(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+        """As `Rival`; takes memory for L × L cosines of each row."""
         units = terms.unit(hidden, labels)
         cosines = terms.products(units)
         own = units.square().sum(-1, keepdim=True)
         others = terms.pairs(labels, segments)
         excess = (self.margin - own + cosines).relu().masked_fill(~others, 0)
-        losses = excess.sum(-1) / others.sum(-1).clamp_min(1)
-        return terms.weigh(self.weight, losses, labels, num_items)
+        return excess.sum(-1) / others.sum(-1).clamp_min(1)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from simreg.baselines import terms
+from simreg.baselines.rival import Rival
 from simreg.loss import check_options, simreg_loss
 from simreg.objectives import Reads
 
 CENTRES = ("none", "row", "batch")
 
 
-class SimRegVariant(nn.Module):
+class SimRegVariant(Rival):
     """weight · SimReg, changed in one respect or several; unchanged by default.
 
     Args:
@@ -45,8 +46,7 @@ class SimRegVariant(nn.Module):
         normalise: bool = True,
         learn_temperature: bool = False,
     ) -> None:
-        super().__init__()
-        self.weight = terms.check("weight", weight, 0)
+        super().__init__(weight)
         self.temperature = terms.check("temperature", temperature, 1e-6)
         check_options(self.temperature, variant, chunk_size, "auto")
         self.variant, self.chunk_size = variant, chunk_size
@@ -66,19 +66,17 @@ class SimRegVariant(nn.Module):
         if self.plain and (variant != "out" or chunk_size is not None):
             raise ValueError('normalise, learn_temperature: only with variant="out", no chunk_size')
 
-    def forward(
+    def losses(
         self,
         hidden: Tensor,
         labels: Tensor,
-        segments: Tensor | None = None,
+        segments: Tensor | None,
         *,
-        num_items: Tensor | float | None = None,
         earlier: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `objectives.Objective`."""
+    ) -> Tensor:
+        """As `Rival`."""
         layers = [*earlier, hidden] if self.final else list(earlier)
-        losses = torch.stack([self._of(h, labels, segments) for h in layers]).mean(0)
-        return terms.weigh(self.weight, losses, labels, num_items)
+        return torch.stack([self._of(h, labels, segments) for h in layers]).mean(0)
 
     def _of(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
         """Per-token losses `[B, L]` of one layer."""

@@ -1,4 +1,4 @@
-"""What the rival objectives share: how per-token losses become the loss that trainers add."""
+"""Terms that the rival objectives are made of, and the checks on their options."""
 
 import math
 from collections.abc import Sequence
@@ -9,19 +9,6 @@ from torch import Tensor
 
 EPS = 1e-6
 """Least norm that embeddings are divided by, as in `simreg_loss`."""
-
-
-def weigh(
-    weight: float, per_token: Tensor, labels: Tensor, num_items: Tensor | float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What an `Objective` returns, from its losses `[B, L]`, which are 0 where they do not apply.
-
-    The sum is divided by `num_items`, or by the valid labels of this call; `loss` among the metrics
-    is without `weight`, over the valid labels of this call.
-    """
-    total, count = per_token.sum(), valid(labels).sum().clamp_min(1)
-    loss = weight * (total / (count if num_items is None else num_items))
-    return loss, {"loss": total.detach() / count}
 
 
 def valid(labels: Tensor) -> Tensor:

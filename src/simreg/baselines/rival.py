@@ -1,0 +1,43 @@
+"""What all rival objectives are: a weight, and a loss for each token."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from simreg.baselines import terms
+
+
+class Rival(nn.Module):
+    """weight · Σ_t of the losses that a subclass gives, as `objectives.Objective`.
+
+    A subclass that reads more than final hidden states says so in `reads`, and its `losses` takes
+    that as keywords.
+    """
+
+    losses: Callable[..., Tensor]
+    """(hidden, labels, segments, **read) to `[B, L]`, without the weight; 0 where the label is
+    ignored or nothing applies."""
+
+    def __init__(self, weight: float, highest: float = float("inf")) -> None:
+        """ValueError for a `weight` that is no finite number from 0 to `highest`."""
+        super().__init__()
+        self.weight = terms.check("weight", weight, 0, highest)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        **read: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum divided by `num_items`, or by the valid labels of this call.
+
+        `loss` among the metrics is without `weight`, over the valid labels of this call.
+        """
+        total = self.losses(hidden, labels, segments, **read).sum()
+        count = terms.valid(labels).sum().clamp_min(1)
+        loss = self.weight * (total / (count if num_items is None else num_items))
+        return loss, {"loss": total.detach() / count}
