@@ -31,6 +31,17 @@ def spawn(worker: Callable[..., None], arguments: tuple[Any, ...], processes: in
             process.kill()
 
 
+def meet(rank: int, port: int, processes: int = 2) -> None:
+    """Put into a worker's environment what torchrun would, for a trainer to read."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+    }
+
+
 def leave() -> None:
     """End a worker that is done, without tearing down gloo, which may wait for ever."""
     dist.barrier()

@@ -1,14 +1,12 @@
 """`SimRegTrainer` in two processes, replicated (DDP) and sharded (FSDP2), equals one process."""
 
-import os
-
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from simreg.loss import SimRegLoss
-from tests.processes import free_port, leave, spawn
+from tests.processes import free_port, leave, meet, spawn
 
 transformers = pytest.importorskip("transformers")
 from accelerate.state import AcceleratorState  # noqa: E402
@@ -88,13 +86,7 @@ def two_processes(mode, name, folder):
 
 
 def worker(rank, folder, port):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
+    meet(rank, port)
     allow_fsdp_on_cpu()
     results = {(m, name): two_processes(m, name, folder) for m in MODES for name in LAYER}
     torch.save(results, f"{folder}/{rank}.pt")

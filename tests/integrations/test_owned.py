@@ -1,12 +1,10 @@
 """Objectives with parameters or buffers of their own, under `SimRegTrainer`."""
 
-import os
-
 import pytest
 import torch
 
 from simreg.baselines import registry
-from tests.processes import free_port, leave, spawn
+from tests.processes import free_port, leave, meet, spawn
 
 transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -33,13 +31,7 @@ def run(folder, model, objective, **changes):
 
 
 def worker(rank, folder, port):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
+    meet(rank, port)
     model, objective = build(), nitp()
     run(folder, model, objective, per_device_train_batch_size=2)
     center = registry.build("center", {}, hidden_size=16, vocab_size=24)

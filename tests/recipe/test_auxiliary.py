@@ -1,8 +1,5 @@
 """Runs with another objective than SimReg, or with a weight that changes."""
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ from simreg.recipe.folder import RunFolder
 from simreg.recipe.timing import Stepper
 from simreg.recipe.train import train
 from simreg.study import run as study_run
+from tests.processes import launch
 from tests.recipe import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OWNED = {"name": "simreg-variant", "options": {"learn_temperature": True}}
-LAST = f"checkpoints/step-{tiny.STEPS:07d}/model.safetensors"
+LAST = f"{tiny.LAST}/model.safetensors"
 PARAMETER = "training_objective.auxiliary.log_temperature"
 
 
@@ -47,15 +45,9 @@ def test_its_parameters_are_trained_saved_and_left_behind(tmp_path: Path, text: 
 
     # Killed and continued, it ends as if nothing had been.
     broken = tiny.config(tmp_path / "broken", text, changes)
-    file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(broken))
-    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), "kill@step:13"]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    tiny.run_and_die(broken, tmp_path, "step:13")
     train(broken)
-    assert tiny.metrics(broken.out) == lines
-    again = load_file(Path(broken.out) / LAST)
-    assert all(torch.equal(again[name], value) for name, value in saved.items())
+    tiny.assert_same_run(config, broken)
 
 
 def test_it_takes_nothing_from_the_models_random_numbers(text: Path, tmp_path: Path) -> None:
@@ -152,22 +144,19 @@ def test_each_step_has_its_weight(
 def test_two_processes_train_its_parameters(tmp_path: Path, text: Path) -> None:
     """Under DDP the projector's gradient is reduced as the model's own: the run is the same."""
     changes = {"simreg": {"weight": 0}, "auxiliary": OWNED}
-    config, result = run(tmp_path / "one", text, changes)
-    file = tmp_path / "two.yaml"
+    config, _ = run(tmp_path / "one", text, changes)
     two = tiny.config(tmp_path / "two", text, changes)
+    file = tmp_path / "two.yaml"
     file.write_text(to_yaml(two))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.recipe.tiny", str(file), "none"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=tiny.ROOT, check=True, timeout=240, env=environment)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = ["-m", "tests.recipe.tiny", str(file), "none"]
+    (done,) = launch([sys.executable, *torchrun, *program])
+    assert done.returncode == 0, done.stderr
     one, other = (load_file(Path(c.out) / LAST) for c in (config, two))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
-    moved = float(one[PARAMETER]) - float(torch.log(torch.tensor(0.1)))
-    assert float(other[PARAMETER]) - float(torch.log(torch.tensor(0.1))) == pytest.approx(
-        moved, rel=1e-3
-    )
-    assert result["auxiliary"] == OWNED
+    start = torch.log(torch.tensor(0.1))
+    torch.testing.assert_close(other[PARAMETER] - start, one[PARAMETER] - start, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,14 @@
 """Muon and AdamW as one optimizer: each parameter by its own, schedules and checkpoints whole."""
 
 import copy
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.optim import AdamW, Muon
 
 from simreg.recipe import models
-from simreg.recipe.config import OptimConfig, from_dict, to_yaml
+from simreg.recipe.config import OptimConfig, from_dict
 from simreg.recipe.data import prepare
 from simreg.recipe.muon import MuonAdamW
 from simreg.recipe.timing import Stepper
@@ -111,15 +107,9 @@ def test_a_run_that_was_killed_ends_as_one_that_never_was(tmp_path: Path, text: 
     optim = {"optim": {"name": "muon"}}
     whole, broken = (tiny.config(tmp_path / name, text, optim) for name in ("whole", "broken"))
     train(whole)
-    file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(broken))
-    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), "kill@step:13"]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    tiny.run_and_die(broken, tmp_path, "step:13")
     train(broken)
-    assert tiny.metrics(broken.out) == tiny.metrics(whole.out)
-    one, other = (load_file(Path(c.out) / "model/model.safetensors") for c in (whole, broken))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    tiny.assert_same_run(whole, broken)
     plain = tiny.config(tmp_path / "plain", text)
     assert train(plain)["final_ce"] != train(whole)["final_ce"]
 

@@ -3,42 +3,19 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from simreg.recipe import checkpoints, loop
-from simreg.recipe.config import RunConfig, to_yaml, with_overrides
+from simreg.recipe.config import RunConfig, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.train import train
 from tests.recipe import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LAST = f"checkpoints/step-{tiny.STEPS:07d}"
-
-
-def run_and_die(config: RunConfig, folder: Path, where: str) -> None:
-    file = folder / "config.yaml"
-    file.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), f"kill@{where}"]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def assert_same_run(one: RunConfig, other: RunConfig) -> None:
-    assert tiny.metrics(one.out) == tiny.metrics(other.out)
-    for file in ("model/model.safetensors", f"{LAST}/model.safetensors"):
-        a, b = (load_file(Path(config.out) / file) for config in (one, other))
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a), file
-    a, b = (torch.load(Path(config.out) / LAST / "optimizer.pt") for config in (one, other))
-    for index, state in a["state"].items():
-        assert all(torch.equal(state[key], b["state"][index][key]) for key in state)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +40,7 @@ def test_killed_run_ends_the_same(
     tmp_path: Path, text: Path, whole: dict[str, RunConfig], preset: str, where: str
 ) -> None:
     config = tiny.config(tmp_path, text, {"model": {"preset": preset}})
-    run_and_die(config, tmp_path, where)
+    tiny.run_and_die(config, tmp_path, where)
     left = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     if where.startswith("save"):  # the half-written checkpoint is there, under no checkpoint's name
         assert left == [".step-0000014.partial", "step-0000007"]
@@ -71,7 +48,7 @@ def test_killed_run_ends_the_same(
         assert left == ["step-0000007"]
         assert not (tmp_path / "run/result.json").exists()
     result = train(config)
-    assert_same_run(config, whole[preset])
+    tiny.assert_same_run(config, whole[preset])
     assert result == json.loads((tmp_path / "run/result.json").read_text())
     assert not list((tmp_path / "run").glob("**/*.partial"))
 
@@ -88,7 +65,7 @@ def test_corrupt_checkpoint_falls_back(
     train(config)
     error = capsys.readouterr().err
     assert "step-0000015 is corrupt (model.safetensors was altered" in error
-    assert_same_run(config, whole["llama-test"])
+    tiny.assert_same_run(config, whole["llama-test"])
 
 
 def interrupt_at(step: int, config: RunConfig, folder: Path) -> str:
@@ -116,7 +93,7 @@ def test_interrupt_saves_and_says_how_to_resume(
     assert said.startswith("stopped after step 9 of 20, checkpoint saved; the same command")
     assert signal.getsignal(signal.SIGINT) is handler
     train(config)
-    assert_same_run(config, whole["llama-test"])
+    tiny.assert_same_run(config, whole["llama-test"])
 
 
 def test_training_seconds_are_carried_over(tmp_path: Path, text: Path) -> None:

@@ -8,18 +8,21 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from simreg.cli import main
 from simreg.recipe import loop, presets
-from simreg.recipe.config import RunConfig, from_dict, merge
+from simreg.recipe.config import RunConfig, from_dict, merge, to_yaml
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
+LAST = f"checkpoints/step-{STEPS:07d}"
 PRESETS = {
     "llama-test": presets.Shape(32, 64, 2, 2),
     "mixtral-test": presets.Shape(32, 64, 2, 2, experts=4),
@@ -63,6 +66,27 @@ def metrics(out: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if k not in TIMING} for x in lines]
+
+
+def run_and_die(config: RunConfig, folder: Path, where: str) -> None:
+    """Train in a process of its own that is killed at `step:N` or `save:N`."""
+    file = folder / "config.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "tests.recipe.tiny", str(file), f"kill@{where}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def assert_same_run(one: RunConfig, other: RunConfig) -> None:
+    """Of two finished runs: metrics, weights and the optimizer's state, bit for bit."""
+    assert metrics(one.out) == metrics(other.out)
+    for file in ("model/model.safetensors", f"{LAST}/model.safetensors"):
+        a, b = (load_file(Path(config.out) / file) for config in (one, other))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), file
+    a, b = (torch.load(Path(config.out) / LAST / "optimizer.pt") for config in (one, other))
+    for index, state in a["state"].items():
+        assert all(torch.equal(state[key], b["state"][index][key]) for key in state)
 
 
 def strike(plan: str) -> None:
