@@ -65,6 +65,21 @@ def test_it_takes_nothing_from_the_models_random_numbers(text: Path, tmp_path: P
         assert torch.equal(one, other)
 
 
+def test_what_it_starts_with_follows_from_the_seed_alone(text: Path, tmp_path: Path) -> None:
+    def start(seed: int) -> torch.Tensor:
+        changes = {"auxiliary": {"name": "nitp"}, "train": {"seed": seed}}
+        config = tiny.config(tmp_path, text, changes)
+        model = models.of_run(config, vocab_size=300)
+        weights: Any = assemble.objective(config, model)
+        return torch.cat([p.flatten() for p in weights.parameters()])
+
+    torch.manual_seed(1)
+    first = start(0)
+    torch.manual_seed(2)
+    assert torch.equal(start(0), first)
+    assert not torch.equal(start(1), first)
+
+
 def test_beside_simreg(tmp_path: Path, text: Path) -> None:
     """Both act: the gradient is the sum, so the run is neither's alone."""
     both = {"simreg": {"weight": 0.3}, "auxiliary": {"name": "z-loss", "options": {"weight": 0.1}}}

@@ -127,7 +127,7 @@ def test_another_width_and_depth_keep_the_proportions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "hidden"), [("llama-tiny", 100), ("mixtral-8x7b", 128), ("mixtral-8x7b", 384)]
+    ("preset", "hidden"), [("llama-tiny", 100), ("mixtral-8x7b", 128), ("mixtral-8x7b", 1408)]
 )
 def test_a_width_that_heads_do_not_fit_is_named(preset: str, hidden: int) -> None:
     config = from_dict({"model": {"preset": preset, "hidden_size": hidden}})

@@ -54,6 +54,13 @@ def test_budgets_for_each_arm():
     assert study.budgets_of("b") == [1.0]
 
 
+def test_an_arm_to_be_timed_is_one_of_the_study():
+    with pytest.raises(UserError, match="timed: unknown arms strong"):
+        plan.from_dict({"arms": {"simreg": {}}, "timed": ["strong", "simreg"]})
+    assert plan.from_dict({"timed": []}).times("simreg") is False
+    assert plan.from_dict({}).times("simreg") is True
+
+
 SCALED = """
 out: docs/results/x
 base: {train: {tokens: 1000000}, optim: {lr: 0.01}}
