@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simreg.baselines import registry
 from simreg.objectives import Sum
 from simreg.recipe import assemble, loop, models
 from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml
@@ -107,6 +108,13 @@ def test_beside_simreg(tmp_path: Path, text: Path) -> None:
 def test_wrong_options_are_named(auxiliary: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_dict({"auxiliary": auxiliary})
+
+
+@pytest.mark.parametrize("name", registry.OBJECTIVES)
+def test_a_config_takes_no_random_numbers(name: str) -> None:
+    before = torch.get_rng_state()
+    assert from_dict({"auxiliary": {"name": name}}).auxiliary.options == {}
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_learned_temperature_is_timed_too(tmp_path: Path, text: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import tyro
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -188,8 +189,9 @@ class AuxiliaryConfig:
             raise ValueError("auxiliary.options are those of auxiliary.name, which is not set")
         object.__setattr__(self, "options", {k: _number(v) for k, v in self.options.items()})
         if self.name is not None:
-            try:  # built for a model of any size, to see what it says
-                registry.build(self.name, self.options, hidden_size=1, vocab_size=1)
+            try:  # to see what it says; on "meta" no memory and no random numbers are taken
+                with torch.device("meta"):
+                    registry.build(self.name, self.options, hidden_size=1, vocab_size=1)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"auxiliary: {error}") from None
 
