@@ -43,7 +43,8 @@ def localised(command: str, config: Path) -> list[list[str]]:
 def run(command: str, config: Path) -> list[str]:
     """Run the command as printed, on each machine; returns what the machines wrote."""
     done = launch(*localised(command, config), limit=120)
-    assert [d.returncode for d in done] == [0] * len(done), [d.stderr for d in done]
+    failed = [f"exit status {d.returncode}:\n{d.stderr}" for d in done if d.returncode]
+    assert not failed, "\n".join(failed)  # a text, which pytest shows whole
     return [d.stdout for d in done]
 
 
