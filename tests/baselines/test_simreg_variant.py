@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simreg.baselines.simreg_variant import _shuffled
 from simreg.loss import SimRegLoss
 from tests.baselines.problems import (
     assert_equals,
@@ -140,6 +141,25 @@ def test_learned_temperature(p):
     ours = make(NAME, p, learn_temperature=True, temperature=0.4)
     assert float(ours.log_temperature) == pytest.approx(math.log(0.4))
     assert_equals(ours, p, lambda p: naive(p, tau=ours.log_temperature.exp()))
+
+
+def test_shuffled_labels_are_the_same_ones_elsewhere_in_their_row():
+    labels = torch.randint(0, 6, (4, 40))
+    labels[:, 30:], labels[2] = -100, -100
+    dealt = _shuffled(labels)
+    assert torch.equal(dealt, _shuffled(labels.clone()))
+    assert torch.equal(dealt < 0, labels < 0)
+    assert torch.equal(dealt.sort(1)[0], labels.sort(1)[0])
+    for row in (0, 1, 3):
+        assert not torch.equal(dealt[row], labels[row])
+    assert not torch.equal(dealt[0].argsort(stable=True), dealt[1].argsort(stable=True))
+
+
+@few
+@given(p=problems())
+def test_shuffled_is_simreg_of_the_dealt_labels(p):
+    ours = make(NAME, p, shuffle=True)
+    assert_equals(ours, p, lambda p: naive(p | {"labels": _shuffled(p["labels"])}))
 
 
 @pytest.mark.parametrize(

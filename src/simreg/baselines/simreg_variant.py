@@ -29,6 +29,8 @@ class SimRegVariant(Rival):
             to a mean of 1 over the valid tokens there.
         normalise: False takes h_i·h_j / τ for the similarity; choose τ near √d.
         learn_temperature: train log τ with the model; `temperature` is where it starts.
+        shuffle: deal the labels of a row out again at random before they are compared: as many
+            positives, without meaning. The control for what the labels are worth.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class SimRegVariant(Rival):
         rarity: float = 0.0,
         normalise: bool = True,
         learn_temperature: bool = False,
+        shuffle: bool = False,
     ) -> None:
         super().__init__(weight)
         self.temperature = terms.check("temperature", temperature, 1e-6)
@@ -60,6 +63,7 @@ class SimRegVariant(Rival):
         self.log_temperature: nn.Parameter | None = None
         if terms.check_flag("learn_temperature", learn_temperature):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.shuffle = terms.check_flag("shuffle", shuffle)
         self.plain = not normalise or learn_temperature
         if final and not depths:
             raise ValueError("final: goes with depths; without them the final states are taken")
@@ -76,6 +80,7 @@ class SimRegVariant(Rival):
     ) -> Tensor:
         """As `Rival`."""
         layers = [*earlier, hidden] if self.final else list(earlier)
+        labels = _shuffled(labels) if self.shuffle else labels
         return torch.stack([self._of(h, labels, segments) for h in layers]).mean(0)
 
     def _of(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
@@ -130,6 +135,21 @@ class SimRegVariant(Rival):
         # A token without candidates has no logsumexp: give it one, then drop it.
         total = s.masked_fill(~pairs & pairs.any(-1, keepdim=True), -math.inf).logsumexp(-1)
         return (total - mean).masked_fill(count == 0, 0)
+
+
+def _shuffled(labels: Tensor) -> Tensor:
+    """Labels permuted within each row; ignored positions stay.
+
+    Drawn from the labels themselves: the same batch is dealt alike after a resume, and the
+    random numbers of the training are those of an unshuffled run.
+    """
+    generator = torch.Generator().manual_seed(int(labels.sum()) % 2**32)
+    dealt = labels.clone()
+    for row in dealt:
+        there = terms.valid(row)
+        order = torch.randperm(int(there.sum()), generator=generator)
+        row[there] = row[there][order.to(row.device)]
+    return dealt
 
 
 def _apart(segments: Tensor) -> Tensor:
