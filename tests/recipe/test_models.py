@@ -103,6 +103,23 @@ def test_vocabulary_can_be_padded_but_not_too_small() -> None:
         models.build(config, tokenizer_size=321, eos_token_id=0)
 
 
+def test_embedding_std_scales_the_input_embedding_alone() -> None:
+    def built(**model: object) -> dict[str, torch.Tensor]:
+        config = from_dict({"model": model})
+        return dict(models.build(config, tokenizer_size=300, eos_token_id=0).named_parameters())
+
+    plain, scaled = built(), built(embedding_std=0.5)
+    embedding = scaled.pop("model.embed_tokens.weight")
+    torch.testing.assert_close(embedding, plain.pop("model.embed_tokens.weight") * 25)
+    assert embedding.std().item() == pytest.approx(0.5, rel=0.02)
+    assert all(torch.equal(scaled[name], value) for name, value in plain.items())
+
+
+def test_embedding_std_of_tied_embeddings_is_refused() -> None:
+    with pytest.raises(UserError, match=r"embedding_std would change the LM head"):
+        from_dict({"model": {"embedding_std": 1.0, "tie_embeddings": True}})
+
+
 def test_unknown_preset_names_the_known() -> None:
     with pytest.raises(UserError, match=r"no preset 'gpt-5'.*llama-tiny.*mixtral-8x7b"):
         models.model_config("gpt-5", vocab_size=10, seq_len=10)

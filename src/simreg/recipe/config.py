@@ -88,6 +88,16 @@ class ModelConfig:
     """Share the input embedding with the LM head."""
     vocab_size: Annotated[int, Field(gt=0, le=2**24)] | None = None
     """Rows of the embedding, at least the tokenizer's size; None: just that size."""
+    embedding_std: Positive | None = None
+    """Standard deviation of the input embedding at the start (Takase et al., arXiv 2312.16903, find
+    1 more stable); None: that of all matrices, 0.02."""
+
+    def __post_init__(self) -> None:
+        if self.tie_embeddings and self.embedding_std is not None:
+            raise ValueError(
+                "model.embedding_std would change the LM head as well, which model.tie_embeddings "
+                "makes the same matrix: leave one of them out"
+            )
 
 
 @_checked

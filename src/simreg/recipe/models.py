@@ -100,7 +100,12 @@ def build(config: RunConfig, *, tokenizer_size: int, eos_token_id: int | None) -
     hf_config = of_run(config, vocab_size=vocab_size, eos_token_id=eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return _model(hf_config)
+        model = _model(hf_config)
+    if (std := config.model.embedding_std) is not None:
+        embedding: Any = model.get_input_embeddings()
+        with torch.no_grad():  # scaled, not drawn again: the same directions at the same seed
+            embedding.weight.mul_(std / hf_config.initializer_range)
+    return model
 
 
 def _model(config: PretrainedConfig) -> PreTrainedModel:
