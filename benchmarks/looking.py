@@ -86,6 +86,7 @@ def looker(stepper: Stepper, probe: Probe):  # type: ignore[no-untyped-def]
         args=SimpleNamespace(device=stepper.device),
         compute_loss_context_manager=contextlib.nullcontext,
         model=stepper.model,
+        regularizer=None if stepper.reg is None else stepper.reg.objective,
     )
 
     def look() -> float:

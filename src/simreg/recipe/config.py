@@ -161,7 +161,7 @@ class SimRegConfig:
     temperature: Positive = 0.1
     """τ, the divisor of cosines."""
     variant: Literal["out", "in", "decoupled"] = "out"
-    """Which of the three formulas (README)."""
+    """Which of the three formulas (docs/loss.md)."""
     chunk_size: Count | None = None
     """Compare only tokens in the same chunk of this many positions; None: the whole row."""
     scope: Literal["row", "document"] = "row"
