@@ -51,6 +51,20 @@ def test_a_headline_says_what_it_does_not_know(tmp_path, entry, seeds, saved):
     assert rows(tmp_path, "headline")[0][0][3:5] == [seeds, saved]
 
 
+def test_equal_time_has_a_column_where_a_study_has_it(tmp_path):
+    _, plain = made(tmp_path / "plain", {"fast": 1.35}, seeds=[0, 1])
+    _, found = made(tmp_path / "timed", {"fast": 1.35}, seeds=[0, 1], name="timed")
+    difference = {"mean": -0.02, "low": -0.03, "high": -0.01, "n": 2, "per_seed": []}
+    found["equal_time"]["fast"] |= {"status": "ok", "ce_difference": difference}
+    write(tmp_path / "plain", plain)
+    write(tmp_path / "timed", found)
+    names = "plain/results.json timed/results.json"
+    drawn = document.draw(f"headline {names}", tmp_path).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in drawn]
+    assert cells[0][-1] == "minus reference given the same time (nats)"
+    assert [row[-1] for row in cells[2:]] == ["–", "−0.0200 [−0.0300, −0.0100]"]
+
+
 def test_one_seed_claims_nothing(tmp_path):
     _, found = made(tmp_path, {"fast": 1.35}, seeds=[0])
     write(tmp_path, found)

@@ -16,11 +16,15 @@ _HEAD = (
     "time saved",
     "step time [quartiles]",
     "final CE at N, minus reference (nats)",
+    "minus reference given the same time (nats)",
 )
 
 
 def table(request: Request) -> str:
-    """A row for each study, or for each of its arms but the reference."""
+    """A row for each study, or for each of its arms but the reference.
+
+    The column of equal time is left out where no study has it.
+    """
     rows = []
     for source in request.sources:
         results = source.content
@@ -29,7 +33,9 @@ def table(request: Request) -> str:
             name = results["study"]["name"]
             label = f"{name}: {arm}" if len(arms) > 1 else name
             rows.append([label, *_row(results, arm)])
-    return markdown.table(_HEAD, rows, left=2)
+    timed = any(row[-1] != markdown.NONE for row in rows)
+    table = [list(_HEAD), *rows] if timed else [row[:-1] for row in (list(_HEAD), *rows)]
+    return markdown.table(table[0], table[1:], left=2)
 
 
 def sentences(request: Request) -> str:
@@ -93,6 +99,7 @@ def _row(results: dict[str, Any], arm: str) -> list[str]:
         _saving(saved.get("seconds_saved")),
         markdown.step_time(results["step_time"].get(arm)),
         markdown.difference(difference),
+        markdown.difference(results["equal_time"][arm]["ce_difference"]),
     ]
 
 
