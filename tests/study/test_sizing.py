@@ -161,6 +161,14 @@ def test_step_times_stay_known_when_a_study_begins_to_look_at_geometry(study):
     assert sizing._key(looking, "simreg") == sizing._key(study, "simreg")
 
 
+def test_options_left_open_do_not_count_so_that_later_ones_change_no_record(study):
+    wide = {**study.arms, "simreg": {"model": {"hidden_size": 256}}}
+    changed = dataclasses.replace(study, arms=wide)
+    assert "hidden_size" not in sizing._cost(study, "simreg")["model"]
+    assert sizing._cost(changed, "simreg")["model"]["hidden_size"] == 256
+    assert sizing._configs(changed, "simreg") != sizing._configs(study, "simreg")
+
+
 def test_a_step_time_of_another_machine_is_still_of_its_configs(tmp_path, monkeypatch):
     """A finished study may name another reference: the ratio on record is not to that."""
     monkeypatch.setattr(sizing.timing, "step_time_ratio", lambda *args: TIMES)

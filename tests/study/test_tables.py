@@ -1,6 +1,7 @@
 """Pages: markers, the command, and those of this repository."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -50,16 +51,17 @@ def test_the_documents_of_this_repository_are_up_to_date(capsys):
     status = command.main(["--check", *map(str, pages)])
     assert status == 0, capsys.readouterr()
     for page in pages:
-        assert "\n<!-- table: headline docs/results/tiny/results.json" in page.read_text()
+        assert "\n<!-- table: headline docs/results/" in page.read_text()
 
 
 def test_a_changed_record_makes_a_document_of_this_repository_stale(tmp_path, capsys):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
-    record = tmp_path / "docs/results/tiny/results.json"
-    record.parent.mkdir(parents=True)
-    found = json.loads((ROOT / record.relative_to(tmp_path)).read_text())
-    record.write_text(json.dumps(found))
+    for name in re.findall(r"docs/results/\S+/results\.json", (ROOT / "README.md").read_text()):
+        record = tmp_path / name
+        record.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, record)
+    found = json.loads(record.read_text())
     assert command.main(["--check", str(tmp_path / "README.md")]) == 0
     found["isoloss"]["simreg"]["tokens_saved"]["mean"] += 0.01
     record.write_text(json.dumps(found))

@@ -85,11 +85,16 @@ def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
 
 
 def _cost(study: Study, arm: str) -> dict[str, Any]:
-    """The part of an arm's config that the cost of a step depends on."""
+    """The part of an arm's config that the cost of a step depends on.
+
+    Without what is left open (None), so that records outlive options that come later.
+    """
     config = recipe.to_dict(study.arm_config(arm))
     config["optim"]["clip"] = config["optim"]["clip"] > 0
     return {
-        section: {k: v for k, v in values.items() if k not in _FREE.get(section, ())}
+        section: {
+            k: v for k, v in values.items() if v is not None and k not in _FREE.get(section, ())
+        }
         for section, values in config.items()
         if section != "out"
     }
