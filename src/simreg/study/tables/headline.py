@@ -33,9 +33,9 @@ def table(request: Request) -> str:
             name = results["study"]["name"]
             label = f"{name}: {arm}" if len(arms) > 1 else name
             rows.append([label, *_row(results, arm)])
-    timed = any(row[-1] != markdown.NONE for row in rows)
-    table = [list(_HEAD), *rows] if timed else [row[:-1] for row in (list(_HEAD), *rows)]
-    return markdown.table(table[0], table[1:], left=2)
+    if all(row[-1] == markdown.NONE for row in rows):
+        return markdown.table(_HEAD[:-1], [row[:-1] for row in rows], left=2)
+    return markdown.table(_HEAD, rows, left=2)
 
 
 def sentences(request: Request) -> str:
