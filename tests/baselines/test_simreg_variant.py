@@ -152,7 +152,10 @@ def test_shuffled_labels_are_the_same_ones_elsewhere_in_their_row():
     assert torch.equal(dealt.sort(1)[0], labels.sort(1)[0])
     for row in (0, 1, 3):
         assert not torch.equal(dealt[row], labels[row])
-    assert not torch.equal(dealt[0].argsort(stable=True), dealt[1].argsort(stable=True))
+    numbered = torch.arange(40).repeat(2, 1)
+    first, second = _shuffled(numbered)
+    assert not torch.equal(first, second)
+    assert not torch.equal(_shuffled(numbered + 1)[0] - 1, first)  # another batch, another deal
 
 
 @few
