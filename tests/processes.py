@@ -1,6 +1,7 @@
 """Several processes over gloo, that end in bounded time whatever happens."""
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -18,9 +19,23 @@ LIMIT = 240.0  # seconds
 ROOT = Path(__file__).parents[1]
 
 
-def spawn(worker: Callable[..., None], arguments: tuple[Any, ...], processes: int = 2) -> None:
-    """Run `worker(rank, *arguments)` in each process; raises what one of them raised."""
-    context = mp.spawn(worker, arguments, nprocs=processes, join=False)
+def spawn(
+    worker: Callable[..., None],
+    arguments: tuple[Any, ...],
+    processes: int = 2,
+    *,
+    fresh: bool = False,
+) -> None:
+    """Run `worker(rank, *arguments)` in each process; raises what one of them raised.
+
+    They are forked from a server that has imported what takes long, with the environment of its
+    start. With `fresh` they start from nothing, in the environment as it is now.
+    """
+    multiprocessing.set_forkserver_preload(["torch.distributed", "transformers.trainer"])
+    method = "spawn" if fresh else "forkserver"
+    context = mp.start_processes(
+        worker, arguments, nprocs=processes, join=False, start_method=method
+    )
     end = time.monotonic() + LIMIT
     try:
         while not context.join(timeout=5):

@@ -130,7 +130,7 @@ def _liger_worker(rank):
 
 
 def test_liger(interpreter):
-    spawn(_liger_worker, (), processes=1)
+    spawn(_liger_worker, (), processes=1, fresh=True)
 
 
 def _trainer_worker(rank, folder):
@@ -163,4 +163,4 @@ def _trainer_worker(rank, folder):
 
 
 def test_liger_by_the_trainers_switch(interpreter, tmp_path):
-    spawn(_trainer_worker, (str(tmp_path),), processes=1)
+    spawn(_trainer_worker, (str(tmp_path),), processes=1, fresh=True)

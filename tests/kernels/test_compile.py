@@ -12,7 +12,6 @@ from tests.kernels.problems import needs_triton
 
 pytestmark = needs_triton
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a block can have
-slow = pytest.mark.skipif("SIMREG_SLOW" not in os.environ, reason="minutes: set SIMREG_SLOW=1")
 UNIT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
@@ -37,10 +36,7 @@ def test_kernels_compile_for_a_single_token():
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [
-        *[(80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16")],
-        *[pytest.param(90, dtype, marks=slow) for dtype in ("float16", "float32")],
-    ],
+    [(80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float16"), (90, "float32")],
 )
 def test_kernels_compile_without_spills(capability, dtype):
     for record in compiled(str(capability), dtype):
