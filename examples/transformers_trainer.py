@@ -38,3 +38,4 @@ trainer = SimRegTrainer(model, arguments, train_dataset=data, objective=SimRegLo
 trainer.train()
 if trainer.is_world_process_zero():
     print(json.dumps(trainer.state.log_history[-2] | {"processes": arguments.world_size}))
+trainer.accelerator.end_training()  # closes the process group

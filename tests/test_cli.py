@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from simreg import __version__, cli
 from simreg.recipe import train as train_module
@@ -29,6 +30,18 @@ def test_defaults_then_file_then_flags(tmp_path: Path, seen: list[RunConfig]) ->
     assert seen[0].optim.warmup == 0.2
     assert seen[0].data.source == ["a", "b"]
     assert seen[0].train == RunConfig().train
+
+
+def test_a_run_that_succeeds_ends_the_group_of_processes(
+    tmp_path: Path, seen: list[RunConfig]
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert cli.main(["train"]) == 0
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_options_of_another_loss(tmp_path: Path, seen: list[RunConfig]) -> None:

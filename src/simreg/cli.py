@@ -80,9 +80,11 @@ def _train(arguments: list[str]) -> None:
         default=config.load(arguments[0]) if in_file else config.RunConfig(),
         args=arguments[in_file:],
     )
+    from simreg.recipe.processes import disband
     from simreg.recipe.train import train
 
     train(options)
+    disband()
 
 
 def _compare(arguments: list[str]) -> None:

@@ -30,6 +30,16 @@ def from_main(make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def disband() -> None:
+    """End the group of processes after a run that succeeded.
+
+    An interpreter that exits with a live group may abort in gloo's threads (pytorch#179291). After
+    an error the launcher ends the processes: here one could wait for another that is stuck.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def lost_contact() -> Iterator[None]:
     """Turn what torch.distributed raises when another process is gone or stuck into a UserError."""
