@@ -25,7 +25,7 @@ LOSSES = {
 
 def record(folder, losses=LOSSES, arms=ARMS, failures=None, **values):
     """Write results.json of a study whose runs at N have these losses; returns its content."""
-    base = {"train": {"tokens": 1_000_000}}
+    base = {"train": {"tokens": 1_000_000}, **values.pop("base", {})}
     values = {"seeds": [1, 2], "budgets": [1.0], **values}
     study = plan.from_dict({"name": "s", "out": str(folder), "base": base, "arms": arms, **values})
     facts = {"tokens": 1_000_000, "steps": 244, "seconds": 1.0, "corpus": {"fingerprint": "f"}}

@@ -208,3 +208,20 @@ def test_time_axis_counts_whole_minutes(tmp_path):
     assert "minutes" in axis.get_xlabel()
     ends = [line.get_xdata()[-1] for line in axis.lines if len(line.get_xdata()) == 1]
     assert max(ends) == pytest.approx(steps * 3.0 / 60)
+
+
+def test_times_are_compared_by_the_token_whatever_the_batch(tmp_path):
+    arms = {"wide": {"train": {"batch_rows": 32}}}
+    study = plan.from_dict(
+        {"out": str(tmp_path), "arms": arms, "base": {"train": {"tokens": 2**20}}}
+    )
+    for cell in study.cells():
+        write_run(study.config(cell), 1.0 if cell.arm == "baseline" else 1.35)
+    runs = records.collect(study)
+    found = results.build(study, runs, {"wide": {**TIMES, "ratio": 2.0}}, [])
+    saved = found["isoloss"]["wide"]
+    assert saved["tokens_saved"]["mean"] > 0.2
+    assert saved["seconds_saved"]["mean"] == pytest.approx(saved["tokens_saved"]["mean"])
+    assert found["equal_time"]["wide"]["reference_tokens"] == 2**20
+    seconds = Picture(runs, found).seconds_per_token()
+    assert seconds["wide"] == pytest.approx(seconds["baseline"])

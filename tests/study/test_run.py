@@ -91,14 +91,10 @@ def test_an_interrupted_study_continues(lab, study):
 def test_a_study_stops_after_a_time_as_if_asked_to(lab, tmp_path):
     options = CompareOptions(out=str(tmp_path / "s"), tokens=1_000_000, stop_after=0.002)
 
-    def wait(config):
-        if "0.8" in config.out:
-            threading.Event().wait(5)
-
-    lab.before = wait
+    lab.before = lambda config: threading.Event().wait(60)
     with pytest.raises(KeyboardInterrupt):
         run.main(options)
-    assert len(lab.trained) == 2
+    assert lab.trained == []
     lab.before = lambda config: None
     run.main(replace(options, stop_after=5))
     assert len(lab.trained) == len(set(lab.trained)) == 4
@@ -120,6 +116,16 @@ def test_arms_seeds_and_budgets_are_added_to_what_is_there(lab, study):
     assert len(lab.trained) == len(set(lab.trained)) == len(more.cells()) == 18
     assert lab.timed == [0.3, 1.0]
     assert results["isoloss"]["strong"]["tokens_saved"]["n"] == 2
+
+
+def test_budgets_added_to_a_sized_study_differ_or_are_refused_before_training(lab, tmp_path):
+    study = plan.from_dict({"out": str(tmp_path / "s"), "minutes": 0.5})
+    results, _ = compare(study)
+    steps = results["arms"]["simreg"]["budgets"]["0.6"]["steps"]
+    trained = len(lab.trained)
+    with pytest.raises(UserError, match=f"0.5999 and 0.6 of arm 'simreg' both come to {steps} step"):
+        compare(replace(study, budgets=[0.5999, 0.6, 0.8, 1.0]))
+    assert len(lab.trained) == trained
 
 
 def test_the_size_is_measured_once(lab, tmp_path):

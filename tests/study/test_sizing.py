@@ -187,3 +187,33 @@ def test_a_step_time_of_another_machine_is_still_of_its_configs(tmp_path, monkey
         del entry["configs"]
     path.write_text(json.dumps(found))
     assert set(sizing.cached_step_times(study, any_machine=True)) == {"half", "simreg"}
+
+
+def test_an_arm_of_larger_batches_takes_fewer_steps():
+    arms = {"simreg": {"train": {"batch_rows": 32}}}
+    values = {"arms": arms, "base": {"train": {"evals": 1, "eval_tokens": 256}}, "minutes": 60}
+    sized = fitted(plan.from_dict(values), 9000.0, 3600.0, ratio=2.0)
+    times = {"simreg": {**TIMES, "ratio": 2.0}}
+    assert sizing.total(sized, A_STEP / 9000.0, times) == pytest.approx(3600, rel=0.02)
+
+
+def test_a_regularizer_that_stops_costs_until_then(study, monkeypatch):
+    stop = {"schedule": "stop", "schedule_fraction": 0.25}
+    arms = {"stop": {"simreg": stop}, "decay": {"simreg": {"schedule": "decay"}}}
+    asked = []
+
+    def ratio(reference, arm, corpus):
+        asked.append(arm.simreg.weight)
+        ratio = 1.4 if arm.simreg.weight else 1.0
+        return {**TIMES, "ratio": ratio, "ratio_quartiles": [ratio - 0.1, ratio + 0.1]}
+
+    monkeypatch.setattr(sizing.timing, "step_time_ratio", ratio)
+    out = Path(study.out)
+    out.mkdir()
+    found = sizing.step_times(plan.from_dict({"out": str(out), "arms": arms}), None)
+    assert asked == [0.3, 0.0, 0.3]
+    assert found["decay"]["ratio"] == 1.4
+    assert found["stop"]["ratio"] == pytest.approx(1.1)
+    assert found["stop"]["ratio_quartiles"] == pytest.approx([1.0, 1.2])
+    beside = plan.from_dict({"out": str(out), "reference": "decay", "arms": arms})
+    assert "stop" not in sizing.cached_step_times(beside)

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -160,3 +161,61 @@ def test_few_seeds_and_an_interval_over_zero_are_called_so(tmp_path):
     line = summary.headlines(found)[0]
     assert "which includes no difference" in line
     assert "a claim takes at least 5 seeds" in line
+
+
+def test_seeds_left_by_divergence_have_no_interval(five):
+    runs, found = five
+    values = {**found["study"], "out": "x", "budgets": {"baseline": [1.0, 1.1]}}
+    study = plan.from_dict(values)
+    full = [r for r in runs if r.cell.budget == 1.0 and r.cell != Cell("fast", 1.0, 3)]
+    longer = [replace(r, cell=Cell("baseline", 1.1, r.cell.seed)) for r in full]
+    longer = [
+        replace(r, result={**r.result, "tokens": 1_200_000, "final_ce": r.final_ce - 0.1})
+        for r, before in zip(longer, full, strict=True)
+        if before.cell.arm == "baseline"
+    ]
+    failures = {"fast/1/seed-3": "NaN"}
+    times = dict.fromkeys(study.others, TIMES)
+    found = results.build(study, full + longer, times, [], failures)
+    for difference in (
+        found["arms"]["fast"]["budgets"]["1"]["ce_minus_reference"],
+        found["equal_time"]["fast"]["ce_difference"],
+    ):
+        assert (difference["n"], difference["diverged"]) == (4, [3])
+        assert difference["low"] is difference["high"] is None
+    headline = summary.headlines(found)[0]
+    assert "(4 seeds that did not diverge, which are no sample of all: no interval; a" in headline
+    assert headline.endswith("seeds). 1 of 5 runs of fast diverged.")
+    assert "not finished" not in headline
+    other = found["arms"]["far"]["budgets"]["1"]["ce_minus_reference"]
+    assert (other["n"], other["diverged"]) == (5, [])
+    assert other["low"] is not None
+    # The reference's own divergence leaves the seeds that have all of their runs.
+    lacking = [r for r in longer if r.cell.seed != 2]
+    found = results.build(study, full + lacking, times, [], {"baseline/1.1/seed-2": "NaN"})
+    entry = found["equal_time"]["far"]
+    assert (entry["status"], entry["ce_difference"]["n"]) == ("ok", 4)
+    assert entry["ce_difference"]["diverged"] == [2]
+
+
+def test_a_diverged_seed_never_passes_mid_run(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    ended = [r for r in runs if r.cell != Cell("fast", 0.6, 3)]
+    found = results.build(study, ended, {}, [], {"fast/0.6/seed-3": "NaN"})
+    saved = found["isoloss"]["fast"]["midrun_tokens_saved"]
+    assert (saved["status"], saved["not_reached"], saved["missing"]) == ("not_reached", 1, [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (999_400, "999 k"),
+        (999_700, "1 M"),
+        (1_230_000, "1.23 M"),
+        (999_999_999, "1 B"),
+        (512, "512"),
+    ],
+)
+def test_tokens_in_words(tokens, text):
+    assert summary.count(tokens) == text

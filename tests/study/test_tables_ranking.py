@@ -79,6 +79,13 @@ def test_other_batches_are_marked_and_the_base_written_out_is_not(tmp_path):
     assert [row[0] for row in rows(tmp_path, "ranking")[0]] == ["baseline", "rows †", "same"]
 
 
+def test_one_value_written_in_two_ways_is_one(tmp_path):
+    base = {"model": {"embedding_std": 0.1}}
+    arms = {"baseline": {}, "same": {"model": {"embedding_std": "1e-1"}}}
+    record(tmp_path, {"baseline": {1: 4.5}, "same": {1: 4.4}}, arms, base=base, seeds=[1])
+    assert [row[0] for row in rows(tmp_path, "ranking")[0]] == ["same", "baseline"]
+
+
 def test_the_best_arms_and_how_many_there_were(tmp_path):
     record(tmp_path)
     found, below = rows(tmp_path, "ranking", "top=1 against=tied")

@@ -47,10 +47,10 @@ class Picture:
         """Arm -> measured training seconds per token; empty if no step time was measured."""
         times = self.results["step_time"]
         measured = [t["base_s"] for t in times.values() if t["n"]]
-        one = next((r for r in self.results["runs"] if r["steps"]), None)
-        if not measured or one is None:
+        steps = {r["arm"]: r["steps"] / r["tokens"] for r in self.results["runs"]}
+        if not measured:
             return {}
         # One time of a reference step for all, so that arms differ by their ratio alone.
-        step = float(np.median(measured)) * one["steps"] / one["tokens"]
-        ratios = {arm: times[arm]["ratio"] for arm in self.arms if arm in times}
-        return {self.arms[0]: step} | {arm: step * ratio for arm, ratio in ratios.items()}
+        step = float(np.median(measured))
+        ratios = {self.arms[0]: 1.0} | {a: times[a]["ratio"] for a in self.arms if a in times}
+        return {arm: step * ratio * steps[arm] for arm, ratio in ratios.items() if arm in steps}

@@ -99,8 +99,20 @@ class Study:
         budgets = self.budgets_of(arm)
         checks.budgets(arm, budgets)
         if self.minutes is None:  # else the size is found later, such that budgets differ
-            cells = [Cell(arm, budget, self.seeds[0]) for budget in budgets]
-            checks.steps(arm, budgets, [self.config(cell).steps for cell in cells])
+            self._check_steps(arm)
+
+    def _check_steps(self, arm: str) -> None:
+        budgets = self.budgets_of(arm)
+        cells = [Cell(arm, budget, self.seeds[0]) for budget in budgets]
+        checks.steps(arm, budgets, [self.config(cell).steps for cell in cells])
+
+    def check_size(self) -> None:
+        """UserError if budgets of an arm come to the same number of steps."""
+        try:
+            for arm in self.arms:
+                self._check_steps(arm)
+        except ValueError as error:
+            raise UserError(f"study: {error}") from None
 
     def budgets_of(self, arm: str) -> list[float]:
         """The arm's budgets in ascending order."""
@@ -112,6 +124,11 @@ class Study:
     def others(self) -> list[str]:
         """The arms that are compared with the reference."""
         return [arm for arm in self.arms if arm != self.reference]
+
+    def steps_over_reference(self, arm: str) -> float:
+        """Steps that the arm takes for each of the reference, for the same tokens."""
+        reference, own = (self.arm_config(a).train.batch_rows for a in (self.reference, arm))
+        return reference / own
 
     def times(self, arm: str) -> bool:
         """Whether the arm's step time is to be measured."""

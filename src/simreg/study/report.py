@@ -261,7 +261,7 @@ def _apart(results: dict[str, Any]) -> str:
                 f"{summary.percent(boot['low'])} to {summary.percent(boot['high'])}"
                 if boot
                 else "–",
-                _equal_time(equal_time),
+                _equal_time(equal_time, len(results["seeds"])),
             ]
         )
     head = (
@@ -273,14 +273,13 @@ def _apart(results: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
-def _equal_time(entry: dict[str, Any]) -> str:
+def _equal_time(entry: dict[str, Any], planned: int) -> str:
     if entry["status"] == "ok":
-        return summary.difference_cell(entry["ce_difference"])
+        return summary.difference_cell(entry["ce_difference"], planned)
     if entry["reference_tokens"] is None:
         return "not run"
-    return (
-        f"not run: takes reference budgets around {summary.count(entry['reference_tokens'])} tokens"
-    )
+    at = summary.count(entry["reference_tokens"])
+    return f"not run: takes finished runs of the reference around {at} tokens"
 
 
 def _environment(results: dict[str, Any]) -> str:

@@ -38,7 +38,11 @@ def build(
     """
     _require_one_corpus(runs)
     table, failures = grid(runs), failures or {}
-    ratios = {arm: step_time[arm]["ratio"] for arm in study.others if arm in step_time}
+    ratios = {
+        arm: step_time[arm]["ratio"] * study.steps_over_reference(arm)
+        for arm in study.others
+        if arm in step_time
+    }
     return {
         "schema": SCHEMA,
         "study": {key: value for key, value in to_dict(study).items() if key != "out"},
@@ -54,9 +58,9 @@ def build(
             if any(budget != 1.0 for budget in study.budgets_of(arm))
         },
         "equal_time": {
-            arm: _equal_time(table, study.reference, arm, ratios.get(arm)) for arm in study.others
+            arm: _equal_time(study, table, arm, ratios.get(arm), failures) for arm in study.others
         },
-        "arms": {arm: _arm(study, table, arm) for arm in study.arms},
+        "arms": {arm: _arm(study, table, arm, failures) for arm in study.arms},
         "step_time": {arm: step_time[arm] for arm in study.arms if arm in step_time},
         "runs": [_run(run) for run in runs],
         "failures": failures,
@@ -101,11 +105,12 @@ def _isoloss(
     """
     full, budgets = table[study.reference][1.0], table[arm]
     crossings, midrun, diverged = {}, {}, []
+    never = stats.Crossing("not_reached", None, None)
     for seed in full:
         cells = [Cell(arm, budget, seed) for budget in study.budgets_of(arm)]
         if any(cell.folder in failures for cell in cells):
             diverged.append(seed)
-            crossings[seed] = stats.Crossing("not_reached", None, None)
+            crossings[seed] = midrun[seed] = never
         elif all(seed in budgets.get(cell.budget, {}) for cell in cells):
             target = full[seed].final_ce
             crossings[seed] = stats.crossing(*_curve(table, arm, seed), target)
@@ -127,8 +132,13 @@ def _isoloss(
     }
 
 
-def _equal_time(table: Grid, reference: str, arm: str, ratio: float | None) -> dict[str, Any]:
-    """Arm at N tokens against the reference given the same seconds, that is N * ratio tokens."""
+def _equal_time(
+    study: Study, table: Grid, arm: str, ratio: float | None, failures: dict[str, str]
+) -> dict[str, Any]:
+    """Arm at N tokens against the reference given the same seconds, that is N * ratio tokens.
+
+    `ratio` is that of the times of a token. Over the seeds that have the runs for it.
+    """
     answer: dict[str, Any] = {"status": "not_run", "reference_tokens": None, "ce_difference": None}
     full = table[arm].get(1.0, {})
     if ratio is None or not full:
@@ -136,47 +146,67 @@ def _equal_time(table: Grid, reference: str, arm: str, ratio: float | None) -> d
     answer["reference_tokens"] = ratio * next(iter(full.values())).tokens
     reference_ce = {}
     for seed, run in full.items():
-        tokens, ce = _curve(table, reference, seed)
-        if not tokens or (value := stats.interpolate(tokens, ce, ratio * run.tokens)) is None:
-            return answer
-        reference_ce[seed] = value
+        tokens, ce = _curve(table, study.reference, seed)
+        if tokens and (value := stats.interpolate(tokens, ce, ratio * run.tokens)) is not None:
+            reference_ce[seed] = value
+    if not reference_ce:
+        return answer
+    cells = [(arm, 1.0), *((study.reference, b) for b in study.budgets_of(study.reference))]
     own = {seed: run.final_ce for seed, run in full.items()}
-    difference = paired_difference(own, reference_ce)
+    difference = _difference(own, reference_ce, _diverged(study, cells, failures))
     return {**answer, "status": "ok", "ce_difference": difference}
 
 
-def _arm(study: Study, table: Grid, arm: str) -> dict[str, Any]:
+def _difference(
+    own: dict[int, float], reference: dict[int, float], diverged: list[int]
+) -> dict[str, Any]:
+    """Paired difference of losses; without limits where a seed has none because a run diverged."""
+    found = {**paired_difference(own, reference), "diverged": diverged}
+    # Those that did not diverge are no sample of all.
+    return found | {"low": None, "high": None} if diverged else found
+
+
+def _diverged(study: Study, cells: list[tuple[str, float]], failures: dict[str, str]) -> list[int]:
+    """The seeds of which one of these runs (arm, budget) diverged."""
+    return [seed for seed in study.seeds if any(Cell(*c, seed).folder in failures for c in cells)]
+
+
+def _arm(study: Study, table: Grid, arm: str, failures: dict[str, str]) -> dict[str, Any]:
     """An arm's final losses, at the full budget and at every budget."""
     budgets = {
-        f"{budget:g}": _budget(study, table, arm, budget) for budget in study.budgets_of(arm)
+        f"{budget:g}": _budget(study, table, arm, budget, failures)
+        for budget in study.budgets_of(arm)
     }
     none = stats.mean_sd([])
     runs = [run for by_seed in table[arm].values() for run in by_seed.values()]
     return {
         "overrides": study.arms[arm],
-        "unpaired": _unpaired(study, arm),
+        "unpaired": unpaired(study, study.reference, arm),
         "params": runs[0].result.get("params") if runs else None,
         "final_ce": budgets["1"]["final_ce"] if "1" in budgets else none,
         "budgets": budgets,
     }
 
 
-def _unpaired(study: Study, arm: str) -> list[str]:
-    """What the arm changes that gives it other initial weights or other batches."""
-    reference, own = (recipe.to_dict(study.arm_config(a)) for a in (study.reference, arm))
-    changed = [f"model.{key}" for key, v in own["model"].items() if reference["model"][key] != v]
-    same_batches = own["train"]["batch_rows"] == reference["train"]["batch_rows"]
+def unpaired(study: Study, one: str, other: str) -> list[str]:
+    """What two arms differ in that gives them other initial weights or other batches."""
+    first, second = (recipe.to_dict(study.arm_config(arm)) for arm in (one, other))
+    changed = [f"model.{key}" for key, v in second["model"].items() if first["model"][key] != v]
+    same_batches = first["train"]["batch_rows"] == second["train"]["batch_rows"]
     return changed if same_batches else [*changed, "train.batch_rows"]
 
 
-def _budget(study: Study, table: Grid, arm: str, budget: float) -> dict[str, Any]:
+def _budget(
+    study: Study, table: Grid, arm: str, budget: float, failures: dict[str, str]
+) -> dict[str, Any]:
     runs = table[arm].get(budget, {})
     reference = table[study.reference].get(budget, {})
     difference = None
     if arm != study.reference:
-        difference = paired_difference(
+        difference = _difference(
             {s: run.final_ce for s, run in runs.items()},
             {s: run.final_ce for s, run in reference.items()},
+            _diverged(study, [(a, budget) for a in (arm, study.reference)], failures),
         )
     some = next(iter(runs.values()), None)
     return {

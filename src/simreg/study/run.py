@@ -123,6 +123,7 @@ def _settled(study: Study) -> Study:
             if sized.evals == TrainConfig().evals:
                 sized = replace(sized, evals=stored.base.train.evals)
         study = replace(study, base=replace(study.base, train=sized))
+        study.check_size()  # budgets may have been added
     changes = _changes(recipe.to_dict(stored.base), recipe.to_dict(study.base))
     if changes:
         raise UserError(f"the study in {study.out} has another base ({changes}): {advice}")

@@ -13,7 +13,7 @@ import simreg
 from simreg.recipe import config as recipe
 from simreg.recipe import provenance, timing
 from simreg.recipe.checkpoints import write_atomically
-from simreg.recipe.config import RunConfig, TrainConfig
+from simreg.recipe.config import RunConfig, SimRegConfig, TrainConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.study.plan import Cell, Study
@@ -29,7 +29,7 @@ _EVAL_SHARE = 0.15
 _EVAL_COST = 0.4
 # Start-up of a run, checkpoints, the report: seconds a run on top of its steps.
 _RUN_SECONDS = 3.0
-# Settings that leave the cost of a step as it is.
+# Settings that leave the cost of a step as it is (of SimReg's schedules, all but "stop").
 _FREE = {
     "simreg": {"schedule", "schedule_fraction"},
     "optim": {"lr", "warmup", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2"},
@@ -52,12 +52,31 @@ def step_times(study: Study, corpus: Corpus) -> StepTimes:
     known = cached_step_times(study)
     for arm in study.others:
         if arm not in known and study.times(arm):
-            measured = timing.step_time_ratio(
-                study.arm_config(study.reference), study.arm_config(arm), corpus
-            )
+            measured = _measured(study.arm_config(study.reference), study.arm_config(arm), corpus)
             known[arm] = {**measured, "key": _key(study, arm), "configs": _configs(study, arm)}
             write_atomically(path, json.dumps(known, indent=1) + "\n")
     return known
+
+
+def _measured(reference: RunConfig, arm: RunConfig, corpus: Corpus) -> dict[str, Any]:
+    """The arm's step time over the reference's, on average over a run."""
+    found = timing.step_time_ratio(reference, arm, corpus)
+    if not _stops(arm.simreg):
+        return found
+    plain = replace(arm, simreg=replace(arm.simreg, weight=0.0))
+    rest, share = timing.step_time_ratio(reference, plain, corpus), arm.simreg.schedule_fraction
+
+    def mean(first: float, then: float) -> float:
+        return share * first + (1 - share) * then
+
+    quartiles = map(mean, found["ratio_quartiles"], rest["ratio_quartiles"])
+    means = {key: mean(found[key], rest[key]) for key in ("ratio", "arm_s")}
+    return {**found, **means, "ratio_quartiles": list(quartiles)}
+
+
+def _stops(simreg: SimRegConfig) -> bool:
+    """Whether SimReg ends during the run, and its cost with it."""
+    return simreg.schedule == "stop" and simreg.weight > 0
 
 
 def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
@@ -89,11 +108,15 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
 
     Without what is left open (None), so that records outlive options that come later.
     """
-    config = recipe.to_dict(study.arm_config(arm))
+    found = study.arm_config(arm)
+    config = recipe.to_dict(found)
     config["optim"]["clip"] = config["optim"]["clip"] > 0
     return {
         section: {
-            k: v for k, v in values.items() if v is not None and k not in _FREE.get(section, ())
+            k: v
+            for k, v in values.items()
+            if v is not None
+            and (k not in _FREE.get(section, ()) or (section == "simreg" and _stops(found.simreg)))
         }
         for section, values in config.items()
         if section != "out"
@@ -139,7 +162,10 @@ def fit(study: Study, step_s: float, step_time: StepTimes, seconds: float, rows:
     a_pass = (train.eval_tokens or 0) * _EVAL_COST * step_s / a_step
     fixed = len(cells) * (_RUN_SECONDS + train.evals * a_pass)
     ratios = {arm: times["ratio"] for arm, times in step_time.items()}
-    work = sum(cell.budget * ratios.get(cell.arm, 1.0) for cell in cells)
+    work = sum(
+        cell.budget * ratios.get(cell.arm, 1.0) * study.steps_over_reference(cell.arm)
+        for cell in cells
+    )
     least = _least_steps(study)
     steps = max(MIN_STEPS, least, int((seconds - fixed) / (work * step_s)))
     steps = min(steps, int(rows / train.batch_rows / max(cell.budget for cell in cells)))

@@ -30,7 +30,7 @@ def percent(value: float) -> str:
 def count(tokens: float) -> str:
     """A number of tokens as `1.23 M`."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= size:
+        if tokens >= 0.9995 * size:  # what would round to 1e+03 of the unit below
             return f"{tokens / size:.3g} {unit}"
     return f"{tokens:.0f}"
 
@@ -52,7 +52,8 @@ def headline(results: dict[str, Any], arm: str) -> str:
     else:
         sentence = _by_tokens(results, arm, saved)
         missing = saved["tokens_saved"]["missing"]
-    parts = sentence, _left_out(missing, len(results["seeds"])), _diverged(results, arm)
+    unfinished = [seed for seed in missing if seed not in _diverged_seeds(results, arm)]
+    parts = sentence, _left_out(unfinished, len(results["seeds"])), _diverged(results, arm)
     return " ".join(filter(None, parts))
 
 
@@ -109,6 +110,13 @@ def _left_out(missing: list[int], planned: int) -> str:
         f"{k} of {planned} seeds {verb} left out: {whose} runs are not finished "
         f"({seeds} {', '.join(map(str, missing))})."
     )
+
+
+def _diverged_seeds(results: dict[str, Any], arm: str) -> set[int]:
+    """Seeds of which a run of the arm or of the reference became NaN."""
+    arms = arm, results["study"]["reference"]
+    paths = [path.split("/") for path in results["failures"]]
+    return {int(path[-1].removeprefix("seed-")) for path in paths if path[0] in arms}
 
 
 def _diverged(results: dict[str, Any], arm: str) -> str:
@@ -172,6 +180,8 @@ def _certainty(interval: dict[str, Any], n: int, form: str | None = None) -> str
     text = _seeds(n)
     if interval["low"] is not None:
         text += f", 95 % interval {_limits(interval, form)}"
+    elif interval.get("diverged"):
+        text += " that did not diverge, which are no sample of all: no interval"
     elif interval.get("status") == "at_least":
         text += ", a lower bound without an interval"
     if n < CLAIM_SEEDS:
@@ -241,13 +251,18 @@ def _plus_minus(mean: float | None, sd: float | None) -> str:
     return f"{mean:.4f}" if sd is None else f"{mean:.4f} ± {sd:.4f}"
 
 
-def difference_cell(difference: dict[str, Any] | None) -> str:
-    """A paired difference for a table: `-0.0123 [-0.0200, -0.0046]`."""
-    if difference is None:
+def difference_cell(difference: dict[str, Any] | None, planned: int | None = None) -> str:
+    """A paired difference for a table: `-0.0123 [-0.0200, -0.0046]`.
+
+    With how many seeds it is over, if that is fewer than `planned`.
+    """
+    if difference is None or difference["mean"] is None:
         return "–"
     limits = ""
     if difference["low"] is not None:
         limits = f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    if planned is not None and difference["n"] < planned:
+        limits += f" ({difference['n']} of {planned} seeds)"
     return f"{difference['mean']:+.4f}{limits}"
 
 

@@ -90,16 +90,16 @@ def _arms(request: Request, results: dict[str, Any]) -> list[str]:
 def _row(results: dict[str, Any], arm: str) -> list[str]:
     saved = results["isoloss"].get(arm, {})
     difference = results["arms"][arm]["budgets"].get("1", {}).get("ce_minus_reference")
-    base = results["study"]["base"]
+    base, planned = results["study"]["base"], len(results["seeds"])
     return [
         _model(base["model"].get("preset"), results["arms"][arm]["params"]),
         summary.count(base["train"]["tokens"]),
-        _seeds(saved.get("tokens_saved"), difference, len(results["seeds"])),
+        _seeds(saved.get("tokens_saved"), difference, planned),
         _saving(saved.get("tokens_saved")),
         _saving(saved.get("seconds_saved")),
         markdown.step_time(results["step_time"].get(arm)),
-        markdown.difference(difference),
-        markdown.difference(results["equal_time"][arm]["ce_difference"]),
+        markdown.difference(difference, planned),
+        markdown.difference(results["equal_time"][arm]["ce_difference"], planned),
     ]
 
 

@@ -35,10 +35,9 @@ def number(value: float | None, form: str) -> str:
     return NONE if value is None else minus(format(value, form))
 
 
-def difference(found: dict[str, Any] | None) -> str:
-    """A paired difference of losses, `−0.0123 [−0.0200, −0.0046]`."""
-    unknown = found is None or found["mean"] is None
-    return NONE if unknown else minus(summary.difference_cell(found))
+def difference(found: dict[str, Any] | None, planned: int | None = None) -> str:
+    """A paired difference of losses, `−0.0123 [−0.0200, −0.0046]`, as `summary.difference_cell`."""
+    return minus(summary.difference_cell(found, planned))
 
 
 def step_time(times: dict[str, Any] | None) -> str:

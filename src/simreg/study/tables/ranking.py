@@ -9,7 +9,8 @@ import numpy as np
 from simreg.intervals import paired_difference
 from simreg.recipe.errors import UserError
 from simreg.recipe.progress import read_metrics
-from simreg.study import summary
+from simreg.study import plan, summary
+from simreg.study.results import unpaired
 from simreg.study.tables import markdown
 from simreg.study.tables.headline import final_losses
 from simreg.study.tables.request import Request, Source
@@ -103,27 +104,17 @@ def _standings(request: Request) -> tuple[str, list[Standing]]:
     base = final_losses(results, against)
     if not base:
         raise UserError(f"against: {against!r} has no finished run at the full budget")
-    found = []
+    study, found = plan.from_dict(results["study"]), []
     for arm in dict.fromkeys([against, *wanted]):
         losses = final_losses(results, arm)
-        unpaired = _initial(results, arm) != _initial(results, against)
-        found.append(Standing(arm, losses, paired_difference(losses, base), unpaired))
+        other = bool(unpaired(study, against, arm))
+        found.append(Standing(arm, losses, paired_difference(losses, base), other))
     return against, sorted(found, key=lambda each: _order(each.gap["mean"]))
 
 
 def _order(difference: float | None) -> float:
     """Arms without a run are last, not lost."""
     return float("inf") if difference is None else difference
-
-
-def _initial(results: dict[str, Any], arm: str) -> dict[str, Any]:
-    """The settings that decide on an arm's initial weights and its batches."""
-    values = _dotted(results["study"]["base"]) | _dotted(results["arms"][arm]["overrides"])
-    return {
-        key: value
-        for key, value in values.items()
-        if key.startswith("model.") or key == "train.batch_rows"
-    }
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
