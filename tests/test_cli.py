@@ -148,6 +148,10 @@ def test_version_and_help_do_not_load_transformers() -> None:
         ("--auxiliary.name z-loss --auxiliary.options weight=1e-3", "z-loss", {"weight": 1e-3}),
         ("--auxiliary.options depth=0.5", "nitp", {"depth": 0.5}),
         ("--auxiliary.name mtp --auxiliary.options", "mtp", {}),
+        ("--auxiliary.name cosine", "cosine", {}),
+        ("--auxiliary.name=mtp", "mtp", {}),
+        ("--auxiliary.name nitp", "nitp", {"weight": 1e-1, "depth": 0.3}),
+        ("--auxiliary.name None", None, {}),
         ("--optim.lr 1", "nitp", {"weight": 1e-1, "depth": 0.3}),
         (
             "--auxiliary.name simreg-variant --auxiliary.options depths=[0.5] final=true",
@@ -158,9 +162,9 @@ def test_version_and_help_do_not_load_transformers() -> None:
 )
 @pytest.mark.filterwarnings("error")
 def test_train_reads_options_of_an_auxiliary_loss(
-    seen: list[RunConfig], tmp_path: Path, flags: str, name: str, options: dict[str, Any]
+    seen: list[RunConfig], tmp_path: Path, flags: str, name: str | None, options: dict[str, Any]
 ) -> None:
-    """By flags, that replace those of the file; a number without a point is one."""
+    """Flags replace those of the file or of another loss; a number without a point is one."""
     file = tmp_path / "c.yaml"
     file.write_text("auxiliary: {name: nitp, options: {weight: 1e-1, depth: 0.3}}", "utf-8")
     assert cli.main(["train", str(file), *flags.split()]) == 0

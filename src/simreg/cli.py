@@ -1,6 +1,7 @@
 """The `simreg` command: parses, calls, and turns the user's mistakes into one line. No logic."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -73,11 +74,14 @@ def _train(arguments: list[str]) -> None:
     from simreg.recipe import config
 
     in_file = bool(arguments) and not arguments[0].startswith("-")
+    default = config.load(arguments[0]) if in_file else config.RunConfig()
+    if _value(arguments, "--auxiliary.name") not in (None, default.auxiliary.name):
+        default = dataclasses.replace(default, auxiliary=config.AuxiliaryConfig())
     options = tyro.cli(
         config.RunConfig,
         prog="simreg train",
         description=_TRAIN,
-        default=config.load(arguments[0]) if in_file else config.RunConfig(),
+        default=default,
         args=arguments[in_file:],
     )
     from simreg.recipe.processes import disband
@@ -85,6 +89,15 @@ def _train(arguments: list[str]) -> None:
 
     train(options)
     disband()
+
+
+def _value(arguments: list[str], flag: str) -> str | None:
+    """What follows a flag, `--flag value` or `--flag=value`, if it is there."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            return value if equals else next(iter(arguments[i + 1 :]), None)
+    return None
 
 
 def _compare(arguments: list[str]) -> None:

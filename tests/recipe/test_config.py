@@ -7,6 +7,7 @@ import pytest
 
 from simreg.recipe import config
 from simreg.recipe.errors import UserError
+from simreg.study import plan
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
@@ -78,6 +79,30 @@ def test_overrides_reach_inside_and_leave_the_rest() -> None:
     base = config.from_dict({"optim": {"lr": 1e-4, "warmup": 0.2}})
     changed = config.with_overrides(base, {"optim": {"lr": 2e-4}})
     assert (changed.optim.lr, changed.optim.warmup, base.optim.lr) == (2e-4, 0.2, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "options"),
+    [
+        ({"name": "cosine"}, "cosine", {}),
+        ({"name": "simctg", "options": {"margin": 0.4}}, "simctg", {"margin": 0.4}),
+        ({"name": None}, None, {}),
+        ({"options": {"depth": 0.5}}, "nitp", {"weight": 0.1, "depth": 0.5}),
+        ({"name": "nitp"}, "nitp", {"weight": 0.1}),
+    ],
+)
+def test_options_do_not_pass_to_another_loss(
+    changes: dict[str, Any], name: str | None, options: dict[str, Any]
+) -> None:
+    base = config.from_dict({"auxiliary": {"name": "nitp", "options": {"weight": 0.1}}})
+    found = config.with_overrides(base, {"auxiliary": changes}).auxiliary
+    assert (found.name, found.options) == (name, options)
+    assert base.auxiliary.options == {"weight": 0.1}
+
+
+def test_an_auxiliary_loss_may_be_named_after_its_options() -> None:
+    assigned = plan.parse_assignments("auxiliary.options.weight=2,auxiliary.name=cosine", "--set")
+    assert assigned == {"auxiliary": {"options": {"weight": 2}, "name": "cosine"}}
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (4096, 1), (4097, 2), (40_960, 10)])

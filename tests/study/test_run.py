@@ -123,7 +123,9 @@ def test_budgets_added_to_a_sized_study_differ_or_are_refused_before_training(la
     results, _ = compare(study)
     steps = results["arms"]["simreg"]["budgets"]["0.6"]["steps"]
     trained = len(lab.trained)
-    with pytest.raises(UserError, match=f"0.5999 and 0.6 of arm 'simreg' both come to {steps} step"):
+    with pytest.raises(
+        UserError, match=f"0.5999 and 0.6 of arm 'simreg' both come to {steps} step"
+    ):
         compare(replace(study, budgets=[0.5999, 0.6, 0.8, 1.0]))
     assert len(lab.trained) == trained
 

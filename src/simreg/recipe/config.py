@@ -192,7 +192,7 @@ class AuxiliaryConfig:
     """Which one; None: none."""
     options: Options = field(default_factory=dict)
     """Its options, `weight` among them; those left out keep their defaults. On the command line
-    they replace all those of the file."""
+    they replace all those of the file, and so does another name."""
 
     def __post_init__(self) -> None:
         if self.name is None and self.options:
@@ -310,14 +310,23 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` laid over it, section by section; neither is changed."""
+    """`base` with `overrides` laid over it, section by section; neither is changed.
+
+    Options of an auxiliary loss give way to those of another one.
+    """
     merged = dict(base)
     for key, value in overrides.items():
         old = merged.get(key)
-        merged[key] = (
-            merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        if isinstance(old, dict) and isinstance(value, dict):
+            if key == "auxiliary" and _other_name(old, value):
+                old = {}
+            value = merge(old, value)
+        merged[key] = value
     return merged
+
+
+def _other_name(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return "name" in new and old.get("name") not in (None, new["name"])
 
 
 def load(path: str | Path) -> RunConfig:
