@@ -225,3 +225,23 @@ def test_times_are_compared_by_the_token_whatever_the_batch(tmp_path):
     assert found["equal_time"]["wide"]["reference_tokens"] == 2**20
     seconds = Picture(runs, found).seconds_per_token()
     assert seconds["wide"] == pytest.approx(seconds["baseline"])
+
+
+def test_no_time_is_saved_by_noise_of_the_timing(tmp_path):
+    arms = {"simreg": {}, "small": {"model": {"layers": 1}}, "plain": {"simreg": {"weight": 0}}}
+    study = plan.from_dict({"out": str(tmp_path), "arms": arms})
+    for cell in study.cells():
+        write_run(study.config(cell), 1.0 if cell.arm == "baseline" else 1.35)
+    runs = records.collect(study)
+    times = {arm: {**TIMES, "ratio": 0.95, "ratio_quartiles": [0.9, 1.0]} for arm in arms}
+    found = results.build(study, runs, times, [])
+    saved = {arm: found["isoloss"][arm]["seconds_saved"]["mean"] for arm in arms}
+    assert saved["simreg"] is None
+    assert saved["small"] > 0.2
+    assert saved["plain"] > 0.2
+    assert found["equal_time"]["simreg"]["reference_tokens"] is None
+    assert (
+        "were timed as faster (× 0.950, quartiles 0.900 to 1.000): that is noise, and the time "
+        "saved is not known."
+    ) in summary.headlines(found)[0]
+    Checker(report.html(runs, found))

@@ -6,7 +6,7 @@ from typing import Any
 from simreg.intervals import paired_difference
 from simreg.recipe import config as recipe
 from simreg.recipe.errors import UserError
-from simreg.study import stats
+from simreg.study import sizing, stats
 from simreg.study.plan import Cell, Study, to_dict
 from simreg.study.records import Run
 
@@ -41,7 +41,7 @@ def build(
     ratios = {
         arm: step_time[arm]["ratio"] * study.steps_over_reference(arm)
         for arm in study.others
-        if arm in step_time
+        if arm in step_time and _resolved(study, arm, step_time[arm]["ratio"])
     }
     return {
         "schema": SCHEMA,
@@ -65,6 +65,11 @@ def build(
         "runs": [_run(run) for run in runs],
         "failures": failures,
     }
+
+
+def _resolved(study: Study, arm: str, ratio: float) -> bool:
+    """False for a step time that is below the reference's though the arm does more: noise."""
+    return ratio >= 1 or not sizing.only_adds(study, arm)
 
 
 def _require_one_corpus(runs: list[Run]) -> None:

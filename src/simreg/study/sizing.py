@@ -123,6 +123,14 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
     }
 
 
+def only_adds(study: Study, arm: str) -> bool:
+    """Whether the arm does what the reference does, and an objective besides: it must cost more."""
+    plain, own = (_cost(study, name) for name in (study.reference, arm))
+    objectives = [costs.pop("simreg") | costs.pop("auxiliary") for costs in (plain, own)]
+    nothing = not objectives[0]["weight"] and "name" not in objectives[0]
+    return plain == own and nothing and objectives[0] != objectives[1]
+
+
 def _configs(study: Study, arm: str) -> str:
     """Identifies the configs whose step times are compared."""
     return _digest([_cost(study, name) for name in (study.reference, arm)])

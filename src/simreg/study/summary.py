@@ -84,6 +84,11 @@ def _in_time(seconds: dict[str, Any], times: dict[str, Any] | None) -> str:
     """What is left of the saving when the arm's own step time is counted."""
     if times is None:
         return ""
+    if seconds["mean"] is None:
+        return (
+            f"; its steps, which do more than the reference's, were timed as faster "
+            f"({_ratio(times)}): that is noise, and the time saved is not known"
+        )
     if not times["n"]:
         return f"; its steps cost the same, so {fewer(seconds['mean'], 'training time')}"
     text = (
