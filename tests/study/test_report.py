@@ -185,15 +185,21 @@ def test_every_field_is_documented(five):
     assert [key for key in saved if f"tokens_saved.{key}" not in text] == []
 
 
-def test_every_arm_of_a_large_study_can_be_told_apart(tmp_path):
-    arms = {f"arm-{k}": {"simreg": {"weight": 0.1 * k}} for k in range(1, 9)}
+@pytest.mark.parametrize(("others", "shown"), [(8, 8), (10, 10), (14, 10)])
+def test_arms_that_are_drawn_can_be_told_apart(tmp_path, others, shown):
+    arms = {f"arm-{k}": {"simreg": {"weight": 0.1 * k}} for k in range(1, others + 1)}
     study = plan.from_dict({"out": str(tmp_path), "arms": arms, "budgets": [1.0]})
-    for cell in study.cells():
-        write_run(study.config(cell), 1.35)
+    for cell in study.cells():  # the later the better
+        write_run(study.config(cell), 1 + 0.1 * list(study.arms).index(cell.arm))
     runs = records.collect(study)
     picture = Picture(runs, results.build(study, runs, {}, []))
-    looks = {(picture.colours[arm], picture.line(arm)) for arm in picture.arms}
-    assert len(looks) == len(picture.arms) == 9
+    looks = {(picture.colours[arm], picture.line(arm)) for arm in picture.shown}
+    best = [f"arm-{k}" for k in range(others - shown + 1, others + 1)]
+    assert picture.shown == ["baseline", *best]
+    assert len(looks) == len(picture.shown)
+    texts = [text.get_text() for text in plots.curves(picture).legends[0].get_texts()]
+    assert set(picture.shown) <= set(texts)
+    assert ("the best arms, 4 left out" in texts) == (others == 14)
 
 
 def test_time_axis_counts_whole_minutes(tmp_path):

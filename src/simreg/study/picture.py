@@ -9,6 +9,8 @@ from simreg.study.records import Run
 from simreg.study.results import Grid, grid
 from simreg.theme import PRINT, Theme
 
+_LINES: tuple[Literal["-"], Literal["-."]] = "-", "-."
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -30,13 +32,27 @@ class Picture:
         return [reference, *(arm for arm in self.results["arms"] if arm != reference)]
 
     @property
+    def shown(self) -> list[str]:
+        """The arms that curves are drawn of: all, or the reference and the best that can be told
+        apart, by final loss."""
+        reference, *others = self.arms
+        apart = len(_LINES) * (len(self.theme.series) - 1)
+        best = sorted(others, key=self._final_ce)[:apart]
+        return [reference, *(arm for arm in others if arm in best)]
+
+    def _final_ce(self, arm: str) -> float:
+        mean = self.results["arms"][arm]["final_ce"]["mean"]
+        return float("inf") if mean is None else mean
+
+    @property
     def colours(self) -> dict[str, str]:
-        """Arm -> colour."""
-        return self.theme.of(self.arms)
+        """Arm -> colour; none is another's but by line style, among those shown."""
+        rest = [arm for arm in self.arms if arm not in self.shown]
+        return self.theme.of([*self.shown, *rest])
 
     def line(self, arm: str) -> Literal["-", "-."]:
-        """Line style of the arm at the full budget: its own where its colour is another's too."""
-        return "-" if self.arms.index(arm) < len(self.theme.series) else "-."
+        """Line style of an arm that is shown: its own where its colour is another's too."""
+        return _LINES[self.shown.index(arm) >= len(self.theme.series)]
 
     @property
     def several_seeds(self) -> bool:

@@ -27,7 +27,7 @@ def curves(picture: Picture) -> Figure | None:
         figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained")
         figure.set_layout_engine("constrained", wspace=0.06)  # the last tick label sticks out
         axes = np.atleast_1d(figure.subplots(1, panels, sharey=True))
-        for arm in picture.arms:
+        for arm in picture.shown:
             for budget, by_seed in table[arm].items():
                 _curve(axes[0], picture, arm, budget, by_seed, 1.0)
                 if arm in seconds:
@@ -42,7 +42,7 @@ def curves(picture: Picture) -> Figure | None:
         axes[0].set_ylim(*_loss_limits(picture.runs))
         for ax in axes:
             ax.set_xlim(left=0)
-        _legend(figure, picture, shorter=any(len(table[arm]) > 1 for arm in picture.arms))
+        _legend(figure, picture, shorter=any(len(table[arm]) > 1 for arm in picture.shown))
     return figure
 
 
@@ -86,9 +86,12 @@ def _time_unit(seconds: float) -> tuple[str, float]:
 def _legend(figure: Figure, picture: Picture, *, shorter: bool) -> None:
     handles = [
         Line2D([], [], color=picture.colours[a], linewidth=1.8, linestyle=picture.line(a), label=a)
-        for a in picture.arms
+        for a in picture.shown
     ]
     text = picture.theme.text
+    if left_out := len(picture.arms) - len(picture.shown):
+        label = f"the best arms, {left_out} left out"
+        handles.append(Line2D([], [], linestyle="none", label=label))
     if shorter:
         dashed = Line2D([], [], color=text, linewidth=1.1, dashes=(4, 2), label="shorter schedule")
         handles.append(dashed)
@@ -239,7 +242,7 @@ def _panels(picture: Picture, keys: tuple[tuple[str, str], ...]) -> Figure | Non
     }
     drawn = {
         arm: by_seed
-        for arm in picture.arms
+        for arm in picture.shown
         if (by_seed := largest.get(arm))
         and any(run.mean(key) is not None for run in by_seed.values() for key, _ in keys)
     }
@@ -255,12 +258,16 @@ def _panels(picture: Picture, keys: tuple[tuple[str, str], ...]) -> Figure | Non
                     logged = [e for e in run.train if e.get(key) is not None]
                     x, y = [e["tokens"] for e in logged], [e[key] for e in logged]
                     alpha = 0.6 if picture.several_seeds else 1.0
-                    ax.plot(x, y, color=picture.colours[arm], linewidth=1.1, alpha=alpha)
+                    look = {"color": picture.colours[arm], "linestyle": picture.line(arm)}
+                    ax.plot(x, y, **look, linewidth=1.1, alpha=alpha)
             ax.set_title(label)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v) if v else "0"))
         for ax in axes[-1]:
             ax.set_xlabel("training tokens")
-        handles = [Line2D([], [], color=picture.colours[a], linewidth=1.8, label=a) for a in drawn]
+        handles = [
+            Line2D([], [], color=picture.colours[a], linestyle=picture.line(a), label=a)
+            for a in drawn
+        ]
         figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(handles)))
     return figure
 
