@@ -105,7 +105,12 @@ def _legend(figure: Figure, picture: Picture, *, shorter: bool) -> None:
             label=f"final loss of {picture.arms[0]}",
         )
     )
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
+    # Inches of a handle and of a letter, generously: what is too wide is cut off.
+    widest = max(0.6 + 0.085 * len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(4, int(figure.get_figwidth() / widest)))
+    lines = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.25 * max(0, lines - 3))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(columns, len(handles)))
 
 
 def isoloss(picture: Picture) -> Figure | None:
