@@ -23,7 +23,8 @@ tables: $(VENV)/train
 $(VENV)/%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[$*]'
+	$(INSTALL) --no-compile -e '.[$*]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip takes one
 	touch $@
 
 clean:
