@@ -53,7 +53,7 @@ def test_halves_of_a_batch_add_up(name, documents):
 
 @every
 def test_ignored_positions_are_never_read(name):
-    p = problem(documents=2)
+    p = problem(length=12, documents=2)
     ignored = (p["labels"] < 0).unsqueeze(-1)
     spoilt = changed(p, lambda x: x.masked_fill(ignored, torch.nan))
     objective = make(name, p)
@@ -125,6 +125,7 @@ def test_bfloat16_is_computed_in_float32(name, autocast):
 @pytest.mark.parametrize("name", [n for n in registry.OBJECTIVES if n != "reweighting"])
 def test_packed_rows_equal_separate_rows(name):
     p = problem(batch=2, length=6, ignored=0.2)
+    p["labels"][:, -2:] = 1  # packed, the last label of the first is a token of the second
     packed = changed(p, lambda x: x.reshape(1, 12, -1))
     packed["labels"] = p["labels"].view(1, 12)
     packed["segments"] = torch.tensor([[4] * 6 + [1] * 6])
