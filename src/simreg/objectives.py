@@ -14,7 +14,8 @@ class Reads:
     """
 
     logits: bool = False
-    """`logits`: `[B, L, V]`, what the LM head returns (before a soft cap, if the model has one)."""
+    """`logits`: `[B, L, V]`, those that the model returns and its cross-entropy sees: after a
+    scale or a soft cap, if it has one."""
     depths: tuple[float, ...] = ()
     """`earlier`: for each fraction of the depth, the hidden states `[B, L, d]` that leave the layer
     there (of n layers, layer ⌈fraction · n⌉), before any norm."""
