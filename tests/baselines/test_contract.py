@@ -10,7 +10,7 @@ import torch
 from simreg.baselines import registry
 from simreg.capture import attach
 from simreg.objectives import Sum
-from tests.baselines.problems import call, changed, gradients, leaves, make, problem
+from tests.baselines.problems import call, changed, gradients, leaves, make, problem, read
 
 DOCS = Path(__file__).parents[2] / "docs/rivals.md"
 every = pytest.mark.parametrize("name", registry.OBJECTIVES)
@@ -65,6 +65,16 @@ def test_ignored_positions_are_never_read(name):
     if name == "center":
         call(objective, spoilt)
         assert objective.centers.isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("length", [1, 7])
+def test_each_token_has_its_loss(name, length):
+    p = problem(length=length, documents=2)
+    objective = make(name, p)
+    losses = objective.losses(p["hidden"], p["labels"], p["segments"], **read(objective, p))
+    assert losses.shape == p["labels"].shape
+    assert (losses[p["labels"] < 0] == 0).all()
 
 
 @every
