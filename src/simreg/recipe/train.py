@@ -23,9 +23,7 @@ from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
 from simreg.recipe.processes import from_main, is_main_process, lost_contact
-from simreg.recipe.timing import step_time_ratio, throughput
 
-__all__ = ["step_time_ratio", "throughput", "train"]
 Tell = Callable[[dict[str, Any]], None]
 
 
