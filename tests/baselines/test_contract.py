@@ -9,7 +9,8 @@ import torch
 
 from simreg.baselines import registry
 from simreg.capture import attach
-from simreg.objectives import Sum
+from simreg.loss import SimRegLoss
+from simreg.objectives import Sum, by_rows
 from tests.baselines.problems import call, changed, gradients, leaves, make, problem, read
 
 DOCS = Path(__file__).parents[2] / "docs/rivals.md"
@@ -49,6 +50,29 @@ def test_halves_of_a_batch_add_up(name, documents):
     assert_close((total, grads), result(objective, p, 20.0), rtol=1e-12, atol=1e-14)
     count = (p["labels"] >= 0).sum()
     assert_close(result(objective, p), result(objective, p, count), rtol=0, atol=0)
+
+
+VARIANTS = ({"batch": True}, {"centre": "row"}, {"centre": "batch"}, {"shuffle": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in registry.OBJECTIVES] + [("simreg-variant", o) for o in VARIANTS],
+)
+def test_whether_rows_are_independent_in_training_is_declared(name, options):
+    """The sum over micro-batches is the batch's, exactly for those objectives that say so."""
+    p = problem(batch=4, length=12)
+    objective = make(name, p, **options)
+
+    def total(*parts):
+        torch.manual_seed(0)
+        copied = copy.deepcopy(objective)
+        return sum(call(copied, rows(p, part), 20.0)[0] for part in parts)
+
+    whole, halves = total(slice(0, 4)), total(slice(0, 2), slice(2, 4))
+    assert by_rows(objective) == torch.allclose(whole, halves, rtol=1e-9)
+    assert by_rows(Sum(None, objective)) == by_rows(objective)
+    assert by_rows(Sum(SimRegLoss(), objective)) == by_rows(objective)
 
 
 @every

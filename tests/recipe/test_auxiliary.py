@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from simreg.baselines import registry
 from simreg.objectives import Sum
 from simreg.recipe import assemble, loop, models
-from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml
+from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder
 from simreg.recipe.timing import Stepper
@@ -177,6 +177,30 @@ def test_two_processes_train_its_parameters(tmp_path: Path, text: Path) -> None:
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
     start = torch.log(torch.tensor(0.1))
     torch.testing.assert_close(other[PARAMETER] - start, one[PARAMETER] - start, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "meaning"),
+    [
+        ({}, "equal but for rounding"),
+        ({"batch": True}, "the loss of simreg-variant depends on how batches are split, so from"),
+    ],
+)
+def test_a_run_that_goes_on_with_other_micro_batches_says_what_that_means(
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    meaning: str,
+) -> None:
+    auxiliary = {"name": "simreg-variant", "options": options}
+    config = tiny.config(tmp_path, text, {"simreg": {"weight": 0}, "auxiliary": auxiliary})
+    tiny.run_and_die(config, tmp_path, "step:13")
+    capsys.readouterr()
+    train(with_overrides(config, {"train": {"accumulate": 2}}))
+    warned = capsys.readouterr().err
+    assert f"simreg: warning: train.accumulate was 1 and is 2: {meaning}" in warned
+    assert warned.count("warning") == 1
 
 
 @pytest.mark.parametrize(

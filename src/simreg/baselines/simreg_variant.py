@@ -65,6 +65,7 @@ class SimRegVariant(Rival):
         if terms.check_flag("learn_temperature", learn_temperature):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.shuffle = terms.check_flag("shuffle", shuffle)
+        self.by_rows = not (batch or centre == "batch" or shuffle)
         self.plain = not normalise or learn_temperature
         if final and not depths:
             raise ValueError("final: goes with depths; without them the final states are taken")
