@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from simreg.recipe import config, data, provenance
-from simreg.recipe.train import step_time_ratio
+from simreg.recipe.timing import step_time_ratio
 from simreg.study.plan import parse_assignments
 
 RESULTS = Path(__file__).parent / "results"

@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from simreg.capture import attach
 from simreg.objectives import Reads, Sum, reads
-from tests.test_capture import batch, build
+from tests.test_capture import CONFIGS, SMALL, batch, build
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 class Keeps(nn.Module):
@@ -60,6 +62,74 @@ def test_they_are_what_the_model_says(name):
     torch.testing.assert_close(fifth, out.hidden_states[1], rtol=0, atol=0)
     assert whole.shape == half.shape
     assert not torch.equal(whole, half)
+
+
+SCALED = {
+    "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=8.0),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, head_dim=8, final_logit_softcapping=0.05, query_pre_attn_scalar=8
+    ),
+}
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("name", SCALED)
+def test_logits_are_those_of_cross_entropy(name, return_dict):
+    """Scaled or capped after the head, as the model's own loss sees them."""
+    torch.manual_seed(0)
+    model, keeps = transformers.AutoModelForCausalLM.from_config(SCALED[name]()), Keeps(logits=True)
+    raw = []
+    model.get_output_embeddings().register_forward_hook(lambda m, x, out: raw.append(out))
+    ids, labels = batch()[:2]
+    with attach(model, keeps) as reg:
+        out = model(input_ids=ids, labels=labels, return_dict=return_dict)
+        reg(labels)
+    loss, logits = (out.loss, out.logits) if return_dict else out[:2]
+    assert keeps.seen["logits"] is logits
+    assert (raw[0] - logits).abs().max() > 1e-3
+    mean = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(mean, loss)
+
+
+def test_a_model_may_return_bare_logits():
+    class Bare(transformers.LlamaForCausalLM):
+        def forward(self, input_ids):
+            return super().forward(input_ids).logits * 2
+
+    torch.manual_seed(0)
+    model, keeps = Bare(CONFIGS["llama"]()), Keeps(logits=True)
+    reg = attach(model, keeps)
+    ids, labels = batch()[:2]
+    out = model(ids)
+    reg(labels)
+    assert keeps.seen["logits"] is out
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "compiled", "in place"])
+def test_logits_of_a_wrapped_model(wrap, tmp_path):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(SCALED["granite"]())
+    wrapped, keeps = model, Keeps(logits=True)
+    ids = batch()[0]
+    dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        if wrap == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        elif wrap == "fsdp":
+            fully_shard(model)
+        elif wrap == "compiled":
+            wrapped = torch.compile(model, fullgraph=True, backend="aot_eager")
+        else:
+            model.compile(fullgraph=True, backend="aot_eager")
+        reg = attach(wrapped, keeps)
+        out = wrapped(input_ids=ids)
+        reg(ids).backward()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(keeps.seen["logits"], out.logits)
+    assert model.lm_head.weight.grad is not None
 
 
 def test_the_layer_of_a_depth_is_counted_upwards():

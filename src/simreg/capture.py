@@ -6,7 +6,8 @@
 
 The tap is a forward hook on the decoder, whose last hidden state is exactly what enters the LM
 head, whatever the head does with it: fused, chunked or restricted heads included. An objective that
-reads more (`objectives.Reads`) gets a hook on the LM head or on decoder layers too.
+reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cross-entropy sees
+(what the head returns may be scaled or capped after it), or on decoder layers too.
 """
 
 import math
@@ -47,7 +48,7 @@ def attach(
         return Attached(
             decoder,
             objective,
-            head=_find_head(model) if wanted.logits else None,
+            causal=_find_causal(model) if wanted.logits else None,
             layers=_find_layers(decoder, wanted.depths) if wanted.depths else (),
         )
     if wanted != Reads():
@@ -75,10 +76,10 @@ class Attached:
         module: nn.Module,
         objective: Objective,
         *,
-        head: nn.Module | None = None,
+        causal: nn.Module | None = None,
         layers: Sequence[nn.Module] = (),
     ) -> None:
-        """`head` and `layers` (one for each depth) are those that the objective reads."""
+        """The objective reads the logits of `causal` and what `layers` (one a depth) return."""
         self.objective = objective
         self.metrics: dict[str, Tensor] = {}
         self._hidden: Tensor | None = None
@@ -92,8 +93,8 @@ class Attached:
             self._hooks.append(module.register_forward_pre_hook(self._begin))
         for i, layer in enumerate(layers):
             self._hooks.append(layer.register_forward_hook(partial(self._capture_layer, i)))
-        if head is not None:
-            self._hooks.append(head.register_forward_hook(self._capture_logits))
+        if causal is not None:
+            self._hooks.append(causal.register_forward_hook(self._capture_logits))
 
     def __call__(
         self,
@@ -172,7 +173,7 @@ class Attached:
 
     def _capture_logits(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._attached and torch.is_grad_enabled():
-            self._logits = output
+            self._logits = _logits(output)
 
     def _forget(self) -> None:
         self._hidden = self._logits = None
@@ -200,8 +201,8 @@ class Attached:
             if self._logits is None or self._logits.shape[:2] != hidden.shape[:2]:
                 raise RuntimeError(
                     f"{type(self.objective).__name__} reads the logits of every position, which "
-                    "the last forward pass did not make: turn off fused cross-entropy, and leave "
-                    "logits_to_keep alone"
+                    "the last forward pass did not make: turn off fused cross-entropy, leave "
+                    "logits_to_keep alone, and call the attached model itself"
                 )
             read["logits"] = self._logits
         if wanted.depths:
@@ -214,15 +215,16 @@ class Attached:
         return read
 
 
-def _find_head(model: nn.Module) -> nn.Module:
-    find = getattr(_unwrap(model), "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    if not isinstance(head, nn.Module):
+def _find_causal(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers, if it makes logits."""
+    inner: nn.Module = _unwrap(model)
+    find = getattr(inner, "get_output_embeddings", None)
+    if not callable(find) or not isinstance(find(), nn.Module):
         raise ValueError(
-            f"model: found no get_output_embeddings() on {type(_unwrap(model)).__name__}, the LM "
-            "head whose logits the objective reads"
+            f"model: found no get_output_embeddings() on {type(inner).__name__}, the LM head "
+            "whose logits the objective reads"
         )
-    return head
+    return inner
 
 
 def _find_layers(decoder: nn.Module, depths: Sequence[float]) -> list[nn.Module]:
@@ -283,6 +285,16 @@ def _last_hidden(output: Any) -> Tensor:
             f"hidden states [B, L, d]; got {got}"
         )
     return hidden
+
+
+def _logits(output: Any) -> Tensor | None:
+    """Those of a model's output: an object, a tuple with a loss before them or not, or a tensor."""
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, tuple):
+        found = next((x for x in output if isinstance(x, Tensor) and x.dim() == 3), None)
+    elif found is None:
+        found = output
+    return found if isinstance(found, Tensor) and found.dim() == 3 else None
 
 
 def _check(name: str, value: Tensor, hidden: Tensor) -> None:

@@ -14,7 +14,8 @@ class Reads:
     """
 
     logits: bool = False
-    """`logits`: `[B, L, V]`, what the LM head returns (before a soft cap, if the model has one)."""
+    """`logits`: `[B, L, V]`, those that the model returns and its cross-entropy sees: after a
+    scale or a soft cap, if it has one."""
     depths: tuple[float, ...] = ()
     """`earlier`: for each fraction of the depth, the hidden states `[B, L, d]` that leave the layer
     there (of n layers, layer ⌈fraction · n⌉), before any norm."""
@@ -32,6 +33,12 @@ def reads(objective: object) -> Reads:
     return declared if isinstance(declared, Reads) else Reads()
 
 
+def by_rows(objective: object) -> bool:
+    """Whether its loss of a row depends on that row alone, so that any split of a batch into
+    micro-batches gives the same sum: yes, unless its attribute `by_rows` says no."""
+    return bool(getattr(objective, "by_rows", True))
+
+
 class Objective(Protocol):
     """An auxiliary loss on the final hidden states, added to cross-entropy.
 
@@ -43,7 +50,8 @@ class Objective(Protocol):
     and additive). Returns the weighted scalar loss and a dict of detached scalar metrics.
 
     An objective that needs more declares it in an attribute ``reads`` (a `Reads`) and gets it as
-    keywords. One that owns parameters or buffers is an `nn.Module`.
+    keywords. One that owns parameters or buffers is an `nn.Module`. One whose loss of a row depends
+    on more than that row has an attribute ``by_rows = False``.
     """
 
     def __call__(
@@ -68,6 +76,7 @@ class Sum(nn.Module):
         super().__init__()
         self.simreg, self.auxiliary = simreg, auxiliary
         self.reads = reads(simreg) | reads(auxiliary)
+        self.by_rows = by_rows(simreg) and by_rows(auxiliary)
 
     def forward(
         self,

@@ -63,13 +63,19 @@ def make(name, p, **options):
     return objective
 
 
+def read(objective, p):
+    """What the objective reads of a problem besides the final hidden states."""
+    wanted = reads(objective)
+    found = {"logits": p["logits"]} if wanted.logits else {}
+    if wanted.depths:
+        found["earlier"] = p["earlier"][: len(wanted.depths)]
+    return found
+
+
 def call(objective, p, num_items=None):
     """The objective's loss and metrics of a problem, given just what it reads."""
-    wanted = reads(objective)
-    read = {"logits": p["logits"]} if wanted.logits else {}
-    if wanted.depths:
-        read["earlier"] = p["earlier"][: len(wanted.depths)]
-    return objective(p["hidden"], p["labels"], p["segments"], num_items=num_items, **read)
+    states = (p["hidden"], p["labels"], p["segments"])
+    return objective(*states, num_items=num_items, **read(objective, p))
 
 
 def gradients(loss, inputs):

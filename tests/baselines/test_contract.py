@@ -9,8 +9,9 @@ import torch
 
 from simreg.baselines import registry
 from simreg.capture import attach
-from simreg.objectives import Sum
-from tests.baselines.problems import call, changed, gradients, leaves, make, problem
+from simreg.loss import SimRegLoss
+from simreg.objectives import Sum, by_rows
+from tests.baselines.problems import call, changed, gradients, leaves, make, problem, read
 
 DOCS = Path(__file__).parents[2] / "docs/rivals.md"
 every = pytest.mark.parametrize("name", registry.OBJECTIVES)
@@ -51,9 +52,32 @@ def test_halves_of_a_batch_add_up(name, documents):
     assert_close(result(objective, p), result(objective, p, count), rtol=0, atol=0)
 
 
+VARIANTS = ({"batch": True}, {"centre": "row"}, {"centre": "batch"}, {"shuffle": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in registry.OBJECTIVES] + [("simreg-variant", o) for o in VARIANTS],
+)
+def test_whether_rows_are_independent_in_training_is_declared(name, options):
+    """The sum over micro-batches is the batch's, exactly for those objectives that say so."""
+    p = problem(batch=4, length=12)
+    objective = make(name, p, **options)
+
+    def total(*parts):
+        torch.manual_seed(0)
+        copied = copy.deepcopy(objective)
+        return sum(call(copied, rows(p, part), 20.0)[0] for part in parts)
+
+    whole, halves = total(slice(0, 4)), total(slice(0, 2), slice(2, 4))
+    assert by_rows(objective) == torch.allclose(whole, halves, rtol=1e-9)
+    assert by_rows(Sum(None, objective)) == by_rows(objective)
+    assert by_rows(Sum(SimRegLoss(), objective)) == by_rows(objective)
+
+
 @every
 def test_ignored_positions_are_never_read(name):
-    p = problem(documents=2)
+    p = problem(length=12, documents=2)
     ignored = (p["labels"] < 0).unsqueeze(-1)
     spoilt = changed(p, lambda x: x.masked_fill(ignored, torch.nan))
     objective = make(name, p)
@@ -65,6 +89,16 @@ def test_ignored_positions_are_never_read(name):
     if name == "center":
         call(objective, spoilt)
         assert objective.centers.isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("length", [1, 7])
+def test_each_token_has_its_loss(name, length):
+    p = problem(length=length, documents=2)
+    objective = make(name, p)
+    losses = objective.losses(p["hidden"], p["labels"], p["segments"], **read(objective, p))
+    assert losses.shape == p["labels"].shape
+    assert (losses[p["labels"] < 0] == 0).all()
 
 
 @every
@@ -125,6 +159,7 @@ def test_bfloat16_is_computed_in_float32(name, autocast):
 @pytest.mark.parametrize("name", [n for n in registry.OBJECTIVES if n != "reweighting"])
 def test_packed_rows_equal_separate_rows(name):
     p = problem(batch=2, length=6, ignored=0.2)
+    p["labels"][:, -2:] = 1  # packed, the last label of the first is a token of the second
     packed = changed(p, lambda x: x.reshape(1, 12, -1))
     packed["labels"] = p["labels"].view(1, 12)
     packed["segments"] = torch.tensor([[4] * 6 + [1] * 6])

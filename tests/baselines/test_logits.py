@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from simreg.baselines.reweighting import STRATEGIES
+from simreg.capture import shift_left
 from tests.baselines.problems import (
     assert_equals,
     call,
+    changed,
     gradients,
     joined,
     leaves,
@@ -65,15 +67,40 @@ def test_label_smoothing_makes_that_of_torch(epsilon):
 @few
 @given(p=problems(), horizon=st.integers(2, 9))
 def test_mtp(p, horizon):
+    last = p["labels"].shape[1] - 1
+
+    def reached(p, b, i, j):
+        """Whether the token that is the label of j is in the row, and all up to it one segment."""
+        return j < last and joined(p, b, i, j) and joined(p, b, i, j + 1)
+
     def naive(p):
         total = 0
         for b, i, _ in tokens(p):
             for c, j, y in tokens(p):
-                if c == b and i < j < i + horizon and joined(p, b, i, j):
+                if c == b and i < j < i + horizon and reached(p, b, i, j):
                     total = total + surprise(p["logits"][b, i], y) / (horizon - 1)
         return total
 
     assert_equals(make("mtp", p, horizon=horizon, weight=0.7), p, naive)
+
+
+@pytest.mark.parametrize("horizon", [2, 3, 9])
+def test_mtp_does_not_predict_the_next_document(horizon):
+    """Packed, a document's last label is the next one's first token; alone, it has none."""
+    p = problem(batch=1, length=12, ignored=0)
+    ids, start = p["labels"], 5
+    packed = p | {
+        "labels": shift_left(ids),
+        "segments": (torch.arange(12) >= start).long()[None],
+    }
+    parts = []
+    for part in (slice(0, start), slice(start, 12)):
+        cut = changed(p, lambda x, part=part: x[:, part])
+        parts.append(cut | {"labels": shift_left(ids[:, part])})
+    objective = make("mtp", p, horizon=horizon)
+    expected = sum(call(objective, part, 1.0)[0] for part in parts)
+    assert expected > 0
+    torch.testing.assert_close(call(objective, packed, 1.0)[0], expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -158,11 +158,65 @@ def test_shuffled_labels_are_the_same_ones_elsewhere_in_their_row():
     assert not torch.equal(_shuffled(numbered + 1)[0] - 1, first)  # another batch, another deal
 
 
+def test_without_segments_and_chunks_the_deal_is_that_of_the_records():
+    """Runs are on record: another deal would make others of them."""
+    labels = torch.arange(8).repeat(3, 1)
+    labels[1], labels[:, 3] = -100, -100
+    assert _shuffled(labels).tolist() == [
+        [1, 7, 5, -100, 4, 6, 0, 2],
+        [-100] * 8,
+        [2, 0, 6, -100, 4, 7, 5, 1],
+    ]
+
+
+def with_positive(labels, pools):
+    """How many tokens of each row have another of their label in their pool."""
+    valid = labels >= 0
+    met = (labels.unsqueeze(2) == labels.unsqueeze(1)) & (pools.unsqueeze(2) == pools.unsqueeze(1))
+    met = met & valid.unsqueeze(2) & valid.unsqueeze(1) & ~torch.eye(labels.shape[1]).bool()
+    return met.any(2).sum(1).tolist()
+
+
+@pytest.mark.parametrize("documents", [0, 5])
+@pytest.mark.parametrize("chunk", [None, 16, 7])
+def test_shuffled_labels_have_as_many_positives(documents, chunk):
+    p = problem(batch=3, length=64, vocab=8, documents=documents)
+    labels, segments = p["labels"], p["segments"]
+    pools = torch.arange(64).expand(3, 64) // (chunk or 64)
+    if segments is not None:
+        pools = pools + 100 * segments
+    dealt = _shuffled(labels, segments, chunk)
+    assert not torch.equal(dealt, labels)
+    found = with_positive(labels, pools)
+    assert min(found) > 0
+    assert with_positive(dealt, pools) == found
+    for row in range(3):
+        for pool in pools[row].unique():
+            here = pools[row] == pool
+            assert torch.equal(dealt[row][here].sort()[0], labels[row][here].sort()[0])
+    ours, plain = (make(NAME, p, chunk_size=chunk, shuffle=on) for on in (True, False))
+    expected = call(plain, p | {"labels": dealt})[0]
+    torch.testing.assert_close(call(ours, p)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.bool])
+def test_segments_of_a_batch_may_be_of_a_small_dtype(kind):
+    p = problem(batch=4, length=9, vocab=3)
+    ids = torch.tensor([0, 1 if kind == torch.bool else 64])
+    p["segments"] = ids[torch.arange(36).view(4, 9) % 2]
+    ours = make(NAME, p, batch=True)
+    expected = call(ours, p)[0]
+    assert expected > 0
+    actual = call(ours, p | {"segments": p["segments"].to(kind)})[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @few
 @given(p=problems())
 def test_shuffled_is_simreg_of_the_dealt_labels(p):
     ours = make(NAME, p, shuffle=True)
-    assert_equals(ours, p, lambda p: naive(p | {"labels": _shuffled(p["labels"])}))
+    dealt = _shuffled(p["labels"], p["segments"])
+    assert_equals(ours, p, lambda p: naive(p | {"labels": dealt}))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +226,7 @@ def test_shuffled_is_simreg_of_the_dealt_labels(p):
         ({"final": True}, "final: goes with depths"),
         ({"normalise": False, "variant": "in"}, 'only with variant="out"'),
         ({"learn_temperature": True, "chunk_size": 4}, "no chunk_size"),
+        ({"batch": True, "chunk_size": 4}, "batch: not with chunk_size"),
         ({"depths": 0.5}, "depths: expected a list"),
         ({"depths": [1.5]}, "depths: expected a finite number from 0.001 to 1, got 1.5"),
         ({"variant": "off"}, "variant: expected one of"),

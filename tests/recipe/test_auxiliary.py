@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from simreg.baselines import registry
 from simreg.objectives import Sum
 from simreg.recipe import assemble, loop, models
-from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml
+from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder
 from simreg.recipe.timing import Stepper
@@ -52,18 +52,15 @@ def test_its_parameters_are_trained_saved_and_left_behind(tmp_path: Path, text: 
 
 
 def test_it_takes_nothing_from_the_models_random_numbers(text: Path, tmp_path: Path) -> None:
-    """An arm with projectors starts from the weights of an arm without."""
-    plain = tiny.config(tmp_path, text)
-    before = models.build(plain, tokenizer_size=300, eos_token_id=0)
-    rival = tiny.config(tmp_path, text, {"auxiliary": OWNED})
+    """A run with a projector goes on with the random numbers of a run without."""
+    config = tiny.config(tmp_path, text, {"auxiliary": {"name": "nitp"}})
+    model = models.of_run(config, vocab_size=300)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    assemble.objective(rival, before.config)
+    projector: Any = assemble.objective(config, model)
+    assert all(p.std() > 0 for p in projector.parameters())  # drawn, from something else
     assert torch.equal(torch.rand(3), expected)
-    after = models.build(rival, tokenizer_size=300, eos_token_id=0)
-    for one, other in zip(before.parameters(), after.parameters(), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_what_it_starts_with_follows_from_the_seed_alone(text: Path, tmp_path: Path) -> None:
@@ -180,6 +177,30 @@ def test_two_processes_train_its_parameters(tmp_path: Path, text: Path) -> None:
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
     start = torch.log(torch.tensor(0.1))
     torch.testing.assert_close(other[PARAMETER] - start, one[PARAMETER] - start, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "meaning"),
+    [
+        ({}, "equal but for rounding"),
+        ({"batch": True}, "the loss of simreg-variant depends on how batches are split, so from"),
+    ],
+)
+def test_a_run_that_goes_on_with_other_micro_batches_says_what_that_means(
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    meaning: str,
+) -> None:
+    auxiliary = {"name": "simreg-variant", "options": options}
+    config = tiny.config(tmp_path, text, {"simreg": {"weight": 0}, "auxiliary": auxiliary})
+    tiny.run_and_die(config, tmp_path, "step:13")
+    capsys.readouterr()
+    train(with_overrides(config, {"train": {"accumulate": 2}}))
+    warned = capsys.readouterr().err
+    assert f"simreg: warning: train.accumulate was 1 and is 2: {meaning}" in warned
+    assert warned.count("warning") == 1
 
 
 @pytest.mark.parametrize(

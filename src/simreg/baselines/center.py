@@ -22,6 +22,7 @@ class Center(Rival):
     all processes see those of the first, which its rows alone have moved.
     """
 
+    by_rows = False  # the centres that a call sees are those that the calls before it left
     centers: Tensor
 
     def __init__(

@@ -23,6 +23,8 @@ class ContraCLM(Rival):
     mode nothing is dropped.
     """
 
+    by_rows = False  # the masks of a row follow from the rows drawn for before it
+
     def __init__(
         self, weight: float = 1.0, temperature: float = 0.05, dropout: float = 0.1
     ) -> None:

@@ -12,6 +12,8 @@ class MTP(Rival):
     """weight · Σ_t mean_{k=2..horizon} −log p_t(y_{t+k−1}), 0 for what lies beyond the segment.
 
     p_t is the model's one distribution at t, asked for the next token and, less, for those after.
+    The target y_{t+k−1} is the token at position t + k: that position is in the row, and of the
+    segment of t. So the label of a row's last position, of a token beyond the row, is no target.
 
     Source: modded-nanogpt (KellerJordan/modded-nanogpt, pull request 178), where the tokens two and
     three ahead have weights 0.5 and 0.25 beside 1 for the next, gone after two thirds and one third
@@ -33,9 +35,11 @@ class MTP(Rival):
         wide = terms.seen(logits, labels)
         normaliser = wide.logsumexp(-1)
         losses = torch.zeros_like(normaliser)
-        for ahead in range(1, min(self.horizon, labels.shape[1])):
-            known = terms.together(labels, segments, ahead)
-            later = normaliser[:, :-ahead] - terms.pick(wide[:, :-ahead], labels[:, ahead:])
+        for k in range(2, min(self.horizon, labels.shape[1] - 1) + 1):
+            known = terms.together(labels, segments, k - 1)[:, :-1]
+            if segments is not None:  # the label may be the first token of the next one
+                known = known & (segments[:, :-k] == segments[:, k:])
+            later = normaliser[:, :-k] - terms.pick(wide[:, :-k], labels[:, k - 1 : -1])
             later = later.masked_fill(~known, 0) / (self.horizon - 1)
-            losses = losses + nn.functional.pad(later, (0, ahead))
+            losses = losses + nn.functional.pad(later, (0, k))
         return losses

@@ -44,7 +44,7 @@ class NITP(Rival):
         states = terms.seen(hidden, labels)[:, :-1]
         guesses = F.normalize(self.project(states).to(states.dtype), dim=-1, eps=terms.EPS)
         losses = 1 - (guesses * targets).sum(-1)
-        return losses.masked_fill(~terms.together(labels, segments, 1), 0)
+        return F.pad(losses.masked_fill(~terms.together(labels, segments, 1), 0), (0, 1))
 
     def project(self, states: Tensor) -> Tensor:
         """P, in the dtype of its weights or of autocast."""

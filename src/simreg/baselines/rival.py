@@ -15,6 +15,8 @@ class Rival(nn.Module):
     that as keywords.
     """
 
+    by_rows: bool = True
+    """Whether the loss of a row, in training, depends on that row alone."""
     losses: Callable[..., Tensor]
     """(hidden, labels, segments, **read) to `[B, L]`, without the weight; 0 where the label is
     ignored or nothing applies."""

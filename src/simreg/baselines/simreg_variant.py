@@ -22,15 +22,16 @@ class SimRegVariant(Rival):
         centre: take the mean embedding of the valid tokens of the row, or of the batch, out of the
             hidden states first. SimReg itself does not change if all similarities of a row rise by
             the same amount, so it is blind to a direction that all embeddings share.
-        batch: compare all tokens of the batch, not those of a row alone.
+        batch: compare all tokens of the batch, not those of a row alone; without `chunk_size`.
         depths: regularize the hidden states at these fractions of the depth instead of the final
             ones (with `final`: besides), and average.
         rarity: weigh anchors by (count of their label in the row, or the batch)^-rarity, scaled
             to a mean of 1 over the valid tokens there.
         normalise: False takes h_i·h_j / τ for the similarity; choose τ near √d.
         learn_temperature: train log τ with the model; `temperature` is where it starts.
-        shuffle: deal the labels of a row out again at random before they are compared: as many
-            positives, without meaning. The control for what the labels are worth.
+        shuffle: deal the labels of a row out again at random before they are compared, within its
+            segments and chunks if there are any: as many positives, without meaning. The control
+            for what the labels are worth.
     """
 
     def __init__(
@@ -64,9 +65,12 @@ class SimRegVariant(Rival):
         if terms.check_flag("learn_temperature", learn_temperature):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.shuffle = terms.check_flag("shuffle", shuffle)
+        self.by_rows = not (batch or centre == "batch" or shuffle)
         self.plain = not normalise or learn_temperature
         if final and not depths:
             raise ValueError("final: goes with depths; without them the final states are taken")
+        if batch and chunk_size is not None:
+            raise ValueError("batch: not with chunk_size, whose chunks are of one row")
         if self.plain and (variant != "out" or chunk_size is not None):
             raise ValueError('normalise, learn_temperature: only with variant="out", no chunk_size')
 
@@ -80,7 +84,8 @@ class SimRegVariant(Rival):
     ) -> Tensor:
         """As `Rival`."""
         layers = [*earlier, hidden] if self.final else list(earlier)
-        labels = _shuffled(labels) if self.shuffle else labels
+        if self.shuffle:
+            labels = _shuffled(labels, segments, self.chunk_size)
         return torch.stack([self._of(h, labels, segments) for h in layers]).mean(0)
 
     def _of(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
@@ -137,21 +142,35 @@ class SimRegVariant(Rival):
         return (total - mean).masked_fill(count == 0, 0)
 
 
-def _shuffled(labels: Tensor) -> Tensor:
-    """Labels permuted within each row; ignored positions stay.
+def _shuffled(
+    labels: Tensor, segments: Tensor | None = None, chunk_size: int | None = None
+) -> Tensor:
+    """Labels permuted within each row, segment and chunk; ignored positions stay.
 
     Drawn from the labels themselves: the same batch is dealt alike after a resume, and the
     random numbers of the training are those of an unshuffled run.
     """
     generator = torch.Generator().manual_seed(int(labels.sum()) % 2**32)
     dealt = labels.clone()
-    for row in dealt:
-        there = terms.valid(row)
-        order = torch.randperm(int(there.sum()), generator=generator)
-        row[there] = row[there][order.to(row.device)]
+    for row, pools in zip(dealt, _pools(labels, segments, chunk_size), strict=True):
+        where = terms.valid(row).nonzero().squeeze(1)
+        order = torch.randperm(len(where), generator=generator).to(row.device)
+        source, pool = where[order], pools[where]
+        # Sorted by pool, the places and what is dealt to them stand side by side.
+        row[where[pool.argsort(stable=True)]] = row[source[pools[source].argsort(stable=True)]]
     return dealt
+
+
+def _pools(labels: Tensor, segments: Tensor | None, chunk_size: int | None) -> Tensor:
+    """`[B, L]`: numbers alike where labels of a row may meet: one segment, one chunk."""
+    length = labels.shape[1]
+    chunks = torch.arange(length, device=labels.device) // (chunk_size or length or 1)
+    if segments is None:
+        return chunks.expand_as(labels)
+    return segments.long() * length + chunks
 
 
 def _apart(segments: Tensor) -> Tensor:
     """Segment ids that no two rows share."""
-    return segments * len(segments) + torch.arange(len(segments), device=segments.device)[:, None]
+    rows = torch.arange(len(segments), device=segments.device)
+    return segments.long() * len(segments) + rows[:, None]

@@ -8,7 +8,7 @@ from simreg.objectives import Reads
 
 
 class ZLoss(Rival):
-    """weight · mean_t (logsumexp of the logits of t)².
+    """weight · Σ_t (logsumexp of the logits of t)².
 
     Source: PaLM (Chowdhery et al. 2022, arXiv 2204.02311, section 5), there with weight 1e-4;
     OLMo 2 takes 1e-5.

@@ -17,7 +17,8 @@ from simreg.recipe.errors import Locked, UserError
 from simreg.recipe.processes import is_main_process
 
 # A run may continue with these changed: they alter neither its weights nor its evaluations
-# (`accumulate`, as the number of processes: by rounding, and by what a router loss balances over).
+# (`accumulate`, as the number of processes: by rounding, by what a router loss balances over, and
+# by what an objective sees that is not `by_rows`).
 FREE_FIELDS = (
     "out",
     "data.cache_dir",

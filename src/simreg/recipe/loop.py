@@ -111,6 +111,7 @@ class RunTrainer(SimRegTrainer):
                 "seconds": self.clock.seconds,
                 "corpus": self.corpus,
                 "processes": self.args.world_size,
+                "accumulate": self.config.train.accumulate,
             }
             checkpoints.seal(aside, facts)
         checkpoints.prune(self.folder.checkpoints, step, self.config.train.keep_checkpoints)

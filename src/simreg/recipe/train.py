@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from simreg.integrations.transformers import published
+from simreg.objectives import Objective, by_rows
 from simreg.recipe import assemble, checkpoints, models, progress, provenance
 from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, Rows, ordered, prepare
@@ -23,9 +24,7 @@ from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
 from simreg.recipe.processes import from_main, is_main_process, lost_contact
-from simreg.recipe.timing import step_time_ratio, throughput
 
-__all__ = ["step_time_ratio", "throughput", "train"]
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -83,6 +82,7 @@ def _run(
     total, active = models.count_parameters(model.config)
     rows = ordered(corpus.train, config.train.seed, config.steps * config.train.batch_rows)
     say(_headline(config, corpus, total, active))
+    objective = assemble.objective(config, model.config)
     clock = progress.Clock(manifest.get("seconds", 0.0))
     trainer = RunTrainer(
         config=config,
@@ -94,7 +94,7 @@ def _run(
         train_dataset=rows,
         eval_dataset=_validation(config, corpus.validation),
         data_collator=assemble.collator(config),
-        objective=assemble.objective(config, model.config),
+        objective=objective,
     )
     flops = models.flops_per_token(model.config, active, config.data.seq_len)
     probe = None if config.train.analyze_every is None else Probe(corpus.validation)
@@ -102,9 +102,8 @@ def _run(
     _add_callbacks(trainer, tell, flops, manifest.get("step", 0), probe)
     if checkpoint is not None:
         say(f"resuming after step {manifest['step']}")
-        before, now = manifest.get("processes", arguments.world_size), arguments.world_size
-        if before != now:
-            warn(f"the number of processes was {before} and is {now}: equal but for rounding")
+        if split := _split_anew(config, manifest, arguments.world_size, objective):
+            warn(split)
     with _metrics(trainer, manifest.get("step", 0)), interruptible(trainer), _out_of_memory():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -129,6 +128,28 @@ def _agreed(folder: RunFolder, corpus: Corpus) -> tuple[Path | None, dict[str, A
     if theirs != corpus.fingerprint:
         raise UserError("data.source or data.tokenizer is not the same on all machines")
     return checkpoint, manifest
+
+
+def _split_anew(
+    config: RunConfig, manifest: dict[str, Any], processes: int, objective: Objective | None
+) -> str:
+    """What it means that batches are split otherwise than when the checkpoint was saved, if so."""
+    now = {"processes": processes, "accumulate": config.train.accumulate}
+    names = {"processes": "the number of processes", "accumulate": "train.accumulate"}
+    changes = [
+        f"{names[key]} was {manifest[key]} and is {value}"
+        for key, value in now.items()
+        if manifest.get(key, value) != value
+    ]
+    if not changes:
+        return ""
+    meaning = "equal but for rounding"
+    if not by_rows(objective):
+        meaning = (
+            f"the loss of {config.auxiliary.name} depends on how batches are split, so from here "
+            "on it is another"
+        )
+    return f"{', '.join(changes)}: {meaning}"
 
 
 def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str:
