@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 import threading
 from dataclasses import replace
@@ -88,12 +89,17 @@ def test_an_interrupted_study_continues(lab, study):
     assert len(lab.trained) == len(set(lab.trained)) == 4
 
 
-def test_a_study_stops_after_a_time_as_if_asked_to(lab, tmp_path):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_study_stops_after_a_time_as_if_asked_to(lab, tmp_path, before):
     options = CompareOptions(out=str(tmp_path / "s"), tokens=1_000_000, stop_after=0.002)
-
-    lab.before = lambda config: threading.Event().wait(60)
-    with pytest.raises(KeyboardInterrupt):
-        run.main(options)
+    lab.before = lambda config: threading.Event().wait(10)
+    outside = signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.main(options)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert lab.trained == []
     lab.before = lambda config: None
     run.main(replace(options, stop_after=5))

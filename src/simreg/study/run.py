@@ -52,11 +52,14 @@ def _stopping_after(minutes: float | None) -> Iterator[None]:
         raise UserError(f"--stop-after {minutes:g}: expected minutes above 0")
     timer = threading.Timer(60 * minutes, os.kill, [os.getpid(), signal.SIGINT])
     timer.daemon = True
+    # A script's background jobs begin with it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 def compare(
