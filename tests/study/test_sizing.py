@@ -197,6 +197,15 @@ def test_an_arm_of_larger_batches_takes_fewer_steps():
     assert sizing.total(sized, A_STEP / 9000.0, times) == pytest.approx(3600, rel=0.02)
 
 
+def test_a_reference_of_larger_batches_takes_fewer_steps():
+    arms = {"baseline": {"train": {"batch_rows": 32}}, "simreg": {"train": {"batch_rows": 32}}}
+    values = {"arms": arms, "base": {"train": {"evals": 1, "eval_tokens": 256}}, "minutes": 60}
+    step_s = 2 * A_STEP / 9000.0
+    times = {"simreg": {**TIMES, "ratio": 1.2}}
+    sized = sizing.fit(plan.from_dict(values), step_s, times, 3600.0, 10**8)
+    assert sizing.total(sized, step_s, times) == pytest.approx(3600, rel=0.02)
+
+
 def test_a_regularizer_that_stops_costs_until_then(study, monkeypatch):
     stop = {"schedule": "stop", "schedule_fraction": 0.25}
     arms = {"stop": {"simreg": stop}, "decay": {"simreg": {"schedule": "decay"}}}

@@ -170,10 +170,8 @@ def fit(study: Study, step_s: float, step_time: StepTimes, seconds: float, rows:
     a_pass = (train.eval_tokens or 0) * _EVAL_COST * step_s / a_step
     fixed = len(cells) * (_RUN_SECONDS + train.evals * a_pass)
     ratios = {arm: times["ratio"] for arm, times in step_time.items()}
-    work = sum(
-        cell.budget * ratios.get(cell.arm, 1.0) * study.steps_over_reference(cell.arm)
-        for cell in cells
-    )
+    fewer = {arm: train.batch_rows / study.arm_config(arm).train.batch_rows for arm in study.arms}
+    work = sum(cell.budget * ratios.get(cell.arm, 1.0) * fewer[cell.arm] for cell in cells)
     least = _least_steps(study)
     steps = max(MIN_STEPS, least, int((seconds - fixed) / (work * step_s)))
     steps = min(steps, int(rows / train.batch_rows / max(cell.budget for cell in cells)))
