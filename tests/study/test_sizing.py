@@ -226,3 +226,36 @@ def test_a_regularizer_that_stops_costs_until_then(study, monkeypatch):
     assert found["stop"]["ratio_quartiles"] == pytest.approx([1.0, 1.2])
     beside = plan.from_dict({"out": str(out), "reference": "decay", "arms": arms})
     assert "stop" not in sizing.cached_step_times(beside)
+
+
+def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(sizing.timing, "step_time_ratio", lambda *a: measured.append(a) or TIMES)
+    none = {"simreg": {"weight": 0}}
+    arms = {
+        "baseline": none,
+        "baseline-large": {**none, "model": {"embedding_std": 1.0}},
+        "simreg": {},
+        "simreg-strong": {"simreg": {"weight": 2.0, "temperature": 0.2}, "optim": {"lr": 1e-4}},
+        "simreg-large": {"model": {"embedding_std": 1.0}},
+        "in": {"simreg": {"variant": "in"}},
+        "z": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 1e-3}}},
+        "z-weak": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 1e-4}}},
+        "z-none": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 0}}},
+    }
+    values = {"arms": arms, "out": str(tmp_path), "timed": ["simreg-strong", "in", "z-weak"]}
+    study = plan.from_dict(values)
+    found = sizing.step_times(study, None)
+    assert len(measured) == 3
+    assert found["baseline-large"]["n"] == 0
+    ours = found["simreg-strong"]
+    assert found["simreg"] is ours
+    assert found["simreg-large"] is ours
+    assert found["in"] is not ours
+    assert found["z"] is found["z-weak"]
+    assert "z-none" not in found
+    again = sizing.cached_step_times(study)
+    assert again == found
+    assert [arm for arm in study.others if sizing.only_adds(study, arm)] == [
+        *("simreg", "simreg-strong", "simreg-large", "in", "z", "z-weak", "z-none")
+    ]

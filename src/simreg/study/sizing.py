@@ -45,17 +45,29 @@ StepTimes = dict[str, dict[str, Any]]
 def step_times(study: Study, corpus: Corpus) -> StepTimes:
     """Each arm's step time against the reference's, measured once and kept.
 
-    An entry is what `timing.step_time_ratio` returns; an arm whose steps cost the same by its
-    config has the ratio 1 and `n` 0.
+    An entry is what `timing.step_time_ratio` returns; an arm whose steps do the same work as the
+    reference's has the ratio 1 and `n` 0, and arms whose steps do the same work share one entry.
     """
     path = Path(study.out) / STEP_TIME_FILE
     known = cached_step_times(study)
     for arm in study.others:
         if arm not in known and study.times(arm):
             measured = _measured(study.arm_config(study.reference), study.arm_config(arm), corpus)
-            known[arm] = {**measured, "key": _key(study, arm), "configs": _configs(study, arm)}
+            entry = {**measured, "key": _key(study, arm), "configs": _configs(study, arm)}
+            known = _shared(study, {**known, arm: entry})
             write_atomically(path, json.dumps(known, indent=1) + "\n")
     return known
+
+
+def _shared(study: Study, known: StepTimes) -> StepTimes:
+    """`known`, and for the arms that are not in it the times of arms whose steps do the same."""
+    found: StepTimes = {}
+    for arm in study.others:
+        alike = (a for a in known if _work(study, a) == _work(study, arm))
+        source = arm if arm in known else next(alike, None)
+        if source is not None:
+            found[arm] = known[source]
+    return found
 
 
 def _measured(reference: RunConfig, arm: RunConfig, corpus: Corpus) -> dict[str, Any]:
@@ -93,14 +105,14 @@ def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
     known: StepTimes = {}
     for arm in study.others:
         entry = stored.get(arm)
-        if _cost(study, arm) == _cost(study, study.reference):
+        if _work(study, arm) == _work(study, study.reference):
             known[arm] = _SAME_COST
         elif isinstance(entry, dict):
             configs = _configs(study, arm)
             elsewhere = any_machine and entry.get("configs", configs) == configs
             if elsewhere or entry.get("key") == _key(study, arm):
                 known[arm] = entry
-    return known
+    return _shared(study, known)
 
 
 def _cost(study: Study, arm: str) -> dict[str, Any]:
@@ -123,11 +135,25 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
     }
 
 
+def _work(study: Study, arm: str) -> dict[str, Any]:
+    """What a step of the arm computes: `_cost` without numbers that change no work.
+
+    These are where embeddings start, the temperature, and how large a weight is above 0.
+    """
+    found = _cost(study, arm)
+    found["model"].pop("embedding_std", None)
+    found["simreg"].pop("temperature")
+    found["simreg"] = found["simreg"] | {"weight": True} if found["simreg"]["weight"] else {}
+    if "weight" in (options := found["auxiliary"]["options"]):
+        found["auxiliary"]["options"] = options | {"weight": options["weight"] != 0}
+    return found
+
+
 def only_adds(study: Study, arm: str) -> bool:
     """Whether the arm does what the reference does, and an objective besides: it must cost more."""
-    plain, own = (_cost(study, name) for name in (study.reference, arm))
-    objectives = [costs.pop("simreg") | costs.pop("auxiliary") for costs in (plain, own)]
-    nothing = not objectives[0]["weight"] and "name" not in objectives[0]
+    plain, own = (_work(study, name) for name in (study.reference, arm))
+    objectives = [work.pop("simreg") | work.pop("auxiliary") for work in (plain, own)]
+    nothing = objectives[0].keys() <= {"options"}
     return plain == own and nothing and objectives[0] != objectives[1]
 
 
