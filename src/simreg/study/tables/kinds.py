@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from simreg.study.tables import cost, evaluated, headline, ranking
+from simreg.study.tables import cost, evaluated, headline, looks, ranking, sweep
 from simreg.study.tables.request import Request
 
 
@@ -26,7 +26,8 @@ KINDS = {
     "sentences": Kind(headline.sentences, _STUDY, ("arms",)),
     "seeds": Kind(headline.seeds, _STUDY, ("arms",)),
     "ranking": Kind(ranking.table, _STUDY, ("against", "arms", "top")),
-    "looks": Kind(ranking.looks, _STUDY, ("against", "arms")),
+    "looks": Kind(looks.table, _STUDY, ("against", "arms")),
+    "sweep": Kind(sweep.table, _STUDY, ("arms", "metric"), several=True),
     "zero-shot": Kind(evaluated.zero_shot, ("suite", "tasks", "arms", "differences"), several=True),
     "geometry": Kind(
         evaluated.geometry, ("means", "minus_reference", "text"), ("metrics", "groups")

@@ -1,4 +1,4 @@
-"""The arms of a study in the order of their final loss, and what their embeddings looked like."""
+"""The arms of a study in the order of their final loss."""
 
 import json
 from dataclasses import dataclass
@@ -8,23 +8,13 @@ import numpy as np
 
 from simreg.intervals import paired_difference
 from simreg.recipe.errors import UserError
-from simreg.recipe.progress import read_metrics
 from simreg.study import plan, summary
 from simreg.study.results import unpaired
 from simreg.study.tables import markdown
 from simreg.study.tables.headline import final_losses
-from simreg.study.tables.request import Request, Source
+from simreg.study.tables.request import Request
 
-METRICS = {
-    "intra_cos": ".3f",
-    "inter_cos": ".3f",
-    "effective_rank": ".1f",
-    "margin_p50": ".3f",
-    "margin_cos_p50": ".3f",
-}
-"""Of a look, and how they are written."""
-_LEAST_ARMS = 3
-_OTHER = "†"
+UNPAIRED = "†"
 
 
 @dataclass(frozen=True)
@@ -42,13 +32,13 @@ class Standing:
     @property
     def name(self) -> str:
         """With a mark if it is unpaired."""
-        return f"{self.arm} {_OTHER}" if self.unpaired else self.arm
+        return f"{self.arm} {UNPAIRED}" if self.unpaired else self.arm
 
 
 def table(request: Request) -> str:
     """Arms by final loss: difference, what they change, what they cost."""
     results = request.source.content
-    against, ranked = _standings(request)
+    against, ranked = standings(request)
     shown, top = ranked, request.count("top")
     if top is not None:
         best = [each.arm for each in ranked if each.arm != against][:top]
@@ -65,35 +55,10 @@ def table(request: Request) -> str:
     ]
     drawn = markdown.table(head, [_row(results, against, each) for each in shown], left=2)
     notes = [f"The best {top} of {len(ranked) - 1}."] if len(shown) < len(ranked) else []
-    return markdown.with_notes(drawn, [*notes, *_notes(shown, against)])
+    return markdown.with_notes(drawn, [*notes, *how_to_read(shown, against)])
 
 
-def looks(request: Request) -> str:
-    """Arms by final loss beside the last look at the geometry of their embeddings."""
-    against, ranked = _standings(request)
-    found = {each.arm: _last_looks(request.source, each.arm) for each in ranked}
-    if not any(found.values()):
-        raise UserError(
-            f"{request.source.name}: no look at the geometry in the metrics.jsonl of its runs "
-            "(train.analyze_every)"
-        )
-    head = ["arm", f"CE minus {against} (nats)", *METRICS]
-    rows = [
-        [
-            each.name,
-            _gap(each, against),
-            *(
-                markdown.number(_mean(found[each.arm], metric), form)
-                for metric, form in METRICS.items()
-            ),
-        ]
-        for each in ranked
-    ]
-    drawn = markdown.table(head, rows)
-    return markdown.with_notes(drawn, [*_notes(ranked, against), _correlations(ranked, found)])
-
-
-def _standings(request: Request) -> tuple[str, list[Standing]]:
+def standings(request: Request) -> tuple[str, list[Standing]]:
     """The arm that others are compared with, and all arms asked for with it, the best first."""
     results = request.source.content
     arms = list(results["arms"])
@@ -147,14 +112,15 @@ def _row(results: dict[str, Any], against: str, standing: Standing) -> list[str]
         standing.name,
         _changes(entry["overrides"]),
         markdown.number(float(np.mean(losses)) if losses else None, ".4f"),
-        _gap(standing, against),
+        gap_cell(standing, against),
         _seeds(results, standing),
         "1" if reference else markdown.step_time(results["step_time"].get(arm)),
         markdown.NONE if clipped is None else summary.percent(clipped),
     ]
 
 
-def _gap(standing: Standing, against: str) -> str:
+def gap_cell(standing: Standing, against: str) -> str:
+    """Its difference, 0 for the arm that it is taken from."""
     return "0" if standing.arm == against else markdown.difference(standing.gap)
 
 
@@ -166,7 +132,7 @@ def _seeds(results: dict[str, Any], standing: Standing) -> str:
     return f"{text}, {diverged} diverged" if diverged else text
 
 
-def _notes(shown: list[Standing], against: str) -> list[str]:
+def how_to_read(shown: list[Standing], against: str) -> list[str]:
     """How to read the differences."""
     others = [each for each in shown if each.arm != against]
     if any(each.gap["low"] is not None for each in others):
@@ -178,58 +144,7 @@ def _notes(shown: list[Standing], against: str) -> list[str]:
         notes = ["One seed an arm: no intervals, no claim."]
     if any(each.unpaired for each in shown):
         notes.append(
-            f"{_OTHER} Another model or other batches than {against}: the same seed does not "
+            f"{UNPAIRED} Another model or other batches than {against}: the same seed does not "
             "start from the same weights."
         )
     return notes
-
-
-def _last_looks(source: Source, arm: str) -> dict[int, dict[str, float | None]]:
-    """Seed -> last look of the arm's run at the full budget, where there is one."""
-    found = {}
-    for run in source.content["runs"]:
-        if (run["arm"], run["budget"]) == (arm, 1.0):
-            lines = read_metrics(source.path.parent / run["path"] / "metrics.jsonl")
-            records = [line for line in lines if line["kind"] == "geometry"]
-            if records:
-                found[run["seed"]] = records[-1]
-    return found
-
-
-def _mean(looks: dict[int, dict[str, float | None]], metric: str) -> float | None:
-    values = [value for look in looks.values() if (value := look[metric]) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _correlations(
-    ranked: list[Standing], found: dict[str, dict[int, dict[str, float | None]]]
-) -> str:
-    """Over arms, of the difference in loss with the difference in each metric.
-
-    Over arms that share initial weights, the one they are compared with among them: it is a
-    point like the others, and without it r would depend on which it is.
-    """
-    each = []
-    for metric in METRICS:
-        points = [
-            (standing.gap["mean"], value)
-            for standing in ranked
-            if not standing.unpaired
-            and standing.gap["mean"] is not None
-            and (value := _mean(found[standing.arm], metric)) is not None
-        ]
-        each.append(f"{metric} {_pearson(points)} (n = {len(points)})")
-    left_out = f", without those marked {_OTHER}" if any(s.unpaired for s in ranked) else ""
-    return (
-        f"Pearson's r over arms{left_out}, of the change of CE with that of each: "
-        f"{', '.join(each)}. The arms were chosen and are no sample: no intervals."
-    )
-
-
-def _pearson(points: list[tuple[float, float]]) -> str:
-    if len(points) < _LEAST_ARMS:
-        return markdown.NONE
-    x, y = np.asarray(points).T
-    if not (x.std() and y.std()):
-        return markdown.NONE
-    return markdown.number(float(np.corrcoef(x, y)[0, 1]), "+.2f")
