@@ -7,7 +7,9 @@
 Rule: |ours − truth| ≤ 2 · (|naive − truth| + u), maxima over a tensor, where the truth is the L×L
 definition in float64, naive is the same in float32 of the same inputs, and u is the unit in the
 last place of the largest value in the dtype of the result (of a gradient that cancels, of what it
-sums in float32). A value's ratio is its error over (...).
+sums in float32). In one dimension all gradients cancel but that of a zero vector, whose terms the
+matrix products round to the dtype of the inputs: there u holds half a unit of these terms as well.
+A value's ratio is its error over (...).
 Gradients are multiplied by ‖h‖, so that no token counts more for being short.
 """
 
@@ -113,10 +115,11 @@ def error_ratios(problem: Problem, backend: str) -> list[float]:
 
 def units(problem: Problem, gradient: Tensor) -> list[float]:
     """For each of NAMES the unit in the last place, given the true gradient times ‖h‖."""
-    single = torch.finfo(torch.float32).eps
+    single, own = torch.finfo(torch.float32).eps, torch.finfo(problem.hidden.dtype).eps
     pull = float(problem.weights.abs().max()) / problem.temperature  # on one embedding
-    largest = torch.finfo(problem.hidden.dtype).eps * gradient.abs().nan_to_num(0).max()
-    return [single / problem.temperature, single, single, float(largest) + 4 * single * pull]
+    sums = own * float(gradient.abs().nan_to_num(0).max()) + 4 * single * pull
+    terms = own / 2 * pull if problem.hidden.shape[-1] == 1 else 0.0
+    return [single / problem.temperature, single, single, sums + terms]
 
 
 def ratio(ours: Tensor, naive: Tensor, truth: Tensor, unit: float) -> float:
