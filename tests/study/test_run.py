@@ -63,7 +63,10 @@ def test_times_are_taken_anew_for_new_runs_on_another_machine(lab, study, monkey
 
 
 def test_only_arms_that_are_asked_for_are_timed(lab, study):
-    arms = {"strong": {"simreg": {"weight": 3}}, "weak": {"simreg": {"weight": 0.1}}}
+    arms = {
+        "strong": {"simreg": {"weight": 3, "variant": "in"}},
+        "weak": {"simreg": {"weight": 0.1, "variant": "decoupled"}},
+    }
     results, screen = compare(replace(study, arms=study.arms | arms, timed=["weak"]))
     assert lab.timed == [0.1]
     assert results["step_time"].keys() == {"weak"}
@@ -114,7 +117,7 @@ def test_arms_seeds_and_budgets_are_added_to_what_is_there(lab, study):
     compare(study)
     more = replace(
         study,
-        arms={**study.arms, "strong": {"simreg": {"weight": 1.0}}},
+        arms={**study.arms, "strong": {"simreg": {"weight": 1.0, "variant": "in"}}},
         seeds=[0, 1],
         budgets=[0.5, 0.6, 0.8, 1.0],
     )
