@@ -15,6 +15,8 @@ from tests.processes import ROOT, free_port, launch
 from tests.recipe import tiny
 
 SCRIPT = "examples/transformers_trainer.py"
+ABORT = "terminate called without an active exception"
+"""Of gloo's threads, now and then, as a process exits that has done its work (pytorch#179291)."""
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch"],
@@ -43,6 +45,8 @@ def localised(command: str, config: Path) -> list[list[str]]:
 def run(command: str, config: Path) -> list[str]:
     """Run the command as printed, on each machine; returns what the machines wrote."""
     done = launch(*localised(command, config), limit=120)
+    if SCRIPT in command and any(ABORT in d.stderr for d in done if d.returncode):
+        done = launch(*localised(command, config), limit=120)  # once; what it did is not in doubt
     failed = [f"exit status {d.returncode}:\n{d.stderr}" for d in done if d.returncode]
     assert not failed, "\n".join(failed)  # a text, which pytest shows whole
     return [d.stdout for d in done]
