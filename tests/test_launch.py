@@ -45,8 +45,9 @@ def localised(command: str, config: Path) -> list[list[str]]:
 def run(command: str, config: Path) -> list[str]:
     """Run the command as printed, on each machine; returns what the machines wrote."""
     done = launch(*localised(command, config), limit=120)
-    if SCRIPT in command and any(ABORT in d.stderr for d in done if d.returncode):
-        done = launch(*localised(command, config), limit=120)  # once; what it did is not in doubt
+    finished = any('{"loss"' in d.stdout for d in done)
+    if SCRIPT in command and finished and any(ABORT in d.stderr for d in done if d.returncode):
+        done = launch(*localised(command, config), limit=120)  # once
     failed = [f"exit status {d.returncode}:\n{d.stderr}" for d in done if d.returncode]
     assert not failed, "\n".join(failed)  # a text, which pytest shows whole
     return [d.stdout for d in done]
