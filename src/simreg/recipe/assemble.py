@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import (
     TensorBoardCallback,
     TrackioCallback,
@@ -21,8 +21,21 @@ from transformers.integrations.integration_utils import (
 from simreg.baselines import registry
 from simreg.loss import SimRegLoss
 from simreg.objectives import Objective, Sum
+from simreg.recipe import models
 from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
+from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
+from simreg.recipe.head import start_at_unigram
+
+
+def model(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
+    """The model of a run at its start, float32 on the CPU."""
+    built = models.build(
+        config, tokenizer_size=corpus.vocab_size, eos_token_id=corpus.tokenizer.eos_token_id
+    )
+    if config.model.head_bias is not None:
+        start_at_unigram(built, corpus.train.tokens)
+    return built
 
 
 def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:

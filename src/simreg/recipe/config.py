@@ -91,6 +91,9 @@ class ModelConfig:
     embedding_std: Positive | None = None
     """Standard deviation of the input embedding at the start (Takase et al., arXiv 2312.16903, find
     1 more stable); None: that of all matrices, 0.02."""
+    head_bias: Literal["unigram"] | None = None
+    """A bias of the LM head, which starts at the log frequencies of the training tokens (Meister et
+    al., arXiv 2212.09686); None: none, as in Llama and Mixtral."""
 
     def __post_init__(self) -> None:
         if self.tie_embeddings and self.embedding_std is not None:

@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
+from simreg.recipe.head import LlamaHeadBiasConfig, MixtralHeadBiasConfig
 from simreg.recipe.presets import EXPERTS_PER_TOKEN, PRESETS, PUBLISHED_VOCABULARY, Shape
 
 
@@ -21,8 +22,10 @@ def model_config(
     eos_token_id: int | None = None,
     hidden_size: int | None = None,
     layers: int | None = None,
+    head_bias: bool = False,
 ) -> PretrainedConfig:
-    """The transformers config of a preset, perhaps of another width or depth.
+    """The transformers config of a preset, perhaps of another width or depth, or with a `head` that
+    has a bias.
 
     UserError if there is no such preset, or its heads do not fit the width.
     """
@@ -49,8 +52,8 @@ def model_config(
         "pad_token_id": None,
     }
     if not shape.experts:
-        return LlamaConfig(**common)
-    return MixtralConfig(
+        return (LlamaHeadBiasConfig if head_bias else LlamaConfig)(**common)
+    return (MixtralHeadBiasConfig if head_bias else MixtralConfig)(
         **common,
         num_local_experts=shape.experts,
         num_experts_per_tok=EXPERTS_PER_TOKEN,
@@ -86,6 +89,7 @@ def of_run(
         eos_token_id=eos_token_id,
         hidden_size=model.hidden_size,
         layers=model.layers,
+        head_bias=model.head_bias is not None,
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from simreg.capture import attach
-from simreg.recipe import assemble, models
+from simreg.recipe import assemble
 from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, ordered
 from simreg.recipe.muon import MuonAdamW
@@ -29,9 +29,7 @@ class Stepper:
         """Ready for up to `steps` steps."""
         self.device = assemble.device()
         self.config, self.bf16 = config, assemble.use_bf16(config.train.precision)
-        model: Any = models.build(
-            config, tokenizer_size=corpus.vocab_size, eos_token_id=corpus.tokenizer.eos_token_id
-        )
+        model: Any = assemble.model(config, corpus)
         self.model = model.to(self.device)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()

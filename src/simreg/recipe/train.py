@@ -76,9 +76,7 @@ def _run(
             f"the data of the run in {folder.root} has changed since it began: "
             "restore it, choose another `out`, or delete the folder"
         )
-    model = models.build(
-        config, tokenizer_size=corpus.vocab_size, eos_token_id=corpus.tokenizer.eos_token_id
-    )
+    model = assemble.model(config, corpus)
     total, active = models.count_parameters(model.config)
     rows = ordered(corpus.train, config.train.seed, config.steps * config.train.batch_rows)
     say(_headline(config, corpus, total, active))
