@@ -1,5 +1,6 @@
 """Objectives on pairs of embeddings, against loops over the pairs."""
 
+import functools
 import math
 
 import pytest
@@ -44,19 +45,22 @@ def test_simctg(p, margin):
     assert_equals(make("simctg", p, margin=margin, weight=0.7), p, simctg(margin))
 
 
-def cosine(p):
+def cosine(p, threshold=None):
     total = 0
     for b, i, _ in tokens(p):
         js = others(p, b, i)
-        for j in js:
-            total = total + unit(p["hidden"][b, i]).dot(unit(p["hidden"][b, j])) / len(js)
+        if not js:
+            continue
+        mean = sum(unit(p["hidden"][b, i]).dot(unit(p["hidden"][b, j])) for j in js) / len(js)
+        total = total + (mean if threshold is None else (mean - threshold).relu())
     return total
 
 
 @few
-@given(p=problems())
-def test_cosine(p):
-    assert_equals(make("cosine", p, weight=0.7), p, cosine)
+@given(p=problems(), threshold=st.sampled_from([None, 0.0, 0.4]))
+def test_cosine(p, threshold):
+    truth = functools.partial(cosine, threshold=threshold)
+    assert_equals(make("cosine", p, weight=0.7, threshold=threshold), p, truth)
 
 
 def contraclm(views, temperature):
