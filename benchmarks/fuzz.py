@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from simreg.kernels import blockwise
+from simreg.kernels.order import Form
 from simreg.kernels.reference import EPS
 from simreg.loss import VARIANTS, per_token
 from simreg.recipe import provenance
@@ -42,8 +43,7 @@ class Problem(NamedTuple):
     hidden: Tensor
     labels: Tensor
     segments: Tensor | None
-    temperature: float
-    variant: str
+    form: Form
     chunk_size: int | None
     weights: Tensor
 
@@ -51,7 +51,8 @@ class Problem(NamedTuple):
         batch, length, dim = self.hidden.shape
         segments = 0 if self.segments is None else len(self.segments.unique())
         return (
-            f"B={batch} L={length} d={dim} {self.hidden.dtype} {self.variant} τ={self.temperature} "
+            f"B={batch} L={length} d={dim} {self.hidden.dtype} {self.form.variant} "
+            f"τ={self.form.temperature} push={self.form.push} above {self.form.push_above:.3f} "
             f"classes={len(self.labels.unique())} segments={segments} chunk={self.chunk_size} "
             f"ignored={int((self.labels == -100).sum())}"
         )
@@ -82,15 +83,28 @@ def random_problem(seed: int, tile: int, device: str = "cpu") -> Problem:
     if large or pick(False, True):
         segments = torch.randint(-2, pick(-1, 0, 3), shape, generator=generator)
     weights = torch.randn(shape, generator=generator) * 10.0 ** pick(-6, 0, 3)
+    hidden = hidden.to(pick(torch.float32, torch.bfloat16, torch.float16))
+    temperature, variant = pick(0.01, 0.05, 0.1, 1.0), VARIANTS[seed % len(VARIANTS)]
+    chunk_size = pick(None, None, None, max(1, length // 3), tile, tile + 3)
+    form = Form(temperature, variant, pick(0.0, 3.0), clear_of_pairs(hidden))
     return Problem(
-        hidden.to(pick(torch.float32, torch.bfloat16, torch.float16)).to(device),
+        hidden.to(device),
         labels.to(device),
         None if segments is None else segments.to(device),
-        pick(0.01, 0.05, 0.1, 1.0),
-        VARIANTS[seed % len(VARIANTS)],
-        pick(None, None, None, max(1, length // 3), tile, tile + 3),
+        form,
+        chunk_size,
         weights.to(device),
     )
+
+
+def clear_of_pairs(hidden: Tensor) -> float:
+    """A cosine from 0.3 to 0.7 that no pair of a row is near: the push has a kink there."""
+    units = torch.nn.functional.normalize(hidden.double(), dim=-1, eps=EPS)
+    cosines = torch.cat([(units @ units.mT).flatten(), torch.zeros(1)]).sort().values
+    grid = torch.linspace(0.3, 0.7, 81, dtype=torch.float64)
+    above = torch.searchsorted(cosines, grid).clamp(1, len(cosines) - 1)
+    distance = torch.minimum(grid - cosines[above - 1], cosines[above] - grid).abs()
+    return float(grid[distance.argmax()])
 
 
 def evaluate(problem: Problem, backend: str, dtype: torch.dtype) -> list[Tensor]:
@@ -116,10 +130,11 @@ def error_ratios(problem: Problem, backend: str) -> list[float]:
 def units(problem: Problem, gradient: Tensor) -> list[float]:
     """For each of NAMES the unit in the last place, given the true gradient times ‖h‖."""
     single, own = torch.finfo(torch.float32).eps, torch.finfo(problem.hidden.dtype).eps
-    pull = float(problem.weights.abs().max()) / problem.temperature  # on one embedding
+    per_weight = 1 / problem.form.temperature + problem.form.push
+    pull = float(problem.weights.abs().max()) * per_weight  # on one embedding
     sums = own * float(gradient.abs().nan_to_num(0).max()) + 4 * single * pull
     terms = own / 2 * pull if problem.hidden.shape[-1] == 1 else 0.0
-    return [single / problem.temperature, single, single, sums + terms]
+    return [single * per_weight, single, single, sums + terms]
 
 
 def ratio(ours: Tensor, naive: Tensor, truth: Tensor, unit: float) -> float:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simreg import SimRegLoss, simreg_loss
+from simreg.baselines.simctg import SimCTG
 from simreg.loss import VARIANTS
 from tests.truth import brute_force
 
@@ -48,6 +49,8 @@ def problems(draw):
     options = {
         "variant": draw(st.sampled_from(VARIANTS)),
         "temperature": draw(st.sampled_from([0.01, 0.1, 1.0])),
+        "push": draw(st.sampled_from([0.0, 3.0])),
+        "push_above": draw(st.sampled_from([0.5, -0.2])),
         "chunk_size": draw(st.sampled_from([None, 1, 2, 3, 100])),
         "segments": segments,
     }
@@ -272,6 +275,35 @@ def test_module_is_the_weighted_function():
 
 
 @each_kernel
+@each_variant
+def test_what_arrives_at_ignored_tokens_counts_for_nothing(backend, variant):
+    torch.manual_seed(11)
+    hidden = torch.randn(1, 20, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 3, (1, 20)).masked_fill(torch.arange(20) % 4 == 0, -100)
+    loss = per_token(hidden, labels, variant=variant, push=2, push_above=-0.5, backend=backend)
+    plain = torch.ones_like(loss)
+    poisoned = plain.masked_fill(labels < 0, torch.nan)
+    found = [torch.autograd.grad(loss, hidden, w, retain_graph=True) for w in (plain, poisoned)]
+    torch.testing.assert_close(found[1], found[0])
+
+
+@each_kernel
+def test_push_is_that_of_simctg(backend):
+    """For embeddings that are not 0, whatever the labels, and weighted by λ too."""
+    torch.manual_seed(10)
+    hidden = torch.randn(2, 30, 6, dtype=torch.float64) + 0.7 * torch.randn(6)
+    labels, segments = torch.randint(0, 9, (2, 30)), torch.randint(0, 3, (2, 30))
+    labels[0, :9] = -100
+    options = {"weight": 0.3, "chunk_size": None, "backend": backend}
+    push, _ = SimCTG(weight=0.6, margin=0.4)(hidden, labels, segments)
+    plain, _ = SimRegLoss(**options)(hidden, labels, segments)
+    pushed, metrics = SimRegLoss(**options, push=2, push_above=0.6)(hidden, labels, segments)
+    assert push > 0.01
+    torch.testing.assert_close(pushed, plain + push)
+    torch.testing.assert_close(metrics["loss"] * 0.3, pushed)
+
+
+@each_kernel
 @pytest.mark.parametrize("segmented", [False, True])
 def test_metrics_are_mean_cosines(backend, segmented):
     torch.manual_seed(8)
@@ -333,6 +365,10 @@ H, Y = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
         ((H, Y), {"temperature": 0.0}, "temperature"),
         ((H, Y), {"temperature": float("nan")}, "temperature"),
         ((H, Y), {"variant": "both"}, "variant"),
+        ((H, Y), {"push": -1.0}, "push"),
+        ((H, Y), {"push": float("inf")}, "push"),
+        ((H, Y), {"push_above": 1.5}, "push_above"),
+        ((H, Y), {"push_above": float("nan")}, "push_above"),
         ((H, Y), {"chunk_size": 0}, "chunk_size"),
         ((H, Y), {"chunk_size": True}, "chunk_size"),
         ((H, Y), {"temperature": "a"}, "temperature"),

@@ -10,6 +10,8 @@ def brute_force(
     *,
     temperature: float = 0.1,
     variant: str = "out",
+    push: float = 0.0,
+    push_above: float = 0.5,
     segments: Tensor | None = None,
     chunk_size: int | None = None,
     ignore_index: int = -100,
@@ -32,8 +34,13 @@ def brute_force(
         for i in range(length):
             candidates = [j for j in range(length) if interact(i, j)]
             positives = [j for j in candidates if y[j] == y[i]]
-            if y[i] == ignore_index or not positives:
+            if y[i] == ignore_index or not candidates:
                 rows.append((0 * e[i]).sum())
+                continue
+            cosines = [e[i].dot(e[j]) for j in candidates]
+            excess = push * sum((c - push_above).relu() for c in cosines) / len(candidates)
+            if not positives:
+                rows.append(excess)
                 continue
             s = {j: e[i].dot(e[j]) / temperature for j in candidates}
             if variant == "out":
@@ -50,5 +57,5 @@ def brute_force(
                     torch.stack([0 * s[p]] + [s[n] - s[p] for n in negatives]) for p in positives
                 ]
                 loss = sum(t.logsumexp(0) for t in terms) / len(positives)
-            rows.append(loss)
+            rows.append(loss + excess)
     return torch.stack(rows).view(batch, length)

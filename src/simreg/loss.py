@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from simreg.kernels import op
+from simreg.kernels.order import Form
 
 VARIANTS = ("out", "in", "decoupled")
 BACKENDS = ("auto", "triton", "blockwise", "reference")
@@ -22,6 +23,8 @@ def simreg_loss(
     *,
     temperature: float = 0.1,
     variant: str = "out",
+    push: float = 0.0,
+    push_above: float = 0.5,
     segments: Tensor | None = None,
     chunk_size: int | None = None,
     ignore_index: int = -100,
@@ -40,6 +43,10 @@ def simreg_loss(
     and 0 for a token without a positive. A reconstruction of the regularizer of arXiv 2605.08809;
     "out" and "in" are L_out and L_in of SupCon (Khosla et al., arXiv 2004.11362).
 
+    With a `push`, every token that has candidates gets besides
+    push · mean_{A(i)} max(0, cos(h_i, h_j) − push_above), whatever the labels: the margin loss of
+    SimCTG (Su et al., arXiv 2202.06417, there with push_above 0.5).
+
     Args:
         hidden: ``[B, L, d]`` or ``[T, d]``: the input of the LM head. float32, bfloat16, float16
             or float64. Positions whose label is ignored are never read.
@@ -47,6 +54,8 @@ def simreg_loss(
             ``ignore_index`` and negative labels are ignored.
         temperature: τ > 0.
         variant: ``"out"``, ``"in"`` or ``"decoupled"``.
+        push: ≥ 0, weight of the push beside the loss of the variant.
+        push_above: cosine above which pairs are pushed apart, from -1 to 1.
         segments: shape of ``labels``, integer: tokens interact only within equal ids of a row
             (documents packed into it). Equal ids need not be contiguous.
         chunk_size: tokens also interact only within chunks of so many positions of the row.
@@ -71,8 +80,9 @@ def simreg_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     loss, _, _, valid = per_token(
-        hidden, labels, segments, temperature, variant, chunk_size, ignore_index, backend
-    )
+        hidden, labels, segments, Form(temperature, variant, push, push_above), chunk_size,
+        ignore_index, backend,
+    )  # fmt: skip
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -96,7 +106,8 @@ class SimRegLoss(nn.Module):
 
     Args:
         weight: λ ≥ 0. At 0 the loss is 0 without gradient, and the metrics are still computed.
-        temperature, variant, chunk_size, ignore_index, backend: as in `simreg_loss`.
+        temperature, variant, chunk_size, ignore_index, backend, push, push_above: as in
+            `simreg_loss`. The push is weighted by λ too.
     """
 
     def __init__(
@@ -107,17 +118,26 @@ class SimRegLoss(nn.Module):
         chunk_size: int | None = None,
         ignore_index: int = -100,
         backend: str = "auto",
+        push: float = 0.0,
+        push_above: float = 0.5,
     ) -> None:
         super().__init__()
         if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
             raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
-        check_options(temperature, variant, chunk_size, backend)
+        check_options(Form(temperature, variant, push, push_above), chunk_size, backend)
         self.weight = weight
         self.temperature = temperature
         self.variant = variant
         self.chunk_size = chunk_size
         self.ignore_index = ignore_index
         self.backend = backend
+        self.push = push
+        self.push_above = push_above
+
+    @property
+    def form(self) -> Form:
+        """Which loss this is, of one token."""
+        return Form(self.temperature, self.variant, self.push, self.push_above)
 
     def forward(
         self,
@@ -144,8 +164,7 @@ class SimRegLoss(nn.Module):
             hidden.detach() if self.weight == 0 else hidden,
             labels,
             segments,
-            self.temperature,
-            self.variant,
+            self.form,
             self.chunk_size,
             self.ignore_index,
             self.backend,
@@ -154,9 +173,10 @@ class SimRegLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
+        push = f", push={self.push}, push_above={self.push_above}" if self.push else ""
         return (
             f"weight={self.weight}, temperature={self.temperature}, variant={self.variant!r}, "
-            f"chunk_size={self.chunk_size}"
+            f"chunk_size={self.chunk_size}{push}"
         )
 
 
@@ -185,8 +205,7 @@ def per_token(
     hidden: Tensor,
     labels: Tensor,
     segments: Tensor | None,
-    temperature: float,
-    variant: str,
+    form: Form,
     chunk_size: int | None,
     ignore_index: int,
     backend: str,
@@ -195,7 +214,7 @@ def per_token(
 
     The cosines are means over a token's positives and negatives, NaN where it has none.
     """
-    check_options(temperature, variant, chunk_size, backend)
+    check_options(form, chunk_size, backend)
     check_tensors(hidden, labels, segments)
     check_transforms(hidden)
     valid = (labels != ignore_index) & (labels >= 0)
@@ -215,19 +234,25 @@ def per_token(
             g = None if g is None else F.pad(g, (0, pad))
         h, y = h.reshape(rows, chunk, h.shape[-1]), y.reshape(rows, chunk)
         g = None if g is None else g.reshape(rows, chunk)
-    results = op.loss(h, y, g, float(temperature), variant, backend)[:3]
+    options = float(form.temperature), form.variant, float(form.push), float(form.push_above)
+    results = op.loss(h, y, g, *options, backend)[:3]
     loss, pos_cos, neg_cos = (
         r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in results
     )
     return loss, pos_cos, neg_cos, valid
 
 
-def check_options(temperature: float, variant: str, chunk_size: int | None, backend: str) -> None:
+def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
     """Refuse settings that mean nothing."""
+    temperature, variant, push, push_above = form
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+    if not (isinstance(push, int | float) and 0 <= push < math.inf):
+        raise ValueError(f"push: expected a finite number ≥ 0, got {push!r}")
+    if not (isinstance(push_above, int | float) and -1 <= push_above <= 1):
+        raise ValueError(f"push_above: expected a number from -1 to 1, got {push_above!r}")
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
     _check_backend(backend)

@@ -68,7 +68,13 @@ FOUR = {
     "CP, TP": ("document", {CP: 2, TP: 2, **DOCUMENTS}),
 }
 
-INSPECTED = {"loss.weight": 0.7, "loss.temperature": 0.2, "loss.variant": "in"}
+INSPECTED = {
+    "loss.weight": 0.7,
+    "loss.temperature": 0.2,
+    "loss.variant": "in",
+    "loss.push": 2.0,
+    "loss.push_above": 0.1,
+}
 SCOPES = ("row", "document")
 
 
@@ -147,8 +153,9 @@ def test_loss_gradient_metrics_and_validation(single, scope):
         return F.cross_entropy((hidden @ head.double().T).flatten(0, 1), labels.flatten())
 
     simreg = simreg_loss(
-        hidden, labels, segments=documents, temperature=0.2, variant="in", backend="reference"
-    )
+        hidden, labels, segments=documents, temperature=0.2, variant="in", push=2, push_above=0.1,
+        backend="reference",
+    )  # fmt: skip
     ce = cross_entropy(hidden, seen["hidden head"])
     (ce + 0.7 * simreg).backward()
     assert found["total"] == pytest.approx((ce + 0.7 * simreg).item(), rel=1e-6)

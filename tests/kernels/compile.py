@@ -2,6 +2,7 @@
 
     python -m tests.kernels.compile 90 bfloat16          # a JSON line a kernel
     python -m tests.kernels.compile 90 bfloat16 single   # for one token of one dimension
+    python -m tests.kernels.compile 90 bfloat16 push     # as with a push
 
 Triton makes arguments that are 1 constants, hence the second.
 Registers and spilled bytes a thread, shared memory a block in bytes, and the unit that multiplies.
@@ -33,22 +34,22 @@ FLOATS = ("norm", "lse", "by_row", "by_col", "slots", "into", "ends", "unit", "r
 DIVISIBLE = ("length", "dim", "panel", "width")  # by 16, as they are in any model
 
 
-def variants(dtype: str, blocks: host.Blocks) -> Iterator[tuple[triton.JITFunction, dict, int]]:
+def variants(
+    dtype: str, blocks: host.Blocks, *, push: bool
+) -> Iterator[tuple[triton.JITFunction, dict, int]]:
     """Kernels with their constants and pipeline stages, as `simreg.kernels.triton` has them."""
     size = {"TILE": blocks.tile, "DEPTH": blocks.depth, "SMALLEST": EPS, "INTERPRETED": False}
     rescaled = {"RESCALED": dtype == "float16"}
     yield tiles.norms, {"TOKENS": 16, "DEPTH": 128}, 3
     for mode in range(4):
-        yield tiles.sums, {"MODE": mode, **size}, blocks.stages
+        pushing = push and mode != tiles.POSITIVES.value
+        yield tiles.sums, {"MODE": mode, "PUSH": pushing, **size}, blocks.stages
     for mode in range(3):
         for symmetric in (True, False):
-            yield (
-                tiles.gradients,
-                {"MODE": mode, "SYMMETRIC": symmetric, **rescaled, **size},
-                blocks.stages,
-            )
+            flags = {"MODE": mode, "PUSH": push, "SYMMETRIC": symmetric, **rescaled}
+            yield tiles.gradients, {**flags, **size}, blocks.stages
     merging = {"LABELS": 0b1100, "LOGS": 0b1001, "BELOW": False, "ABOVE": True}
-    yield tiles.merge, {"SUMS": 4, **merging, "TILE": blocks.tile}, 3
+    yield tiles.merge, {"SUMS": 5 if push else 4, **merging, "TILE": blocks.tile}, 3
     yield tiles.apply, {**rescaled, **size, "WIDE": blocks.wide}, 2 * blocks.stages
 
 
@@ -65,7 +66,7 @@ def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
         elif name in FLOATS:
             types[name] = "*fp32"
         else:
-            types[name] = "fp32" if name == "inverse_temperature" else "i32"
+            types[name] = "fp32" if name in ("inverse_temperature", "edge") else "i32"
     return types
 
 
@@ -88,11 +89,11 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def main(capability: int, dtype: str, *, single: bool) -> None:
+def main(capability: int, dtype: str, *, single: bool, push: bool) -> None:
     known = divmod(capability, 10)
     with mock.patch("torch.cuda.get_device_capability", return_value=known):
         blocks = host.blocks(getattr(torch, dtype), torch.device("cuda"))
-    for kernel, constants, stages in variants(dtype, blocks):
+    for kernel, constants, stages in variants(dtype, blocks, push=push):
         types = signature(kernel, dtype)
         if single:
             ones = {p.name: 1 for p in kernel.params if _becomes_constant(p, types[p.name])}
@@ -111,7 +112,7 @@ def main(capability: int, dtype: str, *, single: bool) -> None:
         units = ("wgmma", "tcgen05", "mma.sync")
         record = {
             "kernel": kernel.__name__,
-            **{k: constants[k] for k in ("MODE", "SYMMETRIC") if k in constants},
+            **{k: constants[k] for k in ("MODE", "PUSH", "SYMMETRIC") if k in constants},
             "registers": registers,
             "spilled": spilled,
             "shared": compiled.metadata.shared,
@@ -121,4 +122,4 @@ def main(capability: int, dtype: str, *, single: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], single="single" in sys.argv)
+    main(int(sys.argv[1]), sys.argv[2], single="single" in sys.argv, push="push" in sys.argv)

@@ -35,11 +35,18 @@ def test_kernels_compile_for_a_single_token():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [(80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float16"), (90, "float32")],
+    ("capability", "dtype", "flags"),
+    [
+        (80, "bfloat16", ()),
+        (90, "bfloat16", ()),
+        (90, "bfloat16", ("push",)),
+        (100, "bfloat16", ()),
+        (90, "float16", ()),
+        (90, "float32", ()),
+    ],
 )
-def test_kernels_compile_without_spills(capability, dtype):
-    for record in compiled(str(capability), dtype):
+def test_kernels_compile_without_spills(capability, dtype, flags):
+    for record in compiled(str(capability), dtype, *flags):
         print(capability, dtype, record)
         assert record["spilled"] == 0, record
         assert record["shared"] <= 1024 * SHARED[capability], record

@@ -35,8 +35,9 @@ def test_custom_op_is_well_formed(backend, variant):
     hidden = torch.randn(2, 20, 4, requires_grad=True)
     labels, ids = torch.arange(20).expand(2, 20) % 3, torch.arange(20).expand(2, 20) // 10
     # Every token has positives and negatives: opcheck takes NaN (a mean of none) for a difference.
-    arguments = (hidden, labels.contiguous(), ids.contiguous(), 0.1, variant, backend)
-    torch.library.opcheck(op.loss, arguments)
+    labels, ids = labels.contiguous(), ids.contiguous()
+    for push in (0.0, 3.0):
+        torch.library.opcheck(op.loss, (hidden, labels, ids, 0.1, variant, push, 0.5, backend))
 
 
 @each_backend
@@ -68,7 +69,7 @@ def test_strided_labels_and_hidden(backend):
     strided = hidden.transpose(0, 1).contiguous().transpose(0, 1), labels.mT.contiguous().mT
     assert not any(tensor.is_contiguous() for tensor in strided)
     plain, other = (
-        op.loss(h, y, None, 0.1, "out", backend) for h, y in ((hidden, labels), strided)
+        op.loss(h, y, None, 0.1, "out", 0.0, 0.5, backend) for h, y in ((hidden, labels), strided)
     )
     torch.testing.assert_close(other[0], plain[0])
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import fuzz
+from simreg.kernels.order import Form
 from tests.kernels.problems import each_variant, needs_triton, problem, quiet, small_tiles
 from tests.peak import Peak
 from tests.test_loss import per_token, value_and_grad
@@ -98,6 +99,10 @@ def test_nan_is_not_hidden():
     loss, grad = value_and_grad(per_token, hidden, labels, backend="triton")
     assert loss.isnan().all()
     assert grad.isnan().all()
+    labels = torch.arange(40)[None]  # without positives, the push alone meets it
+    loss, grad = value_and_grad(per_token, hidden, labels, backend="triton", push=1)
+    assert loss.isnan().all()
+    assert grad.isnan().all()
 
 
 @pytest.fixture
@@ -175,11 +180,11 @@ def test_extra_memory_is_within_budget(monkeypatch, variant, shape):
     labels = torch.empty(shape[:2], dtype=torch.int64, device="meta")
     budget = 2 * hidden.numel() * 2 + 64 * 2**20  # design: twice hidden, and 64 MiB
     with Peak() as forward:
-        loss, _, _, *saved = triton.forward(hidden, labels, None, 0.1, variant)
+        loss, _, _, *saved = triton.forward(hidden, labels, None, Form(0.1, variant))
     assert loss.shape == labels.shape
     assert 0 < forward.peak <= budget
     kept = sum(value.untyped_storage().nbytes() for value in saved)
     with Peak() as backward:
-        grad = triton.backward(loss, hidden, labels, None, saved, 0.1, variant)
+        grad = triton.backward(loss, hidden, labels, None, saved, Form(0.1, variant))
     assert grad.shape == hidden.shape
     assert hidden.numel() * 2 < backward.peak <= budget - kept

@@ -27,7 +27,8 @@ def check(problem, parts, rank, consecutive=False, **groups):
     if not ours[0].numel():
         return
     if problem.hidden.dtype == torch.float64:
-        pull = problem.weights.abs().max() / problem.temperature  # what a gradient is a sum of
+        per_weight = 1 / problem.form.temperature + problem.form.push
+        pull = problem.weights.abs().max() * per_weight  # what a gradient is a sum of
         scales = [1, 1, 1, max(exact[3].abs().max(), pull)]
         for name, a, b, scale in zip(fuzz.NAMES, ours, truth, scales, strict=True):
             torch.testing.assert_close(
@@ -131,6 +132,8 @@ def _refusals(rank):
         ValueError, match=rf"{same}.*temperature 0.1 on .* temperature 1.1 on|1.1.*0.1"
     ):
         sharded_simreg_loss(hidden, labels, temperature=0.1 + rank, **whole)
+    with pytest.raises(ValueError, match=f"{same}.*push"):
+        sharded_simreg_loss(hidden, labels, push=1.0 + rank, **whole)
     for reduction in ("sum", "other"):
         with pytest.raises(ValueError, match="reduction" if rank else f"{same}|refused on rank 1"):
             sharded_simreg_loss(hidden, labels, reduction=reduction if rank else "mean", **whole)

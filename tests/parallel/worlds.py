@@ -70,8 +70,8 @@ def evaluate(
     """As `fuzz.evaluate`: loss, cosines and gradient times ‖h‖ of this rank's tokens."""
     hidden = problem.hidden.clone().requires_grad_()
     found = parallel_loss.per_token(
-        hidden, problem.labels, problem.segments, positions, problem.temperature, problem.variant,
-        problem.chunk_size, -100, groups.get("group"), groups.get("replicas"),
+        hidden, problem.labels, problem.segments, positions, problem.form, problem.chunk_size, -100,
+        groups.get("group"), groups.get("replicas"),
     )  # fmt: skip
     (found.loss * problem.weights.to(found.loss.dtype)).sum().backward()
     norm = problem.hidden.double().norm(dim=-1, keepdim=True).clamp_min(EPS)

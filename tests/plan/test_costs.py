@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from simreg.kernels import triton
+from simreg.kernels.order import Form
 from simreg.plan import costs
 from simreg.plan.costs import MIB, Job, Setting
 from simreg.plan.models import Model, find
@@ -53,8 +54,8 @@ def test_symmetry_in_backward_is_where_triton_has_it(
     small = triton.Blocks(tile=32, depth=32, wide=32, warps=4, stages=2)
     monkeypatch.setattr(triton, "blocks", lambda dtype, device: small)
     hidden, labels = torch.randn(rows, length, 64), torch.randint(9, (rows, length))
-    saved = triton.forward(hidden, labels, None, 0.1, "out")
-    triton.backward(torch.ones_like(saved[0]), hidden, labels, None, saved[3:], 0.1, "out")
+    saved = triton.forward(hidden, labels, None, Form(0.1, "out"))
+    triton.backward(torch.ones_like(saved[0]), hidden, labels, None, saved[3:], Form(0.1, "out"))
     job = Job(SMALL, length, rows=rows, itemsize=4)
     assert set(seen) == {costs.symmetric_backward(job, Setting())}
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from simreg.kernels import blockwise, reference
+from simreg.kernels.order import Form
 from simreg.plan import costs, models
 from simreg.recipe import models as recipe
 from simreg.recipe.presets import PRESETS
@@ -22,7 +23,7 @@ def test_reference(variant: str, length: int, dim: int, chunk: int) -> None:
     hidden, labels = hidden.detach().view(-1, chunk, dim).requires_grad_(), labels.view(-1, chunk)
     loss = []
     forward = counted(
-        lambda: loss.append(reference.reference(hidden, labels, None, 0.1, variant)[0].sum())
+        lambda: loss.append(reference.reference(hidden, labels, None, Form(0.1, variant))[0].sum())
     )
     backward = counted(loss[0].backward)
     formula = costs.reference_flops(2 * length, chunk, dim)
@@ -32,15 +33,11 @@ def test_reference(variant: str, length: int, dim: int, chunk: int) -> None:
 
 def kernel(hidden: Tensor, labels: Tensor, segments: Tensor | None, variant: str):
     """FLOPs of the forward and backward pass of the blockwise kernel, not of the operator."""
-    options, saved = (0.1, variant), []
+    form, saved = Form(0.1, variant), []
     with torch.no_grad():
-        forward = counted(
-            lambda: saved.extend(blockwise.forward(hidden, labels, segments, *options))
-        )
+        forward = counted(lambda: saved.extend(blockwise.forward(hidden, labels, segments, form)))
         grad, rest = torch.ones_like(saved[0]), tuple(saved[3:])
-        backward = counted(
-            lambda: blockwise.backward(grad, hidden, labels, segments, rest, *options)
-        )
+        backward = counted(lambda: blockwise.backward(grad, hidden, labels, segments, rest, form))
     return forward, backward
 
 

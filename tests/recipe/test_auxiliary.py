@@ -1,6 +1,7 @@
 """Runs with another objective than SimReg, or with a weight that changes."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def test_its_parameters_are_trained_saved_and_left_behind(tmp_path: Path, text: 
     tiny.run_and_die(broken, tmp_path, "step:13")
     train(broken)
     tiny.assert_same_run(config, broken)
+
+
+def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> None:
+    """Each by another value than its default; a new one must be told here."""
+    options = {
+        "weight": 0.7,
+        "temperature": 0.2,
+        "variant": "in",
+        "chunk_size": 8,
+        "push": 2.0,
+        "push_above": 0.4,
+    }
+    config = tiny.config(tmp_path, text, {"simreg": options})
+    loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
+    assert {name: getattr(loss, name) for name in options} == options
+    others = {"scope", "schedule", "schedule_fraction"}
+    assert {f.name for f in fields(SimRegConfig)} == options.keys() | others
 
 
 def test_it_takes_nothing_from_the_models_random_numbers(text: Path, tmp_path: Path) -> None:

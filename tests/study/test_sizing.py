@@ -239,23 +239,34 @@ def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypat
         "simreg-strong": {"simreg": {"weight": 2.0, "temperature": 0.2}, "optim": {"lr": 1e-4}},
         "simreg-large": {"model": {"embedding_std": 1.0}},
         "in": {"simreg": {"variant": "in"}},
+        "push": {"simreg": {"push": 3.0}},
+        "push-weak": {"simreg": {"push": 1.0, "push_above": 0.2}},
+        "above": {"simreg": {"push_above": 0.2}},
         "z": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 1e-3}}},
         "z-weak": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 1e-4}}},
         "z-none": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 0}}},
     }
-    values = {"arms": arms, "out": str(tmp_path), "timed": ["simreg-strong", "in", "z-weak"]}
+    values = {
+        "arms": arms,
+        "out": str(tmp_path),
+        "timed": ["simreg-strong", "in", "z-weak", "push"],
+    }
     study = plan.from_dict(values)
     found = sizing.step_times(study, None)
-    assert len(measured) == 3
+    assert len(measured) == 4
     assert found["baseline-large"]["n"] == 0
     ours = found["simreg-strong"]
     assert found["simreg"] is ours
     assert found["simreg-large"] is ours
     assert found["in"] is not ours
+    assert found["push-weak"] is found["push"]
+    assert found["push"] is not ours
+    assert found["above"] is ours
     assert found["z"] is found["z-weak"]
     assert "z-none" not in found
     again = sizing.cached_step_times(study)
     assert again == found
     assert [arm for arm in study.others if sizing.only_adds(study, arm)] == [
-        *("simreg", "simreg-strong", "simreg-large", "in", "z", "z-weak", "z-none")
+        *("simreg", "simreg-strong", "simreg-large", "in", "push", "push-weak", "above"),
+        *("z", "z-weak", "z-none"),
     ]

@@ -13,6 +13,7 @@ from simreg.geometry.classes import Classes, classes, token_cosines
 from simreg.geometry.margins import margins
 from simreg.geometry.sample import Sample, mean
 from simreg.geometry.spectrum import spectrum
+from simreg.kernels.order import Form
 from simreg.loss import per_token
 from simreg.recipe.errors import UserError
 
@@ -112,7 +113,8 @@ def _row_cosines(sample: Sample) -> tuple[Tensor, Tensor]:
     for row in torch.unique(sample.rows).tolist():
         own = sample.rows == row
         hidden = sample.hidden[sample.index[own]].float()
-        _, p, n, _ = per_token(hidden, sample.labels[own], None, 1.0, "out", None, -100, "auto")
+        form = Form(temperature=1.0, variant="out")
+        _, p, n, _ = per_token(hidden, sample.labels[own], None, form, None, -100, "auto")
         pos[own], neg[own] = p.double(), n.double()
     return pos, neg
 

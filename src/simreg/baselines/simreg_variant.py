@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from simreg.baselines import terms
 from simreg.baselines.rival import Rival
+from simreg.kernels.order import Form
 from simreg.loss import check_options, simreg_loss
 from simreg.objectives import Reads
 
@@ -52,7 +53,7 @@ class SimRegVariant(Rival):
     ) -> None:
         super().__init__(weight)
         self.temperature = terms.check("temperature", temperature, 1e-6)
-        check_options(self.temperature, variant, chunk_size, "auto")
+        check_options(Form(self.temperature, variant), chunk_size, "auto")
         self.variant, self.chunk_size = variant, chunk_size
         if centre not in CENTRES:
             raise ValueError(f"centre: expected one of {CENTRES}, got {centre!r}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from simreg import simreg_loss
 from simreg.bench.problem import Shape, rows
 from simreg.bench.recompute import chunked_recompute, pairs_at_a_time
+from simreg.kernels.order import Form
 from simreg.kernels.reference import reference
 from simreg.loss import BACKENDS
 from simreg.parallel import sharded_simreg_loss
@@ -128,7 +129,7 @@ def _sharded(variant: str) -> Prepare:
 
 def _textbook(hidden: Tensor, labels: Tensor, variant: str) -> Tensor:
     """The L×L definition under autograd, as one would first write it."""
-    loss, _, _ = reference(hidden, labels, None, 0.1, variant)
+    loss, _, _ = reference(hidden, labels, None, Form(0.1, variant))
     return loss.sum() / (labels >= 0).sum().clamp_min(1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simreg.kernels.order import Order, describe, ends, losses, sort_tokens
+from simreg.kernels.order import Form, Order, describe, ends, losses, sort_tokens
 from simreg.kernels.pairs import Gaps, Running, Tile, block, gradient, through_norm, wide
 from simreg.kernels.reference import EPS
 
@@ -82,27 +82,27 @@ def _similarity(e: Tensor, tile: Tile, temperature: float) -> Tensor:
 
 
 def forward(
-    hidden: Tensor, labels: Tensor, segments: Tensor | None, temperature: float, variant: str
+    hidden: Tensor, labels: Tensor, segments: Tensor | None, form: Form
 ) -> tuple[Tensor, ...]:
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
     order = describe(sort_tokens(labels, segments), labels, segments)
     e, norm = _embed(hidden, order)
-    running = Running(norm, variant)
+    running = Running(norm, form)
     for tile in tiles(order, block(hidden.device)):
-        s = _similarity(e, tile, temperature)
+        s = _similarity(e, tile, form.temperature)
         for span, dim in _sides(tile):
             running.add(s, tile, span, dim)
     sums = running.sums()
-    if variant == "decoupled":
+    if form.variant == "decoupled":
         gaps = Gaps(sums.lse)
         for tile in tiles(order, block(hidden.device)):
             if tile.positive is None:
                 continue
-            s = _similarity(e, tile, temperature)
+            s = _similarity(e, tile, form.temperature)
             for span, dim in _sides(tile):
                 gaps.add(s, tile, span, dim)
         sums = sums._replace(softplus=gaps.softplus, slope=gaps.slope)
-    *results, statistic = losses(sums, order, norm, temperature, variant)
+    *results, statistic = losses(sums, order, norm, form)
     return (*map(order.unsort, results), order.position, norm, sums.lse, statistic)
 
 
@@ -112,17 +112,16 @@ def backward(
     labels: Tensor,
     segments: Tensor | None,
     saved: tuple[Tensor, ...],
-    temperature: float,
-    variant: str,
+    form: Form,
 ) -> Tensor:
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
     index, norm, lse, statistic = saved
     order = describe(index, labels, segments)
     e, _ = _embed(hidden, order)
-    both = ends(grad, order, lse, statistic, temperature, variant)
+    both = ends(grad, order, lse, statistic, form)
     grad_e = torch.zeros_like(e)
     for tile in tiles(order, block(hidden.device)):
-        g = gradient(_similarity(e, tile, temperature), tile, both, both, variant)
+        g = gradient(_similarity(e, tile, form.temperature), tile, both, both, form)
         grad_e[tile.batch, tile.rows].baddbmm_(g, e[tile.batch, tile.cols])
         if tile.rows != tile.cols:
             grad_e[tile.batch, tile.cols].baddbmm_(g.mT, e[tile.batch, tile.rows])

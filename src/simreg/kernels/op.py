@@ -2,8 +2,8 @@
 
 `torch.compile` sees one node. Each kernel is a module with
 
-    forward(hidden, labels, segments, temperature, variant) -> the results of `loss`
-    backward(grad, hidden, labels, segments, saved, temperature, variant) -> dL/dhidden
+    forward(hidden, labels, segments, form) -> the results of `loss`
+    backward(grad, hidden, labels, segments, saved, form) -> dL/dhidden
 
 on tensors that `simreg.loss` has checked; `saved` are the last four results of `forward`.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simreg.kernels import blockwise, reference
+from simreg.kernels.order import Form
 
 log = logging.getLogger("simreg")
 
@@ -76,9 +77,12 @@ def loss(
     segments: Tensor | None,
     temperature: float,
     variant: str,
+    push: float,
+    push_above: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per-token SimReg loss; arguments and the first three results as in `reference.reference`.
+    """Per-token SimReg loss; tensors and the first three results as in `reference.reference`, the
+    options (those of a `Form`) as in `simreg_loss`.
 
     The others are for the backward pass, ``[B, L]`` in sorted order: the sorting permutation
     (int64), the norms of the hidden states, the logsumexp of each token, and a statistic of its
@@ -87,7 +91,8 @@ def loss(
     name, why = choose(hidden, backend)
     log.debug("backend %s (%s) for %s", name, why, list(hidden.shape))
     with _plainly(hidden):
-        results = _kernel(name).forward(hidden, labels, segments, temperature, variant)
+        form = Form(temperature, variant, push, push_above)
+        results = _kernel(name).forward(hidden, labels, segments, form)
     return results  # type: ignore[no-any-return]
 
 
@@ -112,15 +117,16 @@ def loss_backward(
     statistic: Tensor,
     temperature: float,
     variant: str,
+    push: float,
+    push_above: float,
     backend: str,
 ) -> Tensor:
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
     kernel = _kernel(choose(hidden, backend)[0])
     saved = (index, norm, lse, statistic)
     with _plainly(hidden):
-        gradient: Tensor = kernel.backward(
-            grad, hidden, labels, segments, saved, temperature, variant
-        )
+        form = Form(temperature, variant, push, push_above)
+        gradient: Tensor = kernel.backward(grad, hidden, labels, segments, saved, form)
     return gradient
 
 
@@ -138,9 +144,9 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 6
+        return (None,) * 8
     gradient = loss_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (gradient, *(None,) * 5)
+    return (gradient, *(None,) * 7)
 
 
 def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]

@@ -5,6 +5,7 @@ Then positives lie near the diagonal of the similarity matrix, segments are cont
 they were, ignored tokens are last, and most tiles need no mask or need not be visited at all.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,11 @@ class Order(NamedTuple):
     label: Tensor  # index of the first token of its segment with its label
     positives: Tensor  # |P(i)|, 0 where ignored
     negatives: Tensor  # |A(i) ∖ P(i)|, 0 where ignored
+
+    @property
+    def candidates(self) -> Tensor:
+        """|A(i)|."""
+        return self.positives + self.negatives
 
     def unsort(self, values: Tensor) -> Tensor:
         """Sorted per-token values ``[B, L]`` at their tokens' positions in the row."""
@@ -63,6 +69,20 @@ def _sizes(run: Tensor) -> Tensor:
     return torch.zeros_like(run).scatter_add_(1, run, torch.ones_like(run)).gather(1, run)
 
 
+class Form(NamedTuple):
+    """Which loss: the options of `simreg_loss` that say so."""
+
+    temperature: float
+    variant: str
+    push: float = 0.0
+    push_above: float = 0.5
+
+    @property
+    def edge(self) -> float:
+        """`push_above` on the scale of similarities."""
+        return self.push_above / self.temperature
+
+
 class Sums(NamedTuple):
     """Over the pairs of each token; all ``[B, L]``, sorted."""
 
@@ -72,20 +92,21 @@ class Sums(NamedTuple):
     numerator: Tensor | None = None  # "in": logsumexp of s over positives
     softplus: Tensor | None = None  # "decoupled": Σ softplus(lse − s) over positives
     slope: Tensor | None = None  # "decoupled": Σ sigmoid(lse − s) over positives
+    excess: Tensor | None = None  # with a push: Σ max(0, s − edge) over candidates
 
 
 def losses(
-    sums: Sums, order: Order, norm: Tensor, temperature: float, variant: str
+    sums: Sums, order: Order, norm: Tensor, form: Form
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, mean positive and negative cosine, and what backward needs; ``[B, L]``, sorted.
 
     The last is with "in" the logsumexp of the positives, with "decoupled" their mean sigmoid.
     """
     count = order.positives.clamp_min(1)
-    if variant == "out":
+    if form.variant == "out":
         statistic = torch.zeros_like(sums.lse)
         loss = sums.lse - sums.positive / count
-    elif variant == "in":
+    elif form.variant == "in":
         assert sums.numerator is not None
         statistic = sums.numerator
         loss = sums.lse - statistic + count.to(sums.lse.dtype).log()
@@ -95,9 +116,13 @@ def losses(
         statistic = sums.slope / count
         loss = sums.softplus / count
     loss = loss.masked_fill(order.positives == 0, 0)
+    if form.push:
+        assert sums.excess is not None
+        mean = form.temperature * sums.excess / order.candidates
+        loss = loss + form.push * mean.masked_fill(order.candidates == 0, 0)
     loss = loss.masked_fill(order.valid & ~norm.isfinite(), torch.nan)
-    pos_cos = sums.positive * temperature / order.positives  # 0 / 0 = NaN: none
-    neg_cos = sums.negative * temperature / order.negatives
+    pos_cos = sums.positive * form.temperature / order.positives  # 0 / 0 = NaN: none
+    neg_cos = sums.negative * form.temperature / order.negatives
     return loss, pos_cos, neg_cos, statistic
 
 
@@ -108,16 +133,26 @@ class Ends(NamedTuple):
     push: Tensor  # weight of exp(s − lse)
     numerator: Tensor  # logsumexp of the positives ("in")
     pull: Tensor  # weight of the positive's term
+    hinge: Tensor | None = None  # with a push: weight of a candidate beyond the edge
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Ends":
+        """Each of them changed."""
+        return Ends(*(change(value) for value in self if value is not None))
+
+    def stack(self) -> Tensor:
+        """``[4 or 5, B, L]``, for `Ends(*stacked)`."""
+        return torch.stack([value for value in self if value is not None])
 
 
-def ends(
-    grad: Tensor, order: Order, lse: Tensor, statistic: Tensor, temperature: float, variant: str
-) -> Ends:
+def ends(grad: Tensor, order: Order, lse: Tensor, statistic: Tensor, form: Form) -> Ends:
     """From dL/dloss ``[B, L]`` in the order of the row (design §2)."""
-    weight = (grad.gather(1, order.position) / temperature).masked_fill(order.positives == 0, 0)
+    grad = grad.gather(1, order.position)
+    weight = (grad / form.temperature).masked_fill(order.positives == 0, 0)
+    hinge = form.push * grad / order.candidates.clamp_min(1) if form.push else None
     return Ends(
         lse=lse,
-        push=weight * statistic if variant == "decoupled" else weight,
+        push=weight * statistic if form.variant == "decoupled" else weight,
         numerator=statistic,
-        pull=weight if variant == "in" else weight / order.positives.clamp_min(1),
+        pull=weight if form.variant == "in" else weight / order.positives.clamp_min(1),
+        hinge=None if hinge is None else hinge.masked_fill(order.candidates == 0, 0),
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simreg.kernels.order import Ends, Sums
+from simreg.kernels.order import Ends, Form, Sums
 from simreg.kernels.reference import EPS
 
 
@@ -64,25 +64,30 @@ class _LogSumExp:
 class Running:
     """`Sums` over the pairs of each token, whose tiles arrive one by one."""
 
-    def __init__(self, like: Tensor, variant: str) -> None:
+    def __init__(self, like: Tensor, form: Form) -> None:
         """`like`: ``[B, L]``, a value for each token."""
-        self.variant = variant
+        self.form = form
+        self.excess = torch.zeros_like(like) if form.push else None
         self.positive, self.negative = torch.zeros_like(like), torch.zeros_like(like)
         self.denominator, self.numerator = _LogSumExp(like), _LogSumExp(like)
 
     def add(self, s: Tensor, tile: Tile, span: slice, dim: int) -> None:
         """Add similarities ``[B', rows, cols]`` to the tokens of `span`, summed over `dim`."""
-        self.denominator.add(tile.batch, span, s, tile.pushed(self.variant), dim)
+        self.denominator.add(tile.batch, span, s, tile.pushed(self.form.variant), dim)
         self.negative[tile.batch, span] += _sum(s, tile.negative, dim)
+        if self.excess is not None:
+            above = (s - self.form.edge).relu_()
+            self.excess[tile.batch, span] += _sum(above, tile.candidate, dim)
         if tile.positive is not None:
             self.positive[tile.batch, span] += _sum(s, tile.positive, dim)
-            if self.variant == "in":
+            if self.form.variant == "in":
                 self.numerator.add(tile.batch, span, s, tile.positive, dim)
 
     def sums(self) -> Sums:
         """What was added; "decoupled" lacks what `Gaps` sums."""
-        numerator = self.numerator.value() if self.variant == "in" else None
-        return Sums(self.denominator.value(), self.positive, self.negative, numerator)
+        numerator = self.numerator.value() if self.form.variant == "in" else None
+        lse = self.denominator.value()
+        return Sums(lse, self.positive, self.negative, numerator, excess=self.excess)
 
 
 class Gaps:
@@ -105,32 +110,38 @@ def _sum(s: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     return (s if mask is None else s.masked_fill(~mask, 0)).sum(dim)
 
 
-def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, variant: str) -> Tensor:
+def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tensor:
     """G = D + Dᵀ of design §2: the derivative by s_ij, through both of its ends.
 
     Args:
         s: ``[B', rows, cols]``.
         tile: which pairs count.
         rows, cols: ends of all tokens on each side, from which the tile takes its own.
-        variant: as in `simreg_loss`.
+        form: which loss.
     """
     push, pull = torch.zeros_like(s), torch.zeros_like(s)
+    hinge = torch.zeros_like(s) if form.push else None
     for ends, span, dim in ((rows, tile.rows, -1), (cols, tile.cols, -2)):
-        end = Ends(*(value[tile.batch, span].unsqueeze(dim) for value in ends))
+        end = ends.map(lambda value: value[tile.batch, span].unsqueeze(dim))  # noqa: B023
         push.addcmul_((s - end.lse).exp_(), end.push)
+        if hinge is not None and end.hinge is not None:
+            hinge += end.hinge
         if tile.positive is None:
             continue
-        if variant == "out":
+        if form.variant == "out":
             pull += end.pull
-        elif variant == "in":
+        elif form.variant == "in":
             pull.addcmul_((s - end.numerator).exp_(), end.pull)
         else:
             pull.addcmul_((end.lse - s).sigmoid_(), end.pull)
-    mask = tile.pushed(variant)
+    mask = tile.pushed(form.variant)
     if mask is not None:
         push.masked_fill_(~mask, 0)
     if tile.positive is not None:
         push -= pull.masked_fill_(~tile.positive, 0)
+    if hinge is not None:
+        hinge.masked_fill_(s <= form.edge, 0)
+        push += hinge if tile.candidate is None else hinge.masked_fill_(~tile.candidate, 0)
     return push
 
 

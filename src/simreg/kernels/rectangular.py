@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simreg.kernels.order import Ends, Order, losses
+from simreg.kernels.order import Ends, Form, Order, losses
 from simreg.kernels.pairs import Gaps, Running, Tile, gradient, through_norm, wide
 from simreg.kernels.reference import EPS
 
@@ -175,46 +175,47 @@ def norms(hidden: Tensor, order: Order, tokens: Tokens) -> Tensor:
 
 
 def forward(
-    rows: Rows, pieces: Callable[[], Iterable[Piece]], temperature: float, variant: str
+    rows: Rows, pieces: Callable[[], Iterable[Piece]], form: Form
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, mean cosines, logsumexp and statistic as in `op.loss`, ``[B, n]``, all sorted.
 
     Each call of `pieces` brings everybody's tokens; "decoupled" calls it twice.
     """
-    running = Running(rows.norm, variant)
+    running = Running(rows.norm, form)
     for cols in pieces():
         for b, row, tile in tiles(rows.tokens, cols):
-            running.add(_similarity(rows, cols, b, row, tile, temperature), tile, tile.rows, -1)
+            s = _similarity(rows, cols, b, row, tile, form.temperature)
+            running.add(s, tile, tile.rows, -1)
     sums = running.sums()
-    if variant == "decoupled":
+    if form.variant == "decoupled":
         gaps = Gaps(sums.lse)
         for cols in pieces():
             for b, row, tile in tiles(rows.tokens, cols):
                 if tile.positive is not None:
-                    s = _similarity(rows, cols, b, row, tile, temperature)
+                    s = _similarity(rows, cols, b, row, tile, form.temperature)
                     gaps.add(s, tile, tile.rows, -1)
         sums = sums._replace(softplus=gaps.softplus, slope=gaps.slope)
-    *results, statistic = losses(sums, rows.order, rows.norm, temperature, variant)
+    *results, statistic = losses(sums, rows.order, rows.norm, form)
     return (*results, sums.lse, statistic)  # type: ignore[return-value]
 
 
 def backward(
-    rows: Rows, ends: Ends, pieces: Iterable[Piece], temperature: float, variant: str
+    rows: Rows, ends: Ends, pieces: Iterable[Piece], form: Form
 ) -> Iterator[tuple[int, Span, Tensor]]:
     """dL/dh of the rows: batch row, span and gradient ``[r, d]``, for each span of valid tokens.
 
     Args:
         rows, pieces: as in `forward`; the pieces have `ends`.
         ends: of the rows, ``[B, n]`` sorted.
-        temperature, variant: as in `simreg_loss`.
+        form: which loss.
     """
     shape = (*rows.norm.shape, rows.hidden.shape[-1])
     grad_e = torch.zeros(shape, dtype=rows.norm.dtype, device=rows.norm.device)
     for cols in pieces:
         assert cols.ends is not None
         for b, row, tile in tiles(rows.tokens, cols):
-            s = _similarity(rows, cols, b, row, tile, temperature)
-            g = gradient(s, tile, ends, cols.ends, variant)
+            s = _similarity(rows, cols, b, row, tile, form.temperature)
+            g = gradient(s, tile, ends, cols.ends, form)
             grad_e[tile.batch, tile.rows] += _pulled(g, cols, tile)
     for b, spans in enumerate(rows.tokens.spans):
         for span in spans:

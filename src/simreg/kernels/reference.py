@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from simreg.kernels.order import Form
+
 EPS = 1e-6  # norms below this divide by it instead, so that zero vectors have a finite gradient
 
 
@@ -37,7 +39,7 @@ def pairs(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Pairs:
 
 
 def reference(
-    hidden: Tensor, labels: Tensor, segments: Tensor | None, temperature: float, variant: str
+    hidden: Tensor, labels: Tensor, segments: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token SimReg loss, differentiable by autograd through the full similarity matrix.
 
@@ -45,8 +47,7 @@ def reference(
         hidden: ``[B, L, d]`` floating. Positions with a negative label are never read.
         labels: ``[B, L]`` int64; negative where ignored.
         segments: ``[B, L]`` int or None; tokens interact only within equal ids of a row.
-        temperature: τ > 0.
-        variant: ``"out"``, ``"in"`` or ``"decoupled"``.
+        form: which loss.
 
     Returns:
         ``(loss, pos_cos, neg_cos)``, each ``[B, L]`` in float32 (float64 for float64 input): the
@@ -54,16 +55,19 @@ def reference(
         (NaN where it has none).
     """
     _, norm, cos, candidate, positive, negative = pairs(hidden, labels, segments)
-    s = cos / temperature
+    s = cos / form.temperature
     count = positive.sum(-1).clamp_min(1)
-    if variant == "out":
+    if form.variant == "out":
         loss = _lse(s, candidate) - s.masked_fill(~positive, 0).sum(-1) / count
-    elif variant == "in":
+    elif form.variant == "in":
         loss = _lse(s, candidate) - _lse(s, positive) + count.to(s.dtype).log()
     else:
         gap = _lse(s, negative)[..., None] - s
         loss = (-F.logsigmoid(-gap)).masked_fill(~positive, 0).sum(-1) / count
     loss = torch.where(positive.any(-1), loss, 0)
+    if form.push:
+        excess = (cos - form.push_above).relu().masked_fill(~candidate, 0).sum(-1)
+        loss = loss + form.push * excess / candidate.sum(-1).clamp_min(1)
     # A token that is NaN or infinite is NaN in the result, even if it has no positive.
     loss = loss.masked_fill((labels >= 0) & ~norm.isfinite().squeeze(-1), torch.nan)
     with torch.no_grad():
@@ -77,10 +81,10 @@ def _lse(s: Tensor, mask: Tensor) -> Tensor:
 
 
 def forward(
-    hidden: Tensor, labels: Tensor, segments: Tensor | None, temperature: float, variant: str
+    hidden: Tensor, labels: Tensor, segments: Tensor | None, form: Form
 ) -> tuple[Tensor, ...]:
     """`reference` and, since it saves nothing for `backward`, zeros in the place of that."""
-    results = reference(hidden, labels, segments, temperature, variant)
+    results = reference(hidden, labels, segments, form)
     nothing = (torch.zeros_like(results[0]) for _ in range(3))
     return (*results, torch.zeros_like(labels), *nothing)
 
@@ -91,23 +95,25 @@ def backward(
     labels: Tensor,
     segments: Tensor | None,
     saved: tuple[Tensor, ...],
-    temperature: float,
-    variant: str,
+    form: Form,
 ) -> Tensor:
     """dL/dhidden from dL/dloss ``[B, L]``: the closed form of design §2, D pair by pair."""
     e, norm, cos, candidate, positive, negative = pairs(hidden, labels, segments)
-    s = cos / temperature
+    s = cos / form.temperature
     count = positive.sum(-1, keepdim=True)
-    weight = (grad[..., None] / temperature).masked_fill(count == 0, 0)
+    weight = (grad[..., None] / form.temperature).masked_fill(count == 0, 0)
     pull = positive.to(s.dtype) / count.clamp_min(1)
-    if variant == "out":
+    if form.variant == "out":
         d = _softmax(s, candidate) - pull
-    elif variant == "in":
+    elif form.variant == "in":
         d = _softmax(s, candidate) - _softmax(s, positive)
     else:
         sigmoid = (_lse(s, negative)[..., None] - s).sigmoid() * pull
         d = sigmoid.sum(-1, keepdim=True) * _softmax(s, negative) - sigmoid
     d = d * weight
+    if form.push:
+        share = form.push * grad[..., None] / candidate.sum(-1, keepdim=True).clamp_min(1)
+        d = d + share.masked_fill(~candidate | (cos <= form.push_above), 0)
     grad_e = (d + d.mT) @ e
     radial = (grad_e * e).sum(-1, keepdim=True).masked_fill(norm < EPS, 0)
     return ((grad_e - radial * e) / norm.clamp_min(EPS)).to(hidden.dtype)

@@ -178,8 +178,8 @@ def _store_columns(slot, stride, s, positive, lse, MODE: tl.constexpr, TOUCHING:
 @_launched
 def sums(
     h, index, count, norm, runs, lse, by_row, by_col,
-    batches, length, dim, inverse_temperature, first_row, first_tile, tiles, panel,
-    MODE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
+    MODE: tl.constexpr, PUSH: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of S on and above the diagonal, for row tiles of a panel, into slots.
@@ -187,7 +187,8 @@ def sums(
     by_row: [sums, rows of the launch, tiles, panel]: a slot a column tile. by_col: [sums, rows of
     the launch, panel / TILE, tiles · TILE]: a slot a row tile. A tile on the diagonal is whole and
     serves its rows alone. Sums: logsumexp of candidates (DECOUPLED: of negatives), Σ of negatives,
-    Σ of positives, and with IN their logsumexp; POSITIVES: Σ softplus(lse − s), Σ sigmoid(lse − s).
+    Σ of positives, with IN their logsumexp, with PUSH Σ max(0, s − edge) of candidates; POSITIVES:
+    Σ softplus(lse − s), Σ sigmoid(lse − s).
     """
     launched, local = tl.num_programs(1), tl.program_id(1)
     i, j = _place(tl.program_id(0), tiles, panel // TILE)
@@ -214,9 +215,10 @@ def sums(
     stride = launched.to(tl.int64) * tiles * panel
     by_row += (local * tiles + j).to(tl.int64) * panel + rows - first_tile * TILE
     by_col += (local * (panel // TILE) + i - first_tile).to(tl.int64) * tiles * TILE
+    LAST: tl.constexpr = 4 if MODE == IN else 3
     nothing, zero = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32)
     top, total, negatives, positives = nothing, zero, zero, zero
-    positive_top, positive_total, softplus, slope = nothing, zero, zero, zero
+    positive_top, positive_total, softplus, slope, excess = nothing, zero, zero, zero, zero
     WIDTH: tl.constexpr = TILE // 4
     for part in tl.static_range(4):
         cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
@@ -224,6 +226,11 @@ def sums(
         s = _similarities(parts[part], row_inverse, col_inverse, inverse_temperature)
         s = tl.where(_within(runs, 0, per_run, rows, cols, valid), s, float("-inf"))
         col_lse = tl.load(lse + base + cols, mask=cols < valid, other=0) if MODE == POSITIVES else 0
+        if PUSH:
+            above = tl.maximum(s - edge, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            excess += tl.sum(above, 1)
+            if i != j:
+                tl.store(by_col + cols + LAST * stride, tl.sum(above, 0))
         if j * TILE < label_end:
             positive = _within(runs, 2 * per_run, 3 * per_run, rows, cols, valid)
             if MODE == POSITIVES:
@@ -253,6 +260,8 @@ def sums(
         tl.store(by_row + 2 * stride, positives)
         if MODE == IN:
             tl.store(by_row + 3 * stride, _logarithm(positive_top, positive_total))
+    if PUSH:
+        tl.store(by_row + LAST * stride, excess)
 
 
 @_launched
@@ -309,7 +318,10 @@ def merge(
 
 
 @triton.jit
-def _pair_gradients(s, runs, ends, per_run, rows, cols, valid, touching, MODE: tl.constexpr):
+def _pair_gradients(
+    s, runs, ends, per_run, rows, cols, valid, edge, touching, MODE: tl.constexpr,
+    PUSH: tl.constexpr,
+):  # fmt: skip
     """G of the pairs of a tile; `touching`: some of them may be positives."""
     row_in, col_in = rows < valid, cols < valid
     row_lse = tl.load(ends + rows, mask=row_in, other=0)[:, None]
@@ -317,7 +329,8 @@ def _pair_gradients(s, runs, ends, per_run, rows, cols, valid, touching, MODE: t
     row_push = tl.load(ends + per_run + rows, mask=row_in, other=0)[:, None]
     col_push = tl.load(ends + per_run + cols, mask=col_in, other=0)[None, :]
     g = tl.exp(s - row_lse) * row_push + tl.exp(s - col_lse) * col_push
-    g = tl.where(_within(runs, 0, per_run, rows, cols, valid), g, 0.0)
+    candidate = _within(runs, 0, per_run, rows, cols, valid)
+    g = tl.where(candidate, g, 0.0)
     if touching:
         positive = _within(runs, 2 * per_run, 3 * per_run, rows, cols, valid)
         row_pull = tl.load(ends + 3 * per_run + rows, mask=row_in, other=0)[:, None]
@@ -330,21 +343,25 @@ def _pair_gradients(s, runs, ends, per_run, rows, cols, valid, touching, MODE: t
             row_pull, col_pull = _sigmoid(row_lse - s) * row_pull, _sigmoid(col_lse - s) * col_pull
         kept = 0.0 if MODE == DECOUPLED else g  # whose positives do not push
         g = tl.where(positive, kept - row_pull - col_pull, g)
+    if PUSH:
+        row_hinge = tl.load(ends + 4 * per_run + rows, mask=row_in, other=0)[:, None]
+        col_hinge = tl.load(ends + 4 * per_run + cols, mask=col_in, other=0)[None, :]
+        g += tl.where(candidate & (s > edge), row_hinge + col_hinge, 0.0)
     return g
 
 
 @_launched
 def gradients(
     h, index, count, norm, runs, ends, powers, m, by_row, by_col,
-    batches, length, dim, inverse_temperature, first_row, first_tile, tiles, panel,
-    MODE: tl.constexpr, SYMMETRIC: tl.constexpr, RESCALED: tl.constexpr, TILE: tl.constexpr,
-    DEPTH: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
+    MODE: tl.constexpr, PUSH: tl.constexpr, SYMMETRIC: tl.constexpr, RESCALED: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of M = G / ‖h_col‖ for row tiles of a panel, and Σ_col M h_row · h_col in slots.
 
-    m: [rows of the launch, panel, tiles · TILE]. ends: [4, B, L], as `Ends` has it. RESCALED: M is
-    also divided by `powers`, since float16 has too few exponents for all 1/‖h‖. SYMMETRIC: the
-    panel is the whole row, and tiles above the diagonal also fill those below.
+    m: [rows of the launch, panel, tiles · TILE]. ends: [4 or with PUSH 5, B, L], as `Ends` has it.
+    RESCALED: M is also divided by `powers`, since float16 has too few exponents for all 1/‖h‖.
+    SYMMETRIC: the panel is the whole row, and tiles above the diagonal also fill those below.
     """
     local = tl.program_id(1)
     i, j = _place(tl.program_id(0), tiles, panel // TILE)
@@ -388,7 +405,7 @@ def gradients(
         products = parts[part]
         col_inverse = _inverse(norm + base, cols, valid, SMALLEST)
         s = _similarities(products, row_inverse, col_inverse, inverse_temperature)
-        g = _pair_gradients(s, runs, ends, per_run, rows, cols, valid, touching, MODE)
+        g = _pair_gradients(s, runs, ends, per_run, rows, cols, valid, edge, touching, MODE, PUSH)
         if RESCALED:
             col_power = tl.load(powers + cols, mask=cols < valid, other=1)
             col_inverse /= col_power

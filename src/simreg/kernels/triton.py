@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simreg.kernels import tiles
-from simreg.kernels.order import Order, Sums, describe, ends, losses, sort_tokens
+from simreg.kernels.order import Form, Order, Sums, describe, ends, losses, sort_tokens
 from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
@@ -123,14 +123,14 @@ class Problem:
             for tile in range(0, self.tiles, panel):
                 yield Launch(row, 1, tile, min(panel, self.tiles - tile))
 
-    def over_pairs(self, kernel, launch: Launch, *tensors: Tensor, temperature: float, **flags):  # type: ignore[no-untyped-def]
+    def over_pairs(self, kernel, launch: Launch, *tensors: Tensor, form: Form, **flags):  # type: ignore[no-untyped-def]
         """Run `tiles.sums` or `tiles.gradients` on every pair of tiles of a launch."""
         b = self.blocks
         kernel[(launch.tiles * self.tiles, launch.rows)](
             self.hidden, self.order.position, self.count, self.norm, self.runs, *tensors,
-            self.batch, self.length, self.dim, 1 / temperature,
+            self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
-            TILE=b.tile, DEPTH=b.depth, SMALLEST=EPS, INTERPRETED=INTERPRETED,
+            PUSH=form.push != 0, TILE=b.tile, DEPTH=b.depth, SMALLEST=EPS, INTERPRETED=INTERPRETED,
             num_warps=b.warps, num_stages=b.stages, **flags,
         )  # fmt: skip
 
@@ -161,27 +161,30 @@ class Problem:
 
 
 def forward(
-    hidden: Tensor, labels: Tensor, segments: Tensor | None, temperature: float, variant: str
+    hidden: Tensor, labels: Tensor, segments: Tensor | None, form: Form
 ) -> tuple[Tensor, ...]:
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
     order = describe(sort_tokens(labels, segments), labels, segments)
     problem = Problem(hidden, order)
-    sums = 4 if variant == "in" else 3  # in the order of `tiles.sums`
-    mode, logs, labels_only = _MODES[variant], 0b1001, 0b1100
-    merged = _over_launches(problem, problem.norm, temperature, sums, mode, logs, labels_only)
+    own = 4 if form.variant == "in" else 3  # in the order of `tiles.sums`
+    logs, labels_only = (0b1001, 0b1100) if own == 4 else (0b001, 0b100)
+    sums, mode = own + bool(form.push), _MODES[form.variant]
+    merged = _over_launches(problem, problem.norm, form, sums, mode, logs, labels_only)
     found = Sums(_logarithm(merged[0]), merged[2, 1], merged[1, 1])
-    if variant == "in":
+    if form.push:
+        found = found._replace(excess=merged[own, 1])
+    if form.variant == "in":
         found = found._replace(numerator=_logarithm(merged[3]))
-    elif variant == "decoupled":
-        mode = tiles.POSITIVES.value
-        merged = _over_launches(problem, found.lse, temperature, 2, mode, 0, 0b11)
+    elif form.variant == "decoupled":
+        mode, form_of_gaps = tiles.POSITIVES.value, form._replace(push=0.0)
+        merged = _over_launches(problem, found.lse, form_of_gaps, 2, mode, 0, 0b11)
         found = found._replace(softplus=merged[0, 1], slope=merged[1, 1])
-    *results, statistic = losses(found, order, problem.norm, temperature, variant)
+    *results, statistic = losses(found, order, problem.norm, form)
     return (*map(order.unsort, results), order.position, problem.norm, found.lse, statistic)
 
 
 def _over_launches(
-    problem: Problem, lse: Tensor, temperature: float, sums: int, mode: int, logs: int, labels: int
+    problem: Problem, lse: Tensor, form: Form, sums: int, mode: int, logs: int, labels: int
 ) -> Tensor:
     merged = problem.per_token(sums, 2)
     merged[:, 0], merged[:, 1] = -torch.inf, 0
@@ -189,7 +192,7 @@ def _over_launches(
     for launch in problem.launches(problem.slot_bytes(sums), SLOTS):
         del slots  # before the next are allocated
         slots = problem.slots(sums, launch)
-        problem.over_pairs(tiles.sums, launch, lse, *slots, temperature=temperature, MODE=mode)
+        problem.over_pairs(tiles.sums, launch, lse, *slots, form=form, MODE=mode)
         problem.merge(slots, merged, launch, logs=logs, labels=labels)
     return merged
 
@@ -205,17 +208,19 @@ def backward(
     labels: Tensor,
     segments: Tensor | None,
     saved: tuple[Tensor, ...],
-    temperature: float,
-    variant: str,
+    form: Form,
 ) -> Tensor:
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
     index, norm, lse, statistic = saved
     order = describe(index, labels, segments)
     problem = Problem(hidden, order, norm)
-    both = ends(grad, order, lse, statistic, temperature, variant)
-    powers, unit = _scales(problem, both.push, both.pull)
-    scaled = both._replace(push=both.push * unit[:, None], pull=both.pull * unit[:, None])
-    stacked, rescaled = torch.stack(scaled), hidden.dtype == torch.float16
+    both = ends(grad, order, lse, statistic, form)
+    weights = {"push": both.push, "pull": both.pull}
+    if both.hinge is not None:
+        weights["hinge"] = both.hinge
+    powers, unit = _scales(problem, torch.stack([*weights.values()]))
+    scaled = both._replace(**{name: weight * unit[:, None] for name, weight in weights.items()})
+    stacked, rescaled = scaled.stack(), hidden.dtype == torch.float16
     out = torch.empty_like(problem.hidden)
 
     b = problem.blocks
@@ -230,8 +235,8 @@ def backward(
         slots = problem.slots(1, launch)
         m = hidden.new_empty(launch.rows, launch.tiles * b.tile, problem.tiles * b.tile)
         problem.over_pairs(
-            tiles.gradients, launch, stacked, powers, m, *slots, temperature=temperature,
-            MODE=_MODES[variant], SYMMETRIC=symmetric, RESCALED=rescaled,
+            tiles.gradients, launch, stacked, powers, m, *slots, form=form,
+            MODE=_MODES[form.variant], SYMMETRIC=symmetric, RESCALED=rescaled,
         )  # fmt: skip
         radial = problem.per_token(1, 2).zero_()
         problem.merge(slots, radial, launch, symmetric=symmetric)
@@ -246,8 +251,11 @@ def backward(
     return out[..., : hidden.shape[-1]].contiguous()
 
 
-def _scales(problem: Problem, push: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+def _scales(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor]:
     """What brings M into the range of float16; to the other dtypes only exponents change.
+
+    Args:
+        weights: ``[n, B, L]``, of the terms of G.
 
     Returns:
         powers of two near 1/‖h‖, ``[B, L]``, to multiply H and not M with; ``unit`` ``[B]``, by
@@ -256,5 +264,5 @@ def _scales(problem: Problem, push: Tensor, pull: Tensor) -> tuple[Tensor, Tenso
     inverse = 1 / problem.norm.clamp_min(EPS)
     powers = torch.ldexp(torch.ones_like(inverse), torch.frexp(inverse).exponent)
     largest = 1 if problem.hidden.dtype == torch.float16 else inverse.nan_to_num(0, 0, 0).amax(1)
-    weight = torch.stack([push, pull]).abs().nan_to_num(0, 0, 0).amax((0, 2))
+    weight = weights.abs().nan_to_num(0, 0, 0).amax((0, 2))
     return powers, 2**12 / (weight * largest).clamp_min(1e-30)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simreg.kernels import rectangular
-from simreg.kernels.order import Ends
+from simreg.kernels.order import Ends, Form
 from simreg.kernels.order import ends as ends_of
 from simreg.loss import (
     INTEGERS,
@@ -34,6 +34,8 @@ def sharded_simreg_loss(
     segments: Tensor | None = None,
     temperature: float = 0.1,
     variant: str = "out",
+    push: float = 0.0,
+    push_above: float = 0.5,
     chunk_size: int | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -56,7 +58,8 @@ def sharded_simreg_loss(
             result and the gradient are the same, and whole, on each. Must not overlap with `group`.
         positions: ``[l]`` or ``[B, l]`` integer, of each token in its row. Only `chunk_size` reads
             them. None: the ranks of `group` hold consecutive parts.
-        segments, temperature, variant, chunk_size, ignore_index: as in `simreg_loss`.
+        segments, temperature, variant, push, push_above, chunk_size, ignore_index: as in
+            `simreg_loss`.
         reduction: this rank's part of the loss, for the ranks of `group` to add up: ``"sum"`` over
             its tokens; ``"mean"``, that over the number of valid labels of all its ranks;
             ``"none"``: per token, in the shape of its ``labels``.
@@ -69,8 +72,8 @@ def sharded_simreg_loss(
         RuntimeError: for double backward and transforms of `torch.func`.
     """
     found: Found = per_token(
-        hidden, labels, segments, positions, temperature, variant, chunk_size, ignore_index,
-        group, replicas, reduction,
+        hidden, labels, segments, positions, Form(temperature, variant, push, push_above),
+        chunk_size, ignore_index, group, replicas, reduction,
     )  # fmt: skip
     if reduction == "none":
         return found.loss
@@ -82,7 +85,8 @@ class ShardedSimRegLoss(SimRegLoss):
     """`simreg.SimRegLoss` of rows whose tokens, or the work on them, are spread over processes.
 
     Args:
-        weight, temperature, variant, chunk_size, ignore_index: as in `SimRegLoss`.
+        weight, temperature, variant, chunk_size, ignore_index, push, push_above: as in
+            `SimRegLoss`.
         group, replicas: as in `sharded_simreg_loss`.
     """
 
@@ -94,10 +98,14 @@ class ShardedSimRegLoss(SimRegLoss):
         chunk_size: int | None = None,
         ignore_index: int = -100,
         *,
+        push: float = 0.0,
+        push_above: float = 0.5,
         group: dist.ProcessGroup | None = None,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(weight, temperature, variant, chunk_size, ignore_index)
+        super().__init__(
+            weight, temperature, variant, chunk_size, ignore_index, "auto", push, push_above
+        )
         self.group, self.replicas = group, replicas
 
     def forward(
@@ -123,8 +131,7 @@ class ShardedSimRegLoss(SimRegLoss):
             labels,
             segments,
             positions,
-            self.temperature,
-            self.variant,
+            self.form,
             self.chunk_size,
             self.ignore_index,
             self.group,
@@ -151,8 +158,7 @@ def per_token(
     labels: Tensor,
     segments: Tensor | None,
     positions: Tensor | None,
-    temperature: float,
-    variant: str,
+    form: Form,
     chunk_size: int | None,
     ignore_index: int,
     group: dist.ProcessGroup | None,
@@ -165,7 +171,7 @@ def per_token(
     """
     how = placing(hidden, group, replicas)
     local = whole_along_d(hidden, how)
-    settings = temperature, variant, chunk_size, ignore_index, use
+    settings = form, chunk_size, ignore_index, use
     own, error, device = Header(), None, _device(local, labels)
     try:
         labels, segments, positions = local_parts(hidden, local, labels, segments, positions, how)
@@ -196,7 +202,7 @@ def per_token(
     if hidden.ndim == 2:
         hidden, row = hidden[None], tuple(keys[None] for keys in row)
     shards = Shards(row[0], list(row[1:]), lengths, how.peers, how.copies)
-    results = _Loss.apply(hidden, shards, float(temperature), variant)  # type: ignore[no-untyped-call]
+    results = _Loss.apply(hidden, shards, form)  # type: ignore[no-untyped-call]
     loss, pos_cos, neg_cos = (result.view(labels.shape) for result in results)
     return Found(loss, pos_cos, neg_cos, valid, shards.count)
 
@@ -212,12 +218,12 @@ def _checked(
     labels: Tensor,
     segments: Tensor | None,
     positions: Tensor | None,
-    settings: tuple[float, str, int | None, int, str],
+    settings: tuple[Form, int | None, int, str],
     copied: bool,
 ) -> Header:
     """What the other ranks must know of arguments that make sense here."""
-    temperature, variant, chunk_size, ignore_index, use = settings
-    check_options(temperature, variant, chunk_size, "auto")
+    form, chunk_size, ignore_index, use = settings
+    check_options(form, chunk_size, "auto")
     if use not in REDUCTIONS and not str(use).startswith("weight"):
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {use!r}")
     check_tensors(hidden, labels, segments)
@@ -230,8 +236,9 @@ def _checked(
         "requires_grad": hidden.requires_grad and torch.is_grad_enabled(),
         "segments given": segments is not None,
         "positions given": positions is not None,
-        "temperature": float(temperature),
-        "variant": variant,
+        "temperature": float(form.temperature),
+        "variant": form.variant,
+        "push": (float(form.push), float(form.push_above)),
         "chunk_size": chunk_size,
         "ignore_index": ignore_index,
         "reduction": use,
@@ -270,19 +277,18 @@ class _Loss(torch.autograd.Function):
     """Per-token loss and mean cosines ``[B, l]`` of this rank's hidden states ``[B, l, d]``."""
 
     @staticmethod
-    def forward(ctx, hidden, shards, temperature, variant):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, shards, form):  # type: ignore[no-untyped-def]
         with torch.autocast(hidden.device.type, enabled=False):
             norm = rectangular.norms(hidden, shards.own, shards.mine)
             norms = shards.peers.gather(norm)
             results = rectangular.forward(
                 shards.own_rows(hidden, norm),
                 lambda: shards.pieces(hidden, norms),
-                temperature,
-                variant,
+                form,
             )
         *values, lse, statistic = shards.collect(torch.stack(results))
         ctx.save_for_backward(hidden, norms, lse, statistic)
-        ctx.shards, ctx.temperature, ctx.variant = shards, temperature, variant
+        ctx.shards, ctx.form = shards, form
         length = hidden.shape[1]
         outputs = tuple(shards.own.unsort(value)[:, :length] for value in values)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -290,26 +296,24 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
-        options = ctx.shards, ctx.temperature, ctx.variant
-        gradient = _Gradient.apply(grad, *ctx.saved_tensors, *options)  # type: ignore[no-untyped-call]
-        return gradient, None, None, None
+        gradient = _Gradient.apply(grad, *ctx.saved_tensors, ctx.shards, ctx.form)  # type: ignore[no-untyped-call]
+        return gradient, None, None
 
 
 class _Gradient(torch.autograd.Function):
     """dL/dhidden ``[B, l, d]`` from dL/dloss ``[B, l]``; a function of its own to refuse more."""
 
     @staticmethod
-    def forward(ctx, grad, hidden, norms, lse, statistic, shards, temperature, variant):  # type: ignore[no-untyped-def]
+    def forward(ctx, grad, hidden, norms, lse, statistic, shards, form):  # type: ignore[no-untyped-def]
         grad = F.pad(grad, (0, shards.width - grad.shape[1]))
         with torch.autocast(hidden.device.type, enabled=False):
-            mine = ends_of(grad, shards.own, lse, statistic, temperature, variant)
-            everyone = Ends(*shards.peers.gather(torch.stack(mine)).unbind(1))
+            mine = ends_of(grad, shards.own, lse, statistic, form)
+            everyone = Ends(*shards.peers.gather(mine.stack()).unbind(1))
             found = rectangular.backward(
                 shards.own_rows(hidden, norms[shards.peers.rank]),
-                Ends(*map(shards.deal, mine)),
+                mine.map(shards.deal),
                 shards.pieces(hidden, norms, everyone),
-                temperature,
-                variant,
+                form,
             )
             return shards.scatter(found, hidden)
 

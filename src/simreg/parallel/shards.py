@@ -201,7 +201,7 @@ class Shards:
         self, hidden: Tensor, norm: Tensor, ends: Ends | None, source: int, chunk: Chunk
     ) -> Piece:
         part = (source, slice(None), slice(chunk.start, chunk.start + hidden.shape[1]))
-        of_piece = None if ends is None else Ends(*(value[part] for value in ends))
+        of_piece = None if ends is None else ends.map(lambda value: value[part])
         return Piece(self.tokens[source], chunk.first, chunk.start, hidden, norm[part], of_piece)
 
 

@@ -51,6 +51,8 @@ def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
             temperature=own.temperature,
             variant=own.variant,
             chunk_size=own.chunk_size,
+            push=own.push,
+            push_above=own.push_above,
         )
     if other.name is None:
         return simreg

@@ -167,6 +167,11 @@ class SimRegConfig:
     """Which of the three formulas (docs/loss.md)."""
     chunk_size: Count | None = None
     """Compare only tokens in the same chunk of this many positions; None: the whole row."""
+    push: NonNegative = 0.0
+    """Weight, beside SimReg and times λ, of a push between all tokens that are too alike
+    (docs/loss.md)."""
+    push_above: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    """The cosine above which they are."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: Literal["constant", "warmup", "decay", "stop"] = "constant"

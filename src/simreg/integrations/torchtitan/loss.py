@@ -46,6 +46,12 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         """Compare only tokens within so many positions of the row (num_chunks is another thing:
         the chunks in which cross-entropy is computed)."""
 
+        push: float = 0.0
+        """Weight of the push beside SimReg; both times λ."""
+
+        push_above: float = 0.5
+        """Cosine above which pairs are pushed apart."""
+
         scope: Literal["row", "document"] = "row"
         """Compare tokens of the whole row, or of one of the documents packed into it."""
 
@@ -54,7 +60,12 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
             raise ValueError(f"loss.scope: expected 'row' or 'document', got {config.scope!r}")
         super().__init__(config, compile_config=compile_config)
         self.simreg = SimRegLoss(
-            config.weight, config.temperature, config.variant, config.chunk_size
+            config.weight,
+            config.temperature,
+            config.variant,
+            config.chunk_size,
+            push=config.push,
+            push_above=config.push_above,
         )
         self.scope = config.scope
         self.totals = Totals()
@@ -160,7 +171,7 @@ def _simreg(
     negatives, theirs."""
     if simreg.weight == 0:
         hidden = hidden.detach()
-    options = simreg.temperature, simreg.variant, simreg.chunk_size, simreg.ignore_index
+    options = simreg.form, simreg.chunk_size, simreg.ignore_index
     if tp is None and cp is None:
         found = per_token(hidden, labels, rows.documents, *options, simreg.backend)
     else:  # the ranks of tp hold the same tokens and share the work
