@@ -103,8 +103,8 @@ class SimRegTrainer(Trainer):
 def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
     """A torchtitan config with SimReg added to its chunked loss.
 
-    `options` are those of `ChunkedSimRegLoss.Config`: weight, temperature, variant, chunk_size,
-    scope. CUDA graphs are switched off: this loss was not tried in one.
+    `options` are those of `ChunkedSimRegLoss.Config`: weight, temperature, variant, push,
+    push_above, chunk_size, scope. CUDA graphs are switched off: this loss was not tried in one.
 
     Raises:
         ValueError: the loss is not a `ChunkedLossWrapper.Config` (others never see hidden states),
