@@ -167,8 +167,9 @@ SHAPES = [
 
 
 @each_variant
+@pytest.mark.parametrize("push", [0.0, 3.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_extra_memory_is_within_budget(monkeypatch, variant, shape):
+def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
     from simreg.kernels import tiles, triton
 
     torch.use_deterministic_algorithms(False)
@@ -178,13 +179,14 @@ def test_extra_memory_is_within_budget(monkeypatch, variant, shape):
     monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 256, 8, 3))
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     labels = torch.empty(shape[:2], dtype=torch.int64, device="meta")
+    form = Form(0.1, variant, push)
     budget = 2 * hidden.numel() * 2 + 64 * 2**20  # design: twice hidden, and 64 MiB
     with Peak() as forward:
-        loss, _, _, *saved = triton.forward(hidden, labels, None, Form(0.1, variant))
+        loss, _, _, *saved = triton.forward(hidden, labels, None, form)
     assert loss.shape == labels.shape
     assert 0 < forward.peak <= budget
     kept = sum(value.untyped_storage().nbytes() for value in saved)
     with Peak() as backward:
-        grad = triton.backward(loss, hidden, labels, None, saved, Form(0.1, variant))
+        grad = triton.backward(loss, hidden, labels, None, saved, form)
     assert grad.shape == hidden.shape
     assert hidden.numel() * 2 < backward.peak <= budget - kept

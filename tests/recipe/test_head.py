@@ -3,17 +3,18 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from simreg.recipe import assemble, head, models
+from simreg.recipe import assemble, head, loop, models
 from simreg.recipe.config import from_dict
 from simreg.recipe.data import prepare
-from simreg.recipe.timing import Stepper
 from simreg.recipe.train import train
 from tests.recipe import tiny
 
@@ -70,6 +71,11 @@ def test_it_is_trained_saved_and_loaded(tmp_path: Path, text: Path, preset: str)
         Path(config.out) / "model", output_loading_info=True
     )
     assert torch.equal(model.lm_head.bias, trained)
+    assert model.loss_type == "ForCausalLM"
+    plain = tiny.config(tmp_path / "plain", text, {"model": {"preset": preset}})
+    assemble.model(plain, corpus).save_pretrained(tmp_path / "plain")
+    names = load_file(Path(config.out) / "model/model.safetensors").keys()
+    assert names - {"lm_head.bias"} == load_file(tmp_path / "plain/model.safetensors").keys()
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     ids = torch.arange(12)[None]
@@ -86,10 +92,27 @@ def test_a_killed_run_ends_the_same(tmp_path: Path, text: Path) -> None:
     tiny.assert_same_run(whole, broken)
 
 
-def test_no_weight_decay_on_it(tmp_path: Path, text: Path) -> None:
-    """Muon's own groups; transformers, for AdamW, leaves out what is called a bias."""
-    config = tiny.config(tmp_path, text, {"model": BIAS, "optim": {"name": "muon"}})
-    stepper = Stepper(config, prepare(config.data), 1)
-    decayed = [g for g in stepper.optimizer.param_groups if g["weight_decay"] > 0]
-    bias = stepper.model.lm_head.bias
-    assert not any(p is bias for group in decayed for p in group["params"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_no_weight_decay_on_it(
+    tmp_path: Path, text: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[loop.RunTrainer] = []
+    create = loop.RunTrainer.create_optimizer
+    monkeypatch.setattr(
+        loop.RunTrainer, "create_optimizer", lambda self, *a: made.append(self) or create(self, *a)
+    )
+    config = tiny.config(tmp_path, text, {"model": BIAS, "optim": {"name": name}})
+    train(config)
+    model: Any = made[0].model
+    groups = made[0].optimizer.param_groups
+    (group,) = [g for g in groups if any(p is model.lm_head.bias for p in g["params"])]
+    assert group["weight_decay"] == 0
+    assert any(g["weight_decay"] > 0 for g in groups)
+
+
+@pytest.mark.parametrize("preset", tiny.PRESETS)
+def test_transformers_takes_it_for_a_causal_model(tmp_path: Path, text: Path, preset: str) -> None:
+    """By name: its label smoothing shifts the labels of these alone."""
+    config = tiny.config(tmp_path, text, {"model": {"preset": preset, **BIAS}})
+    model: Any = assemble.model(config, prepare(config.data))
+    assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -130,7 +130,7 @@ class Ends(NamedTuple):
     """What the gradient of a pair needs to know of its two tokens; all ``[B, L]``, sorted."""
 
     lse: Tensor  # of the denominator
-    push: Tensor  # weight of exp(s − lse)
+    softmax: Tensor  # weight of exp(s − lse)
     numerator: Tensor  # logsumexp of the positives ("in")
     pull: Tensor  # weight of the positive's term
     hinge: Tensor | None = None  # with a push: weight of a candidate beyond the edge
@@ -151,7 +151,7 @@ def ends(grad: Tensor, order: Order, lse: Tensor, statistic: Tensor, form: Form)
     hinge = form.push * grad / order.candidates.clamp_min(1) if form.push else None
     return Ends(
         lse=lse,
-        push=weight * statistic if form.variant == "decoupled" else weight,
+        softmax=weight * statistic if form.variant == "decoupled" else weight,
         numerator=statistic,
         pull=weight if form.variant == "in" else weight / order.positives.clamp_min(1),
         hinge=None if hinge is None else hinge.masked_fill(order.candidates == 0, 0),

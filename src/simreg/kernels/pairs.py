@@ -26,7 +26,7 @@ class Tile(NamedTuple):
             return self.candidate
         return ~self.positive if self.candidate is None else self.candidate & ~self.positive
 
-    def pushed(self, variant: str) -> Tensor | None:
+    def denominator(self, variant: str) -> Tensor | None:
         """The pairs in the denominator; None: every pair."""
         return self.negative if variant == "decoupled" else self.candidate
 
@@ -73,7 +73,7 @@ class Running:
 
     def add(self, s: Tensor, tile: Tile, span: slice, dim: int) -> None:
         """Add similarities ``[B', rows, cols]`` to the tokens of `span`, summed over `dim`."""
-        self.denominator.add(tile.batch, span, s, tile.pushed(self.form.variant), dim)
+        self.denominator.add(tile.batch, span, s, tile.denominator(self.form.variant), dim)
         self.negative[tile.batch, span] += _sum(s, tile.negative, dim)
         if self.excess is not None:
             above = (s - self.form.edge).relu_()
@@ -119,11 +119,11 @@ def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tenso
         rows, cols: ends of all tokens on each side, from which the tile takes its own.
         form: which loss.
     """
-    push, pull = torch.zeros_like(s), torch.zeros_like(s)
+    softmax, pull = torch.zeros_like(s), torch.zeros_like(s)
     hinge = torch.zeros_like(s) if form.push else None
     for ends, span, dim in ((rows, tile.rows, -1), (cols, tile.cols, -2)):
         end = ends.map(lambda value: value[tile.batch, span].unsqueeze(dim))  # noqa: B023
-        push.addcmul_((s - end.lse).exp_(), end.push)
+        softmax.addcmul_((s - end.lse).exp_(), end.softmax)
         if hinge is not None and end.hinge is not None:
             hinge += end.hinge
         if tile.positive is None:
@@ -134,15 +134,15 @@ def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tenso
             pull.addcmul_((s - end.numerator).exp_(), end.pull)
         else:
             pull.addcmul_((end.lse - s).sigmoid_(), end.pull)
-    mask = tile.pushed(form.variant)
+    mask = tile.denominator(form.variant)
     if mask is not None:
-        push.masked_fill_(~mask, 0)
+        softmax.masked_fill_(~mask, 0)
     if tile.positive is not None:
-        push -= pull.masked_fill_(~tile.positive, 0)
+        softmax -= pull.masked_fill_(~tile.positive, 0)
     if hinge is not None:
         hinge.masked_fill_(s <= form.edge, 0)
-        push += hinge if tile.candidate is None else hinge.masked_fill_(~tile.candidate, 0)
-    return push
+        softmax += hinge if tile.candidate is None else hinge.masked_fill_(~tile.candidate, 0)
+    return softmax
 
 
 def through_norm(grad_e: Tensor, e: Tensor, norm: Tensor) -> Tensor:

@@ -326,9 +326,9 @@ def _pair_gradients(
     row_in, col_in = rows < valid, cols < valid
     row_lse = tl.load(ends + rows, mask=row_in, other=0)[:, None]
     col_lse = tl.load(ends + cols, mask=col_in, other=0)[None, :]
-    row_push = tl.load(ends + per_run + rows, mask=row_in, other=0)[:, None]
-    col_push = tl.load(ends + per_run + cols, mask=col_in, other=0)[None, :]
-    g = tl.exp(s - row_lse) * row_push + tl.exp(s - col_lse) * col_push
+    row_softmax = tl.load(ends + per_run + rows, mask=row_in, other=0)[:, None]
+    col_softmax = tl.load(ends + per_run + cols, mask=col_in, other=0)[None, :]
+    g = tl.exp(s - row_lse) * row_softmax + tl.exp(s - col_lse) * col_softmax
     candidate = _within(runs, 0, per_run, rows, cols, valid)
     g = tl.where(candidate, g, 0.0)
     if touching:

@@ -168,8 +168,8 @@ class SimRegConfig:
     chunk_size: Count | None = None
     """Compare only tokens in the same chunk of this many positions; None: the whole row."""
     push: NonNegative = 0.0
-    """Weight, beside SimReg and times λ, of a push between all tokens that are too alike
-    (docs/loss.md)."""
+    """Weight, beside SimReg and times λ (so nothing at λ = 0), of a push between all tokens that
+    are too alike (docs/loss.md)."""
     push_above: Annotated[float, Field(ge=-1, le=1)] = 0.5
     """The cosine above which they are."""
     scope: Literal["row", "document"] = "row"

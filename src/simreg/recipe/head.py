@@ -1,7 +1,7 @@
 """Llama and Mixtral whose LM head has a bias, which starts at the unigram distribution.
 
-transformers has neither. Importing this module makes its Auto classes know them, so a trained one
-loads where simreg is imported; elsewhere transformers says that it does not know the model type.
+transformers has neither. Importing this module makes AutoModelForCausalLM know them, so that a
+trained one loads; without it transformers says that it does not know the model type.
 """
 
 from typing import Any
@@ -9,9 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    AutoModelForCausalLM,
+)
 
 SAMPLE = 10_000_000
 """Tokens that are counted at most: enough for frequencies, and soon read."""
@@ -19,18 +31,18 @@ _BLOCK = 10_000
 
 
 class LlamaHeadBiasConfig(LlamaConfig):  # type: ignore[no-untyped-call]
-    """Of `LlamaHeadBias`."""
+    """Of `LlamaHeadBiasForCausalLM`."""
 
     model_type = "llama-head-bias"
 
 
 class MixtralHeadBiasConfig(MixtralConfig):  # type: ignore[no-untyped-call]
-    """Of `MixtralHeadBias`."""
+    """Of `MixtralHeadBiasForCausalLM`."""
 
     model_type = "mixtral-head-bias"
 
 
-class LlamaHeadBias(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+class LlamaHeadBiasForCausalLM(LlamaForCausalLM):  # type: ignore[no-untyped-call]
     """Llama with a bias of the LM head; all else as in Llama, and from the same random numbers."""
 
     config_class = LlamaHeadBiasConfig
@@ -40,7 +52,7 @@ class LlamaHeadBias(LlamaForCausalLM):  # type: ignore[no-untyped-call]
         _add_bias(self)
 
 
-class MixtralHeadBias(MixtralForCausalLM):  # type: ignore[no-untyped-call]
+class MixtralHeadBiasForCausalLM(MixtralForCausalLM):  # type: ignore[no-untyped-call]
     """Mixtral with a bias of the LM head; all else as in Mixtral, and from the same random
     numbers."""
 
@@ -57,11 +69,18 @@ def _add_bias(model: Any) -> None:
 
 
 for _config, _model in (
-    (LlamaHeadBiasConfig, LlamaHeadBias),
-    (MixtralHeadBiasConfig, MixtralHeadBias),
+    (LlamaHeadBiasConfig, LlamaHeadBiasForCausalLM),
+    (MixtralHeadBiasConfig, MixtralHeadBiasForCausalLM),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModelForCausalLM.register(_config, _model)
+    # By which Trainer's label smoothing knows what shifts its labels.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _model.__name__
+# Experts are saved one by one, as in Mixtral.
+register_checkpoint_conversion_mapping(
+    MixtralHeadBiasConfig.model_type,
+    get_checkpoint_conversion_mapping(MixtralConfig.model_type),  # type: ignore[no-untyped-call]
+)
 
 
 def start_at_unigram(model: Any, tokens: "np.ndarray[Any, Any]") -> None:

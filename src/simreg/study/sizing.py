@@ -31,7 +31,7 @@ _EVAL_COST = 0.4
 _RUN_SECONDS = 3.0
 # Settings that leave the cost of a step as it is (of SimReg's schedules, all but "stop").
 _FREE = {
-    "simreg": {"schedule", "schedule_fraction", "push_above"},
+    "simreg": {"schedule", "schedule_fraction"},
     "optim": {"lr", "warmup", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2"},
     "train": {"tokens", "seed", "log_every", "evals", "eval_tokens", "save_every"}
     | {"keep_checkpoints", "report_to", "analyze_every"},  # the clock stands still for a look
@@ -124,6 +124,7 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
     config = recipe.to_dict(found)
     config["optim"]["clip"] = config["optim"]["clip"] > 0
     config["simreg"]["push"] = config["simreg"]["push"] > 0 or None
+    del config["simreg"]["push_above"]
     return {
         section: {
             k: v
