@@ -24,8 +24,7 @@ from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
-TOKEN = 200  # bytes of statistics a token, in backward
-PUSHED = 12  # more of them with a push
+TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tiles.norms, triton.JITFunction)
 _MODES = {"out": tiles.OUT.value, "in": tiles.IN.value, "decoupled": tiles.DECOUPLED.value}
 
@@ -227,8 +226,7 @@ def backward(
     b = problem.blocks
     tile_bytes = b.tile * problem.tiles * b.tile * hidden.element_size()  # of M
     room = SCRATCH // 2 + hidden.numel() * hidden.element_size()
-    statistics = (TOKEN + PUSHED * bool(form.push)) * labels.numel()
-    room = max(0, room - statistics - room // 16)  # for slots beside M
+    room = max(0, room - TOKEN * labels.numel() - room // 16)  # statistics, and slots beside M
     symmetric = tile_bytes * problem.tiles <= room
     limit = min(room, max(SCRATCH, tile_bytes * problem.tiles)) if symmetric else room
     slots = m = None
