@@ -4,29 +4,39 @@ should say for it.
     python benchmarks/tune.py                     # the shapes of benchmarks/gpu_queue.md
     python benchmarks/tune.py --shapes 4096x2048
 
-Prints the time of every choice, forward and backward, fastest last, and what the default is.
+Compiles the choices in several processes, then prints the time of each: forward and backward, and
+what each kernel takes of it; fastest last.
 """
 
 import itertools
 import json
+import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import tyro
+from torch.profiler import ProfilerActivity, profile
 
 from simreg.bench import problem
 from simreg.bench.contenders import contenders
 from simreg.bench.measure import time_in_turns
+from simreg.bench.problem import Shape
 from simreg.kernels import triton
 from simreg.kernels.triton import Blocks
 from simreg.recipe import provenance
 
 CUDA = torch.device("cuda")
+KERNELS = ("norms", "sums", "merge", "gradients", "apply")
+PROFILED = 3
 
 
 @dataclass
@@ -39,38 +49,80 @@ class Options:
     """Of a batch."""
     dtype: str = "bfloat16"
     rounds: int = 5
-    seconds: float = 60.0
+    seconds: float = 20.0
     """No new round for a shape after so long."""
+    jobs: int = min(12, os.cpu_count() or 1)
+    """Processes that compile."""
     out: Path = Path(__file__).parent / "results" / "tune-cuda.json"
 
 
-def candidates() -> list[Blocks]:
-    choices = itertools.product((128,), (32, 64), (128, 256), (4, 8), (3, 4))
-    return [Blocks(*choice) for choice in choices]
+def candidates() -> Iterator[Blocks]:
+    """Sizes of S's tiles with the rest as it is, then sizes of dH's."""
+    default = triton.blocks(torch.bfloat16, CUDA)
+    for tile, depth, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3, 4)):
+        yield default._replace(tile=tile, depth=depth, warps=warps, stages=stages)
+    for wide, stages in itertools.product((64, 128), (2, 3)):
+        yield default._replace(wide=wide, stages=stages)
 
 
-def step(shape: problem.Shape, chosen: Blocks) -> Callable[[], object]:
+def steps(shape: Shape, choices: list[Blocks]) -> dict[str, Callable[[], object]]:
+    """A step of each, all of the same inputs."""
     triton_step = next(c for c in contenders(CUDA) if c.name == "triton").prepare
     run = triton_step(*problem.inputs(shape, CUDA), shape)
 
-    def with_blocks() -> None:
+    def with_blocks(chosen: Blocks) -> None:
         triton.blocks = lambda dtype, device: chosen
         run()
 
-    return with_blocks
+    return {str(chosen): partial(with_blocks, chosen) for chosen in choices}
+
+
+def compiled(chosen: Blocks, dims: list[int], dtype: str) -> str | None:
+    """Leave the kernels in Triton's cache; why they do not compile, if so."""
+    try:
+        for dim in dims:
+            for run in steps(Shape(2, 512, dim, dtype), [chosen]).values():
+                run()
+        torch.cuda.synchronize()
+    except Exception as error:  # any: of one choice
+        return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+    return None
+
+
+def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
+    """Mean seconds of each kernel in a step, from the profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED):
+            run()
+        torch.cuda.synchronize()
+    found: dict[str, float] = defaultdict(float)
+    for event in profiled.key_averages():
+        name = event.key if event.key in KERNELS else "other"
+        found[name] += event.self_device_time_total / 1e6 / PROFILED
+    return dict(found)
 
 
 def main(options: Options) -> None:
     default = triton.blocks(getattr(torch, options.dtype), CUDA)
+    shapes = problem.shapes(options.shapes, options.tokens, [options.dtype], [None])
+    choices = list(dict.fromkeys(candidates()))
+    compile_ = partial(compiled, dims=[shape.dim for shape in shapes], dtype=options.dtype)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        reasons = list(pool.map(compile_, choices))
+    failed = {str(c): why for c, why in zip(choices, reasons, strict=True) if why}
+    working = [c for c, why in zip(choices, reasons, strict=True) if not why]
     records = []
-    for shape in problem.shapes(options.shapes, options.tokens, [options.dtype], [None]):
-        steps = {str(chosen): step(shape, chosen) for chosen in candidates()}
-        times = time_in_turns(steps, CUDA, rounds=options.rounds, seconds=options.seconds)
+    for shape in shapes:
+        runs = steps(shape, working)
+        times = time_in_turns(runs, CUDA, rounds=options.rounds, seconds=options.seconds)
         medians = {name: statistics.median(taken) for name, taken in times.seconds.items()}
+        kernels = {name: kernel_seconds(runs[name]) for name in medians}
         print(f"\n{shape}; default {default}")
-        for name in sorted(medians, key=medians.get, reverse=True):
-            print(f"  {1e3 * medians[name]:8.2f} ms  {name}")
-        records.append({"shape": str(shape), "median_s": medians, "failed": times.failed})
+        for name in sorted(medians, key=lambda name: -medians[name]):
+            parts = (f"{k} {1e3 * kernels[name].get(k, 0):.2f}" for k in (*KERNELS, "other"))
+            print(f"  {1e3 * medians[name]:8.2f} ms  {name}  {', '.join(parts)}")
+        record = {"shape": str(shape), "median_s": medians, "kernel_s": kernels}
+        records.append(record | {"failed": times.failed | failed})
     results = {
         "default": default._asdict(),
         "records": records,
