@@ -200,7 +200,8 @@ def check_seed(seed: int, backend: str, tile: int, device: str) -> tuple[list[fl
         else:
             from simreg.kernels import triton
 
-            triton.blocks = lambda dtype, device: triton.Blocks(tile, tile, tile, 1, 1)
+            small = triton.Blocks(tile, tile, 1, 1, tile, tile, 1, 1)
+            triton.blocks = lambda dtype, device: small
     problem = random_problem(seed, tile, device)
     return error_ratios(problem, backend), str(problem)
 

@@ -35,7 +35,7 @@ from simreg.kernels.triton import Blocks
 from simreg.recipe import provenance
 
 CUDA = torch.device("cuda")
-KERNELS = ("norms", "sums", "merge", "gradients", "apply")
+KERNELS = ("describe", "norms", "sums", "merge", "gradients", "apply")
 PROFILED = 3
 
 
@@ -57,12 +57,15 @@ class Options:
 
 
 def candidates() -> Iterator[Blocks]:
-    """Sizes of S's tiles with the rest as it is, then sizes of dH's."""
+    """The default; tiles of S, with the rest as it is; tiles of dH, likewise."""
     default = triton.blocks(torch.bfloat16, CUDA)
-    for tile, depth, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3, 4)):
-        yield default._replace(tile=tile, depth=depth, warps=warps, stages=stages)
-    for wide, stages in itertools.product((64, 128), (2, 3)):
-        yield default._replace(wide=wide, stages=stages)
+    yield default
+    for depth, warps, stages in itertools.product((32, 64), (4, 8), (2, 3, 4, 5)):
+        yield default._replace(depth=depth, warps=warps, stages=stages)
+    yield default._replace(tile=64, depth=64, warps=4, stages=3)
+    for wide, step, warps, stages in itertools.product((128, 256), (32, 64), (4, 8), (4, 6, 8)):
+        if wide == 128 or warps == 8:  # else the registers do not suffice
+            yield default._replace(wide=wide, step=step, wide_warps=warps, wide_stages=stages)
 
 
 def steps(shape: Shape, choices: list[Blocks]) -> dict[str, Callable[[], object]]:

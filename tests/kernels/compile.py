@@ -3,6 +3,7 @@
     python -m tests.kernels.compile 90 bfloat16          # a JSON line a kernel
     python -m tests.kernels.compile 90 bfloat16 single   # for one token of one dimension
     python -m tests.kernels.compile 90 bfloat16 push     # as with a push
+    python -m tests.kernels.compile 90 bfloat16 unbounded    # as at a temperature below 0.05
 
 Triton makes arguments that are 1 constants, hence the second.
 Registers and spilled bytes a thread, shared memory a block in bytes, and the unit that multiplies.
@@ -23,34 +24,39 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import KernelParam
 
-from simreg.kernels import tiles
+from simreg.kernels import tiles, tokens
 from simreg.kernels import triton as host
 from simreg.kernels.reference import EPS
 
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 INPUTS = ("h", "m", "out")
-INTEGERS = {"index": "*i64", "runs": "*i32", "count": "*i32"}
+INTEGERS = {"index": "*i64", "labels": "*i64", "segments": "*i64", "runs": "*i32", "count": "*i32"}
 FLOATS = ("norm", "lse", "by_row", "by_col", "slots", "into", "ends", "unit", "radial", "powers")
 DIVISIBLE = ("length", "dim", "panel", "width")  # by 16, as they are in any model
 
 
 def variants(
-    dtype: str, blocks: host.Blocks, *, push: bool
-) -> Iterator[tuple[triton.JITFunction, dict, int]]:
-    """Kernels with their constants and pipeline stages, as `simreg.kernels.triton` has them."""
-    size = {"TILE": blocks.tile, "DEPTH": blocks.depth, "SMALLEST": EPS, "INTERPRETED": False}
+    dtype: str, blocks: host.Blocks, *, push: bool, bounded: bool, even: bool
+) -> Iterator[tuple[triton.JITFunction, dict, int, int]]:
+    """Kernels with their constants, warps and stages, as `simreg.kernels.triton` has them."""
+    size = {"EVEN": even, "TILE": blocks.tile, "SMALLEST": EPS, "INTERPRETED": False}
+    pairs = {"DEPTH": blocks.depth, "BOUNDED": bounded, **size}
+    shape = blocks.warps, blocks.stages
     rescaled = {"RESCALED": dtype == "float16"}
-    yield tiles.norms, {"TOKENS": 16, "DEPTH": 128}, 3
+    yield tokens.norms, {"TOKENS": 16, "DEPTH": 128}, 4, 3
+    for segmented in (False, True):
+        yield tokens.describe, {"SEGMENTED": segmented, "TOKENS": 128}, 4, 3
     for mode in range(4):
         pushing = push and mode != tiles.POSITIVES.value
-        yield tiles.sums, {"MODE": mode, "PUSH": pushing, **size}, blocks.stages
+        yield tiles.sums, {"MODE": mode, "PUSH": pushing, **pairs}, *shape
     for mode in range(3):
         for symmetric in (True, False):
             flags = {"MODE": mode, "PUSH": push, "SYMMETRIC": symmetric, **rescaled}
-            yield tiles.gradients, {**flags, **size}, blocks.stages
-    merging = {"LABELS": 0b1100, "LOGS": 0b1001, "BELOW": False, "ABOVE": True}
-    yield tiles.merge, {"SUMS": 5 if push else 4, **merging, "TILE": blocks.tile}, 3
-    yield tiles.apply, {**rescaled, **size, "WIDE": blocks.wide}, 2 * blocks.stages
+            yield tiles.gradients, {**flags, **pairs}, *shape
+    merging = {"LABELS": 0b1100, "LOGS": 0 if bounded else 0b1001, "BELOW": False, "ABOVE": True}
+    yield tokens.merge, {"SUMS": 5 if push else 4, **merging, "TILE": blocks.tile}, 4, 3
+    wide = {"DEPTH": blocks.step, "WIDE": blocks.wide}
+    yield tiles.apply, {**rescaled, **wide, **size}, blocks.wide_warps, blocks.wide_stages
 
 
 def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
@@ -89,11 +95,13 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def main(capability: int, dtype: str, *, single: bool, push: bool) -> None:
+def main(capability: int, dtype: str, *, single: bool, push: bool, bounded: bool) -> None:
     known = divmod(capability, 10)
     with mock.patch("torch.cuda.get_device_capability", return_value=known):
         blocks = host.blocks(getattr(torch, dtype), torch.device("cuda"))
-    for kernel, constants, stages in variants(dtype, blocks, push=push):
+    for kernel, constants, warps, stages in variants(
+        dtype, blocks, push=push, bounded=bounded, even=not single
+    ):
         types = signature(kernel, dtype)
         if single:
             ones = {p.name: 1 for p in kernel.params if _becomes_constant(p, types[p.name])}
@@ -106,7 +114,7 @@ def main(capability: int, dtype: str, *, single: bool, push: bool) -> None:
         compiled = triton.compile(
             ASTSource(kernel, types, constexprs=constants, attrs=divisible),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": blocks.warps, "num_stages": stages},
+            options={"num_warps": warps, "num_stages": stages},
         )
         registers, spilled = resources(compiled.asm["cubin"])
         units = ("wgmma", "tcgen05", "mma.sync")
@@ -122,4 +130,5 @@ def main(capability: int, dtype: str, *, single: bool, push: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], single="single" in sys.argv, push="push" in sys.argv)
+    flags = {name: name in sys.argv for name in ("single", "push")}
+    main(int(sys.argv[1]), sys.argv[2], **flags, bounded="unbounded" not in sys.argv)

@@ -33,7 +33,8 @@ def small_tiles(backend: str, **limits: int) -> Iterator[None]:
         elif TRITON:
             from simreg.kernels import triton
 
-            patch.setattr(triton, "blocks", lambda *_: triton.Blocks(*3 * (SMALL,), 1, 1))
+            small = triton.Blocks(SMALL, SMALL, 1, 1, SMALL, SMALL, 1, 1)
+            patch.setattr(triton, "blocks", lambda *_: small)
             for name, value in limits.items():
                 patch.setattr(triton, name, value)
         yield

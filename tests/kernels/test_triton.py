@@ -171,13 +171,15 @@ SHAPES = [
 @pytest.mark.parametrize("push", [0.0, 3.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
-    from simreg.kernels import tiles, triton
+    from simreg.kernels import tiles, tokens, triton
 
     torch.use_deterministic_algorithms(False)
     monkeypatch.undo()
-    for name in ("norms", "sums", "merge", "gradients", "apply"):
+    for name in ("describe", "norms", "merge"):
+        monkeypatch.setattr(tokens, name, Unlaunched())
+    for name in ("sums", "gradients", "apply"):
         monkeypatch.setattr(tiles, name, Unlaunched())
-    monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 256, 8, 3))
+    monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 4, 3, 128, 64, 8, 6))
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     labels = torch.empty(shape[:2], dtype=torch.int64, device="meta")
     form = Form(0.1, variant, push)

@@ -5,23 +5,17 @@ in the row. runs: int32 [4, B, L], first token and end of the token's segment, t
 0 where ignored. count: int32 [B], valid tokens of a row. The batch row of a program is `first_row`
 + its last grid index, its row tile is counted from `first_tile`: a launch covers a panel of row
 tiles (`panel` tokens) of some batch rows. Products are of raw hidden states, in their dtype with
-float32 sums; 1/‖h‖ and 1/τ scale them in float32.
+float32 sums; 1/‖h‖ and 1/τ scale them in float32. BOUNDED: e^(2/τ) is far from what float32 holds,
+so exponentials are taken of s − 1/τ ≤ 0, one of each pair for its row and its column.
 """
 
 import triton
 import triton.language as tl
 
-# Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
-VARYING = (
-    "batches", "length", "first_row", "first_tile", "first_slot", "tiles", "panel", "parts",
-    "slot_count", "stride",
-)  # fmt: skip
+from simreg.kernels.tokens import launched
+
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
-
-
-def _launched(function):
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in VARYING if name in names])
+PARTS = tl.constexpr(8)
 
 
 @triton.jit
@@ -32,43 +26,25 @@ def _place(program, tiles, rows, GROUP: tl.constexpr = 8):
     return group + program % (GROUP * tiles) % height, program % (GROUP * tiles) // height
 
 
-@_launched
-def norms(h, index, count, norm, parts, length, dim, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
-    """‖h‖ of every token, 0 where ignored; a batch row in `parts` programs."""
-    row = tl.program_id(0) // parts
-    t = tl.program_id(0) % parts * TOKENS + tl.arange(0, TOKENS)
-    base = row.to(tl.int64) * length
-    inside = t < tl.load(count + row)
-    tokens = h + (base + tl.load(index + base + t, mask=inside, other=0)) * dim
-    total = tl.zeros([TOKENS], tl.float32)
-    for k in range(0, dim, DEPTH):
-        d = k + tl.arange(0, DEPTH)
-        x = tl.load(tokens[:, None] + d, mask=inside[:, None] & (d < dim), other=0).to(tl.float32)
-        total += tl.sum(x * x, 1)
-    tl.store(norm + base + t, tl.sqrt(total), mask=t < length)
-
-
 @triton.jit
 def _products(
-    h,
-    index,
-    rows,
-    cols,
-    valid,
-    dim,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
+    h, index, rows, cols, valid, dim, EVEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):
-    """h_r · h_c of sorted tokens, [TILE, TILE]; `index` and `h` are those of the batch row."""
-    row_in, col_in = rows < valid, cols < valid
-    left = h + tl.load(index + rows, mask=row_in, other=0) * dim
-    right = h + tl.load(index + cols, mask=col_in, other=0) * dim
+):  # fmt: skip
+    """h_r · h_c of sorted tokens, [TILE, TILE]; `index` and `h` are those of the batch row.
+
+    Beyond the last valid token it stands for those that follow: loads without masks are faster.
+    """
+    left = h + tl.load(index + tl.minimum(rows, valid - 1)) * dim
+    right = h + tl.load(index + tl.minimum(cols, valid - 1)) * dim
     total = tl.zeros([TILE, TILE], tl.float32)
     for k in range(0, dim, DEPTH):
         d = k + tl.arange(0, DEPTH)
-        a = tl.load(left[:, None] + d[None, :], mask=row_in[:, None] & (d < dim)[None, :], other=0)
-        b = tl.load(right[None, :] + d[:, None], mask=col_in[None, :] & (d < dim)[:, None], other=0)
+        if EVEN:
+            a, b = tl.load(left[:, None] + d[None, :]), tl.load(right[None, :] + d[:, None])
+        else:
+            a = tl.load(left[:, None] + d[None, :], mask=(d < dim)[None, :], other=0)
+            b = tl.load(right[None, :] + d[:, None], mask=(d < dim)[:, None], other=0)
         if INTERPRETED:  # the interpreter's products of bfloat16 are wrong
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
@@ -101,10 +77,17 @@ def _halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _quarters(x, TILE: tl.constexpr):
-    """The columns of a tile in four parts: one after the other they need fewer registers."""
+def _parts(x, TILE: tl.constexpr):
+    """The columns of a tile in eight parts: one after the other they need fewer registers."""
     left, right = _halves(x, TILE, TILE)
-    return _halves(left, TILE, TILE // 2) + _halves(right, TILE, TILE // 2)
+    a, b = _halves(left, TILE, TILE // 2)
+    c, d = _halves(right, TILE, TILE // 2)
+    return (
+        _halves(a, TILE, TILE // 4)
+        + _halves(b, TILE, TILE // 4)
+        + _halves(c, TILE, TILE // 4)
+        + _halves(d, TILE, TILE // 4)
+    )
 
 
 @triton.jit
@@ -120,23 +103,50 @@ def _within(runs, first, end, rows, cols, valid):
 
 
 @triton.jit
-def _extend(top, total, s):
-    """A logsumexp of each row as largest exponent and sum below it, extended by those of s."""
-    new = tl.maximum(top, tl.max(s, 1))
-    shift = tl.where(new == float("-inf"), 0.0, new)
-    return new, total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+def _all_within(runs, end, i, j, last, TILE: tl.constexpr):
+    """Whether each pair of tile (i, j) is of one segment; `last` is the last valid row of i."""
+    before = (tl.load(runs + last) <= j * TILE) & (tl.load(runs + end + i * TILE) >= (j + 1) * TILE)
+    return before & (i != j) & ((i + 1) * TILE <= last + 1)
 
 
 @triton.jit
-def _logarithm(top, total):
+def _exponential(s, largest, BOUNDED: tl.constexpr):
+    """What `_extend` and `_of_columns` sum."""
+    return tl.exp(s - largest) if BOUNDED else s
+
+
+@triton.jit
+def _except(e, pairs, BOUNDED: tl.constexpr):
+    """What `_exponential` gave, without some pairs."""
+    return tl.where(pairs, 0.0 if BOUNDED else float("-inf"), e)
+
+
+@triton.jit
+def _extend(top, total, e, BOUNDED: tl.constexpr):
+    """A logsumexp of each row as largest exponent and sum below it, extended by those of a tile."""
+    if BOUNDED:
+        return top, total + tl.sum(e, 1)
+    new = tl.maximum(top, tl.max(e, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    return new, total * tl.exp(top - shift) + tl.sum(tl.exp(e - shift[:, None]), 1)
+
+
+@triton.jit
+def _of_rows(top, total, BOUNDED: tl.constexpr):
+    """What is stored of `_extend`'s: a sum, or its logarithm."""
+    if BOUNDED:
+        return total
     return tl.log(total) + tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def _logsumexp_of_columns(s):
-    top = tl.max(s, 0)
+def _of_columns(e, BOUNDED: tl.constexpr):
+    """As `_of_rows`, for the columns of a tile."""
+    if BOUNDED:
+        return tl.sum(e, 0)
+    top = tl.max(e, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    return _logarithm(top, tl.sum(tl.exp(s - shift[None, :]), 0))
+    return _of_rows(top, tl.sum(tl.exp(e - shift[None, :]), 0), False)
 
 
 @triton.jit
@@ -158,7 +168,10 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _store_columns(slot, stride, s, positive, lse, MODE: tl.constexpr, TOUCHING: tl.constexpr):
+def _store_columns(
+    slot, stride, s, e, positive, lse, MODE: tl.constexpr, BOUNDED: tl.constexpr,
+    TOUCHING: tl.constexpr,
+):  # fmt: skip
     """Sums over the rows of a tile: `slot` for the first, `stride` to the next."""
     if MODE == POSITIVES:
         gap = lse[None, :] - s
@@ -166,21 +179,22 @@ def _store_columns(slot, stride, s, positive, lse, MODE: tl.constexpr, TOUCHING:
         tl.store(slot + stride, tl.sum(tl.where(positive, _sigmoid(gap), 0.0), 0))
     else:
         negative = tl.where(positive, float("-inf"), s) if TOUCHING else s
-        tl.store(slot, _logsumexp_of_columns(negative if MODE == DECOUPLED else s))
+        summed = _except(e, positive, BOUNDED) if TOUCHING and MODE == DECOUPLED else e
+        tl.store(slot, _of_columns(summed, BOUNDED))
         tl.store(slot + stride, tl.sum(_finite(negative), 0))
         if TOUCHING:
             tl.store(slot + 2 * stride, tl.sum(tl.where(positive, s, 0.0), 0))
             if MODE == IN:
-                chosen = tl.where(positive, s, float("-inf"))
-                tl.store(slot + 3 * stride, _logsumexp_of_columns(chosen))
+                chosen = _except(e, ~positive, BOUNDED)
+                tl.store(slot + 3 * stride, _of_columns(chosen, BOUNDED))
 
 
-@_launched
+@launched
 def sums(
     h, index, count, norm, runs, lse, by_row, by_col,
     batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
-    MODE: tl.constexpr, PUSH: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, EVEN: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of S on and above the diagonal, for row tiles of a panel, into slots.
 
@@ -188,7 +202,7 @@ def sums(
     the launch, panel / TILE, tiles · TILE]: a slot a row tile. A tile on the diagonal is whole and
     serves its rows alone. Sums: logsumexp of candidates (DECOUPLED: of negatives), Σ of negatives,
     Σ of positives, with IN their logsumexp, with PUSH Σ max(0, s − edge) of candidates; POSITIVES:
-    Σ softplus(lse − s), Σ sigmoid(lse − s).
+    Σ softplus(lse − s), Σ sigmoid(lse − s). BOUNDED: Σ exp(s − 1/τ) in place of each logsumexp.
     """
     launched, local = tl.num_programs(1), tl.program_id(1)
     i, j = _place(tl.program_id(0), tiles, panel // TILE)
@@ -205,11 +219,12 @@ def sums(
     label_end = tl.load(runs + 3 * per_run + last)
     if j * TILE >= (label_end if MODE == POSITIVES else tl.load(runs + per_run + last)):
         return
+    whole = _all_within(runs, per_run, i, j, last, TILE)
     rows, cols = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     products = _products(
-        h + base * dim, index + base, rows, cols, valid, dim, TILE, DEPTH, INTERPRETED
+        h + base * dim, index + base, rows, cols, valid, dim, EVEN, TILE, DEPTH, INTERPRETED
     )
-    parts = _quarters(products, TILE)
+    parts = _parts(products, TILE)
     row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
     row_lse = tl.load(lse + base + rows, mask=rows < valid, other=0) if MODE == POSITIVES else 0
     stride = launched.to(tl.int64) * tiles * panel
@@ -219,12 +234,14 @@ def sums(
     nothing, zero = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32)
     top, total, negatives, positives = nothing, zero, zero, zero
     positive_top, positive_total, softplus, slope, excess = nothing, zero, zero, zero, zero
-    WIDTH: tl.constexpr = TILE // 4
-    for part in tl.static_range(4):
+    WIDTH: tl.constexpr = TILE // PARTS
+    for part in tl.static_range(PARTS):
         cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
         col_inverse = _inverse(norm + base, cols, valid, SMALLEST)
         s = _similarities(parts[part], row_inverse, col_inverse, inverse_temperature)
-        s = tl.where(_within(runs, 0, per_run, rows, cols, valid), s, float("-inf"))
+        if not whole:
+            s = tl.where(_within(runs, 0, per_run, rows, cols, valid), s, float("-inf"))
+        e = _exponential(s, inverse_temperature, BOUNDED)
         col_lse = tl.load(lse + base + cols, mask=cols < valid, other=0) if MODE == POSITIVES else 0
         if PUSH:
             above = tl.maximum(s - edge, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -239,98 +256,60 @@ def sums(
                 slope += tl.sum(tl.where(positive, _sigmoid(gap), 0.0), 1)
             else:
                 negative = tl.where(positive, float("-inf"), s)
-                top, total = _extend(top, total, negative if MODE == DECOUPLED else s)
+                summed = _except(e, positive, BOUNDED) if MODE == DECOUPLED else e
+                top, total = _extend(top, total, summed, BOUNDED)
                 negatives += tl.sum(_finite(negative), 1)
                 positives += tl.sum(tl.where(positive, s, 0.0), 1)
                 if MODE == IN:
-                    chosen = tl.where(positive, s, float("-inf"))
-                    positive_top, positive_total = _extend(positive_top, positive_total, chosen)
+                    chosen = _except(e, ~positive, BOUNDED)
+                    positive_top, positive_total = _extend(
+                        positive_top, positive_total, chosen, BOUNDED
+                    )
             if i != j:
-                _store_columns(by_col + cols, stride, s, positive, col_lse, MODE, True)
+                _store_columns(by_col + cols, stride, s, e, positive, col_lse, MODE, BOUNDED, True)
         elif MODE != POSITIVES:
-            top, total = _extend(top, total, s)
+            top, total = _extend(top, total, e, BOUNDED)
             negatives += tl.sum(_finite(s), 1)
-            _store_columns(by_col + cols, stride, s, s, col_lse, MODE, False)
+            _store_columns(by_col + cols, stride, s, e, s, col_lse, MODE, BOUNDED, False)
     if MODE == POSITIVES:
         tl.store(by_row, softplus)
         tl.store(by_row + stride, slope)
     else:
-        tl.store(by_row, _logarithm(top, total))
+        tl.store(by_row, _of_rows(top, total, BOUNDED))
         tl.store(by_row + stride, negatives)
         tl.store(by_row + 2 * stride, positives)
         if MODE == IN:
-            tl.store(by_row + 3 * stride, _logarithm(positive_top, positive_total))
+            tl.store(by_row + 3 * stride, _of_rows(positive_top, positive_total, BOUNDED))
     if PUSH:
         tl.store(by_row + LAST * stride, excess)
 
 
-@_launched
-def merge(
-    slots, into, runs,
-    batches, length, first_row, first_tile, first_slot, slot_count, width, stride,
-    SUMS: tl.constexpr, LOGS: tl.constexpr, LABELS: tl.constexpr,
-    BELOW: tl.constexpr, ABOVE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Adds the slots [slot_count, width] of each token that were written, in order, to `into`.
-
-    into: [SUMS, 2, B, L]: the sum, or with bit k of LOGS the largest exponent seen and the sum of
-    exponentials below it. Only the tiles of a token's segment (bit k of LABELS: its label) wrote;
-    BELOW, ABOVE: only those before, not before, its own.
-    """
-    local, tile = tl.program_id(1), first_tile + tl.program_id(0)
-    base = (first_row + local).to(tl.int64) * length
-    per_run = batches.to(tl.int64) * length
-    t = tile * TILE + tl.arange(0, TILE)
-    inside = t < length
-    slots += local.to(tl.int64) * slot_count * width + tl.program_id(0) * TILE + tl.arange(0, TILE)
-    for k in tl.static_range(SUMS):
-        run = runs + base + t + (2 * per_run if (LABELS >> k) & 1 else 0)
-        low = tl.load(run, mask=inside, other=0) // TILE
-        high = tl.cdiv(tl.load(run + per_run, mask=inside, other=0), TILE)
-        if BELOW:
-            high = tl.minimum(high, tile)
-        if ABOVE:
-            low = tl.maximum(low, tile)
-        low, high = tl.maximum(low - first_slot, 0), tl.minimum(high - first_slot, slot_count)
-        first, last = tl.min(low, 0), tl.max(high, 0)
-        known = into + 2 * k * per_run + base + t
-        total = tl.load(known + per_run, mask=inside, other=0)
-        if (LOGS >> k) & 1:
-            old = tl.load(known, mask=inside, other=float("-inf"))
-            top = old
-            for slot in range(first, last):
-                here = inside & (slot >= low) & (slot < high)
-                x = tl.load(slots + slot * width, mask=here, other=float("-inf"))
-                top = tl.maximum(top, x)
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            total *= tl.exp(old - shift)
-            for slot in range(first, last):
-                here = inside & (slot >= low) & (slot < high)
-                x = tl.load(slots + slot * width, mask=here, other=float("-inf"))
-                total += tl.exp(x - shift)
-            tl.store(known, top, mask=inside)
-        else:
-            for slot in range(first, last):
-                here = inside & (slot >= low) & (slot < high)
-                total += tl.load(slots + slot * width, mask=here, other=0)
-        tl.store(known + per_run, total, mask=inside)
-        slots += stride
+@triton.jit
+def _softmax(s, e, row_lse, row_weight, col_lse, col_weight, largest, BOUNDED: tl.constexpr):
+    """exp(s − lse) times its weight, for the row and the column of each pair, added up."""
+    if BOUNDED:
+        by_row = tl.where(row_weight == 0, 0.0, row_weight * tl.exp(largest - row_lse))
+        by_col = tl.where(col_weight == 0, 0.0, col_weight * tl.exp(largest - col_lse))
+        return e * (by_row + by_col)
+    return tl.exp(s - row_lse) * row_weight + tl.exp(s - col_lse) * col_weight
 
 
 @triton.jit
 def _pair_gradients(
-    s, runs, ends, per_run, rows, cols, valid, edge, touching, MODE: tl.constexpr,
-    PUSH: tl.constexpr,
+    s, runs, ends, per_run, rows, cols, valid, largest, edge, whole, touching,
+    MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """G of the pairs of a tile; `touching`: some of them may be positives."""
+    """G of the pairs of a tile.
+
+    `whole`: each of them is of one segment; `touching`: some of them may be positives.
+    """
     row_in, col_in = rows < valid, cols < valid
     row_lse = tl.load(ends + rows, mask=row_in, other=0)[:, None]
     col_lse = tl.load(ends + cols, mask=col_in, other=0)[None, :]
-    row_softmax = tl.load(ends + per_run + rows, mask=row_in, other=0)[:, None]
-    col_softmax = tl.load(ends + per_run + cols, mask=col_in, other=0)[None, :]
-    g = tl.exp(s - row_lse) * row_softmax + tl.exp(s - col_lse) * col_softmax
-    candidate = _within(runs, 0, per_run, rows, cols, valid)
-    g = tl.where(candidate, g, 0.0)
+    row_weight = tl.load(ends + per_run + rows, mask=row_in, other=0)[:, None]
+    col_weight = tl.load(ends + per_run + cols, mask=col_in, other=0)[None, :]
+    e = _exponential(s, largest, BOUNDED)
+    g = _softmax(s, e, row_lse, row_weight, col_lse, col_weight, largest, BOUNDED)
     if touching:
         positive = _within(runs, 2 * per_run, 3 * per_run, rows, cols, valid)
         row_pull = tl.load(ends + 3 * per_run + rows, mask=row_in, other=0)[:, None]
@@ -338,24 +317,29 @@ def _pair_gradients(
         if MODE == IN:
             row_lse = tl.load(ends + 2 * per_run + rows, mask=row_in, other=0)[:, None]
             col_lse = tl.load(ends + 2 * per_run + cols, mask=col_in, other=0)[None, :]
-            row_pull, col_pull = tl.exp(s - row_lse) * row_pull, tl.exp(s - col_lse) * col_pull
-        if MODE == DECOUPLED:
-            row_pull, col_pull = _sigmoid(row_lse - s) * row_pull, _sigmoid(col_lse - s) * col_pull
+            pull = _softmax(s, e, row_lse, row_pull, col_lse, col_pull, largest, BOUNDED)
+        elif MODE == DECOUPLED:
+            pull = _sigmoid(row_lse - s) * row_pull + _sigmoid(col_lse - s) * col_pull
+        else:
+            pull = row_pull + col_pull
         kept = 0.0 if MODE == DECOUPLED else g  # whose positives do not push
-        g = tl.where(positive, kept - row_pull - col_pull, g)
+        g = tl.where(positive, kept - pull, g)
     if PUSH:
         row_hinge = tl.load(ends + 4 * per_run + rows, mask=row_in, other=0)[:, None]
         col_hinge = tl.load(ends + 4 * per_run + cols, mask=col_in, other=0)[None, :]
-        g += tl.where(candidate & (s > edge), row_hinge + col_hinge, 0.0)
+        g += tl.where(s > edge, row_hinge + col_hinge, 0.0)
+    if not whole:
+        g = tl.where(_within(runs, 0, per_run, rows, cols, valid), g, 0.0)
     return g
 
 
-@_launched
+@launched
 def gradients(
     h, index, count, norm, runs, ends, powers, m, by_row, by_col,
     batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
-    MODE: tl.constexpr, PUSH: tl.constexpr, SYMMETRIC: tl.constexpr, RESCALED: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    RESCALED: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of M = G / ‖h_col‖ for row tiles of a panel, and Σ_col M h_row · h_col in slots.
 
@@ -378,11 +362,12 @@ def gradients(
     last = tl.minimum((i + 1) * TILE, valid) - 1
     if (j * TILE >= tl.load(runs + per_run + last)) | ((j + 1) * TILE <= tl.load(runs + i * TILE)):
         return
+    whole = _all_within(runs, per_run, i, j, last, TILE)
     rows, cols = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     products = _products(
-        h + base * dim, index + base, rows, cols, valid, dim, TILE, DEPTH, INTERPRETED
+        h + base * dim, index + base, rows, cols, valid, dim, EVEN, TILE, DEPTH, INTERPRETED
     )
-    parts = _quarters(products, TILE)
+    parts = _parts(products, TILE)
     row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
     row_factor = row_inverse
     label_start = tl.load(runs + 2 * per_run + i * TILE)
@@ -399,13 +384,16 @@ def gradients(
         row_factor = row_inverse / row_power
     dtype: tl.constexpr = m.dtype.element_ty
     along = tl.zeros([TILE], tl.float32)
-    WIDTH: tl.constexpr = TILE // 4
-    for part in tl.static_range(4):
+    WIDTH: tl.constexpr = TILE // PARTS
+    for part in tl.static_range(PARTS):
         cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
         products = parts[part]
         col_inverse = _inverse(norm + base, cols, valid, SMALLEST)
         s = _similarities(products, row_inverse, col_inverse, inverse_temperature)
-        g = _pair_gradients(s, runs, ends, per_run, rows, cols, valid, edge, touching, MODE, PUSH)
+        g = _pair_gradients(
+            s, runs, ends, per_run, rows, cols, valid, inverse_temperature, edge, whole,
+            touching, MODE, PUSH, BOUNDED,
+        )  # fmt: skip
         if RESCALED:
             col_power = tl.load(powers + cols, mask=cols < valid, other=1)
             col_inverse /= col_power
@@ -423,14 +411,17 @@ def gradients(
     tl.store(by_row, along)
 
 
-@_launched
+@launched
 def apply(
     h, index, count, norm, runs, radial, powers, unit, m, out,
     batches, length, dim, first_row, first_tile, tiles, panel,
-    RESCALED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-    SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    RESCALED: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    WIDE: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """dL/dh of a panel: M·H, less its part along h, over unit · ‖h‖; 0 at ignored tokens."""
+    """dL/dh of a panel: M·H, less its part along h, over ‖h‖; 0 at ignored tokens.
+
+    RESCALED: M holds `unit` times what it should, and is without `powers`.
+    """
     local, i = tl.program_id(2), first_tile + tl.program_id(1)
     batch = first_row + local
     valid = tl.load(count + batch)
@@ -449,12 +440,15 @@ def apply(
         end = tl.load(runs + base + per_run + tl.minimum((i + 1) * TILE, valid) - 1)
         for k in range(first, tl.cdiv(end, TILE) * TILE, DEPTH):
             c = k + tl.arange(0, DEPTH)
-            inside = c < valid
             a = tl.load(m + c[None, :])
-            tokens = h + tl.load(index + c, mask=inside, other=0) * dim
-            x = tl.load(tokens[:, None] + d, mask=inside[:, None] & (d < dim)[None, :], other=0)
+            c = tl.minimum(c, valid - 1)  # beyond it M is 0
+            tokens = h + tl.load(index + c) * dim
+            if EVEN:
+                x = tl.load(tokens[:, None] + d)
+            else:
+                x = tl.load(tokens[:, None] + d, mask=(d < dim)[None, :], other=0)
             if RESCALED:
-                scale = tl.load(powers + base + c, mask=inside, other=1)[:, None]
+                scale = tl.load(powers + base + c)[:, None]
                 x = (x.to(tl.float32) * scale).to(x.dtype)
             if INTERPRETED:
                 a, x = a.to(tl.float32), x.to(tl.float32)
@@ -466,6 +460,8 @@ def apply(
     inverse = 1 / tl.maximum(length_of, SMALLEST)
     along = tl.load(radial + base + rows, mask=rows < valid, other=0) * inverse * inverse
     along = tl.where(length_of < SMALLEST, 0.0, along)
-    g = (total - along[:, None] * x) * (inverse / tl.load(unit + batch))[:, None]
+    g = (total - along[:, None] * x) * inverse[:, None]
+    if RESCALED:
+        g /= tl.load(unit + batch)
     g = _cast(tl.where(known, g, 0.0), out.dtype.element_ty, INTERPRETED)
     tl.store(out + position, g, mask=(rows < length)[:, None] & (d < dim)[None, :])

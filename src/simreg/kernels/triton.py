@@ -1,4 +1,4 @@
-"""The loss on CUDA by Triton kernels (`tiles`): exact, without atomics, two runs are equal.
+"""The loss on CUDA by Triton kernels (`tiles`, `tokens`): exact, no atomics, two runs are equal.
 
 - Forward: tiles on and above the diagonal of S, each for its rows and its columns. What a tile adds
   to a token goes into a slot of its own; slots are merged in order.
@@ -18,14 +18,16 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from simreg.kernels import tiles
-from simreg.kernels.order import Form, Order, Sums, describe, ends, losses, sort_tokens
+from simreg.kernels import tiles, tokens
+from simreg.kernels.order import Form, Order, Sums, ends, losses, sort_tokens
 from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
 TOKEN = 200  # bytes of statistics a token, in backward, at most
-INTERPRETED = not isinstance(tiles.norms, triton.JITFunction)
+INTERPRETED = not isinstance(tokens.norms, triton.JITFunction)
+BOUNDED = 0.05
+"""The temperature from which on exponentials of s − 1/τ keep clear of float32's limits."""
 _MODES = {"out": tiles.OUT.value, "in": tiles.IN.value, "decoupled": tiles.DECOUPLED.value}
 
 
@@ -40,21 +42,25 @@ def obstacle(device: torch.device) -> str | None:
 
 
 class Blocks(NamedTuple):
-    """Sizes of tiles: powers of two, at least 16."""
+    """Sizes of tiles: powers of two, at least 16; and the warps and stages of the two products."""
 
     tile: int  # tokens, on both sides of a tile of S
-    depth: int  # of the embedding, a step of S; tokens, a step of dH
-    wide: int  # of the embedding, a tile of dH
+    depth: int  # of the embedding, a step of S
     warps: int
     stages: int
+    wide: int  # of the embedding, a tile of dH
+    step: int  # tokens, a step of dH
+    wide_warps: int
+    wide_stages: int  # half of them for the indices of the rows to load
 
 
 def blocks(dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Tile sizes for hidden states; those that spill no registers, see tests/kernels/compile.py."""
+    """Tile sizes for hidden states, as benchmarks/tune.py found them."""
     if dtype == torch.float32:
-        return Blocks(tile=64, depth=32, wide=64, warps=4, stages=3)
+        return Blocks(64, 32, warps=4, stages=3, wide=64, step=32, wide_warps=4, wide_stages=6)
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return Blocks(tile=128, depth=64, wide=256 if hopper else 128, warps=8, stages=3)
+    warps = 4 if hopper else 8  # 4: two tiles at a time on a multiprocessor; elsewhere they spill
+    return Blocks(128, 64, warps, stages=3, wide=128, step=64, wide_warps=8, wide_stages=6)
 
 
 class Launch(NamedTuple):
@@ -69,26 +75,47 @@ class Launch(NamedTuple):
 class Problem:
     """The sorted tokens of a batch and what every kernel wants to know of them."""
 
-    def __init__(self, hidden: Tensor, order: Order, norm: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None,
+        index: Tensor,
+        norm: Tensor | None = None,
+    ) -> None:
         """`norm`: ``[B, L]`` sorted, computed if not given."""
         # Rows that begin at multiples of 16 numbers can be copied 16 bytes at a time.
         spare = -hidden.shape[-1] % 16
         self.hidden = (F.pad(hidden, (0, spare)) if spare else hidden).contiguous()
-        self.order = order
         self.batch, self.length, self.dim = self.hidden.shape
         self.blocks = blocks(hidden.dtype, hidden.device)
         self.tiles: int = triton.cdiv(self.length, self.blocks.tile)
-        segment_end = order.segment + order.positives + order.negatives + 1
-        label_end = order.label + order.positives + 1
-        runs = torch.stack([order.segment, segment_end, order.label, label_end])
-        self.runs = runs.masked_fill_(~order.valid, 0).int()
-        self.count = order.valid.sum(1, dtype=torch.int32)
+        self.runs, self.count = self._runs(labels, segments, index)
+        start, end, first, last = self.runs.unbind()
+        alike = last - first
+        self.order = Order(
+            index, end > start, start, first, (alike - 1).clamp_min(0), end - start - alike
+        )
         self.norm: Tensor = self._norms() if norm is None else norm
+
+    def _runs(
+        self, labels: Tensor, segments: Tensor | None, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        runs = index.new_empty((4, *index.shape), dtype=torch.int32)
+        count = index.new_empty(self.batch, dtype=torch.int32)
+        parts = triton.cdiv(self.length, 128)
+        ids = index if segments is None else segments.long().contiguous()
+        tokens.describe[(parts * self.batch,)](
+            index, labels.long().contiguous(), ids, runs, count,
+            self.batch, self.length, parts, self.length.bit_length(),
+            SEGMENTED=segments is not None, TOKENS=128,
+        )  # fmt: skip
+        return runs, count
 
     def _norms(self) -> Tensor:
         norm = self.per_token()
         parts = triton.cdiv(self.length, 16)
-        tiles.norms[(parts * self.batch,)](
+        tokens.norms[(parts * self.batch,)](
             self.hidden, self.order.position, self.count, norm, parts, self.length, self.dim,
             TOKENS=16, DEPTH=128,
         )  # fmt: skip
@@ -130,7 +157,8 @@ class Problem:
             self.hidden, self.order.position, self.count, self.norm, self.runs, *tensors,
             self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
-            PUSH=form.push != 0, TILE=b.tile, DEPTH=b.depth, SMALLEST=EPS, INTERPRETED=INTERPRETED,
+            PUSH=form.push != 0, BOUNDED=form.temperature >= BOUNDED, EVEN=self.dim % b.depth == 0,
+            TILE=b.tile, DEPTH=b.depth, SMALLEST=EPS, INTERPRETED=INTERPRETED,
             num_warps=b.warps, num_stages=b.stages, **flags,
         )  # fmt: skip
 
@@ -144,14 +172,14 @@ class Problem:
         labels: int = 0,
         symmetric: bool = True,
     ) -> None:
-        """Add what a launch left in its slots to ``[sums, 2, B, L]``; see `tiles.merge`."""
+        """Add what a launch left in its slots to ``[sums, 2, B, L]``; see `tokens.merge`."""
         tile = self.blocks.tile
         # For each side: its tiles, then first slot, slots, tokens of the launch.
         rows = (launch.first_tile, launch.tiles, 0, self.tiles, launch.tiles * tile)
         cols = (0, self.tiles, launch.first_tile, launch.tiles, self.tiles * tile)
         for by_col, side in enumerate((rows, cols) if symmetric else (rows,)):
             first_tile, programs, first_slot, slot_count, width = side
-            tiles.merge[(programs, launch.rows)](
+            tokens.merge[(programs, launch.rows)](
                 slots[by_col], into, self.runs,
                 self.batch, self.length, launch.first_row, first_tile, first_slot, slot_count,
                 width, slots[0][0].numel(),
@@ -164,8 +192,8 @@ def forward(
     hidden: Tensor, labels: Tensor, segments: Tensor | None, form: Form
 ) -> tuple[Tensor, ...]:
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
-    order = describe(sort_tokens(labels, segments), labels, segments)
-    problem = Problem(hidden, order)
+    problem = Problem(hidden, labels, segments, sort_tokens(labels, segments))
+    order = problem.order
     own = 4 if form.variant == "in" else 3  # in the order of `tiles.sums`
     logs, labels_only = (0b1001, 0b1100) if own == 4 else (0b001, 0b100)
     sums, mode = own + bool(form.push), _MODES[form.variant]
@@ -187,13 +215,14 @@ def _over_launches(
     problem: Problem, lse: Tensor, form: Form, sums: int, mode: int, logs: int, labels: int
 ) -> Tensor:
     merged = problem.per_token(sums, 2)
-    merged[:, 0], merged[:, 1] = -torch.inf, 0
+    bounded = form.temperature >= BOUNDED
+    merged[:, 0], merged[:, 1] = 1 / form.temperature if bounded else -torch.inf, 0
     slots = None
     for launch in problem.launches(problem.slot_bytes(sums), SLOTS):
         del slots  # before the next are allocated
         slots = problem.slots(sums, launch)
         problem.over_pairs(tiles.sums, launch, lse, *slots, form=form, MODE=mode)
-        problem.merge(slots, merged, launch, logs=logs, labels=labels)
+        problem.merge(slots, merged, launch, logs=0 if bounded else logs, labels=labels)
     return merged
 
 
@@ -212,15 +241,15 @@ def backward(
 ) -> Tensor:
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
     index, norm, lse, statistic = saved
-    order = describe(index, labels, segments)
-    problem = Problem(hidden, order, norm)
-    both = ends(grad, order, lse, statistic, form)
-    weights = {"softmax": both.softmax, "pull": both.pull}
-    if both.hinge is not None:
-        weights["hinge"] = both.hinge
-    powers, unit = _scales(problem, torch.stack([*weights.values()]))
-    scaled = both._replace(**{name: weight * unit[:, None] for name, weight in weights.items()})
-    stacked, rescaled = scaled.stack(), hidden.dtype == torch.float16
+    problem = Problem(hidden, labels, segments, index, norm)
+    order = problem.order
+    stacked = ends(grad, order, lse, statistic, form).stack()
+    rescaled = hidden.dtype == torch.float16
+    powers = unit = norm  # which are not read
+    if rescaled:
+        weights = [1, 3, 4][: len(stacked) - 2]  # in the order of `Ends`
+        powers, unit = _scales(norm, stacked[weights])
+        stacked[weights] *= unit[:, None]
     out = torch.empty_like(problem.hidden)
 
     b = problem.blocks
@@ -244,25 +273,25 @@ def backward(
             problem.hidden, index, problem.count, norm, problem.runs, radial[0, 1], powers, unit, m,
             out, problem.batch, problem.length, problem.dim,
             launch.first_row, launch.first_tile, problem.tiles, launch.tiles * b.tile,
-            RESCALED=rescaled, TILE=b.tile, DEPTH=b.depth, WIDE=b.wide, SMALLEST=EPS,
-            INTERPRETED=INTERPRETED, num_warps=b.warps,
-            num_stages=2 * b.stages,  # half of them for the indices of the rows to load
+            RESCALED=rescaled, EVEN=problem.dim % b.wide == 0,
+            TILE=b.tile, DEPTH=b.step, WIDE=b.wide, SMALLEST=EPS, INTERPRETED=INTERPRETED,
+            num_warps=b.wide_warps, num_stages=b.wide_stages,
         )  # fmt: skip
     return out[..., : hidden.shape[-1]].contiguous()
 
 
-def _scales(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """What brings M into the range of float16; to the other dtypes only exponents change.
+def _scales(norm: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What brings M into the range of float16.
 
     Args:
+        norm: ``[B, L]``, sorted.
         weights: ``[n, B, L]``, of the terms of G.
 
     Returns:
         powers of two near 1/‖h‖, ``[B, L]``, to multiply H and not M with; ``unit`` ``[B]``, by
         which the largest entry of M becomes about 2¹².
     """
-    inverse = 1 / problem.norm.clamp_min(EPS)
+    inverse = 1 / norm.clamp_min(EPS)
     powers = torch.ldexp(torch.ones_like(inverse), torch.frexp(inverse).exponent)
-    largest = 1 if problem.hidden.dtype == torch.float16 else inverse.nan_to_num(0, 0, 0).amax(1)
     weight = weights.abs().nan_to_num(0, 0, 0).amax((0, 2))
-    return powers, 2**12 / (weight * largest).clamp_min(1e-30)
+    return powers, 2**12 / weight.clamp_min(1e-30)
