@@ -68,7 +68,7 @@ def random_problem(seed: int, tile: int, device: str = "cpu") -> Problem:
     large = seed % 4 == 0
     batch = pick(1, 2, 3)
     length = pick(2, 3) * tile + pick(-1, 0, 1, 5) if large else pick(1, 2, 5, tile - 1, tile + 1)
-    dim = pick(1, 3, 16, 33, 80)
+    dim = pick(1, 3, 16, 33, 80, 256)
     shape = (batch, length)
     hidden = torch.randn(*shape, dim, generator=generator, dtype=torch.float64)
     # Embeddings of trained models share a direction, differ in length, and some are nearly equal.
@@ -200,7 +200,7 @@ def check_seed(seed: int, backend: str, tile: int, device: str) -> tuple[list[fl
         else:
             from simreg.kernels import triton
 
-            small = triton.Blocks(tile, tile, 1, 1, tile, tile, 1, 1)
+            small = triton.Blocks(tile, tile, 8, 1, 1, tile, tile, 1, 1)
             triton.blocks = lambda dtype, device: small
     problem = random_problem(seed, tile, device)
     return error_ratios(problem, backend), str(problem)

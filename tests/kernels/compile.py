@@ -32,7 +32,7 @@ DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 INPUTS = ("h", "m", "out")
 INTEGERS = {"index": "*i64", "labels": "*i64", "segments": "*i64", "runs": "*i32", "count": "*i32"}
 FLOATS = ("norm", "lse", "by_row", "by_col", "slots", "into", "ends", "unit", "radial", "powers")
-DIVISIBLE = ("length", "dim", "panel", "width")  # by 16, as they are in any model
+DIVISIBLE = ("length", "dim", "panel")  # by 16, as they are in any model
 
 
 def variants(
@@ -40,7 +40,7 @@ def variants(
 ) -> Iterator[tuple[triton.JITFunction, dict, int, int]]:
     """Kernels with their constants, warps and stages, as `simreg.kernels.triton` has them."""
     size = {"EVEN": even, "TILE": blocks.tile, "SMALLEST": EPS, "INTERPRETED": False}
-    pairs = {"DEPTH": blocks.depth, "BOUNDED": bounded, **size}
+    pairs = {"DEPTH": blocks.depth, "PARTS": blocks.parts, "BOUNDED": bounded, **size}
     shape = blocks.warps, blocks.stages
     rescaled = {"RESCALED": dtype == "float16"}
     yield tokens.norms, {"TOKENS": 16, "DEPTH": 128}, 4, 3
@@ -53,7 +53,7 @@ def variants(
         for symmetric in (True, False):
             flags = {"MODE": mode, "PUSH": push, "SYMMETRIC": symmetric, **rescaled}
             yield tiles.gradients, {**flags, **pairs}, *shape
-    merging = {"LABELS": 0b1100, "LOGS": 0 if bounded else 0b1001, "BELOW": False, "ABOVE": True}
+    merging = {"LABELS": 0b1100, "LOGS": 0 if bounded else 0b1001, "SYMMETRIC": True}
     yield tokens.merge, {"SUMS": 5 if push else 4, **merging, "TILE": blocks.tile}, 4, 3
     wide = {"DEPTH": blocks.step, "WIDE": blocks.wide}
     yield tiles.apply, {**rescaled, **wide, **size}, blocks.wide_warps, blocks.wide_stages

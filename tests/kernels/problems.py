@@ -33,7 +33,7 @@ def small_tiles(backend: str, **limits: int) -> Iterator[None]:
         elif TRITON:
             from simreg.kernels import triton
 
-            small = triton.Blocks(SMALL, SMALL, 1, 1, SMALL, SMALL, 1, 1)
+            small = triton.Blocks(SMALL, SMALL, 8, 1, 1, SMALL, SMALL, 1, 1)
             patch.setattr(triton, "blocks", lambda *_: small)
             for name, value in limits.items():
                 patch.setattr(triton, name, value)

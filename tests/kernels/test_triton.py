@@ -179,7 +179,7 @@ def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
         monkeypatch.setattr(tokens, name, Unlaunched())
     for name in ("sums", "gradients", "apply"):
         monkeypatch.setattr(tiles, name, Unlaunched())
-    monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 4, 3, 128, 64, 8, 6))
+    monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 8, 4, 3, 256, 64, 8, 8))
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     labels = torch.empty(shape[:2], dtype=torch.int64, device="meta")
     form = Form(0.1, variant, push)

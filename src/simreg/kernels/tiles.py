@@ -15,7 +15,6 @@ import triton.language as tl
 from simreg.kernels.tokens import launched
 
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
-PARTS = tl.constexpr(8)
 
 
 @triton.jit
@@ -77,17 +76,15 @@ def _halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _parts(x, TILE: tl.constexpr):
-    """The columns of a tile in eight parts: one after the other they need fewer registers."""
-    left, right = _halves(x, TILE, TILE)
-    a, b = _halves(left, TILE, TILE // 2)
-    c, d = _halves(right, TILE, TILE // 2)
-    return (
-        _halves(a, TILE, TILE // 4)
-        + _halves(b, TILE, TILE // 4)
-        + _halves(c, TILE, TILE // 4)
-        + _halves(d, TILE, TILE // 4)
-    )
+def _quarters(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    left, right = _halves(x, ROWS, COLS)
+    return _halves(left, ROWS, COLS // 2) + _halves(right, ROWS, COLS // 2)
+
+
+@triton.jit
+def _eighths(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    left, right = _halves(x, ROWS, COLS)
+    return _quarters(left, ROWS, COLS // 2) + _quarters(right, ROWS, COLS // 2)
 
 
 @triton.jit
@@ -194,7 +191,8 @@ def sums(
     h, index, count, norm, runs, lse, by_row, by_col,
     batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
     MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, EVEN: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, SMALLEST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of S on and above the diagonal, for row tiles of a panel, into slots.
 
@@ -224,7 +222,8 @@ def sums(
     products = _products(
         h + base * dim, index + base, rows, cols, valid, dim, EVEN, TILE, DEPTH, INTERPRETED
     )
-    parts = _parts(products, TILE)
+    # One after the other they need fewer registers.
+    parts = _eighths(products, TILE, TILE) if PARTS == 8 else _quarters(products, TILE, TILE)
     row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
     row_lse = tl.load(lse + base + rows, mask=rows < valid, other=0) if MODE == POSITIVES else 0
     stride = launched.to(tl.int64) * tiles * panel
@@ -339,7 +338,7 @@ def gradients(
     batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
     MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, SYMMETRIC: tl.constexpr,
     RESCALED: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    PARTS: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of M = G / ‖h_col‖ for row tiles of a panel, and Σ_col M h_row · h_col in slots.
 
@@ -367,7 +366,8 @@ def gradients(
     products = _products(
         h + base * dim, index + base, rows, cols, valid, dim, EVEN, TILE, DEPTH, INTERPRETED
     )
-    parts = _parts(products, TILE)
+    # One after the other they need fewer registers.
+    parts = _eighths(products, TILE, TILE) if PARTS == 8 else _quarters(products, TILE, TILE)
     row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
     row_factor = row_inverse
     label_start = tl.load(runs + 2 * per_run + i * TILE)

@@ -99,54 +99,69 @@ def norms(h, index, count, norm, parts, length, dim, TOKENS: tl.constexpr, DEPTH
     tl.store(norm + base + t, tl.sqrt(total), mask=t < length)
 
 
+@triton.jit
+def _add(slots, width, top, total, low, high, inside, LOG: tl.constexpr):
+    """A sum or (LOG) largest exponent and sum below it, extended by slots `low` to `high`."""
+    first, last = tl.min(low, 0), tl.max(high, 0)
+    if LOG:
+        old = top
+        for slot in range(first, last):
+            here = inside & (slot >= low) & (slot < high)
+            top = tl.maximum(top, tl.load(slots + slot * width, mask=here, other=float("-inf")))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total *= tl.exp(old - shift)
+        for slot in range(first, last):
+            here = inside & (slot >= low) & (slot < high)
+            x = tl.load(slots + slot * width, mask=here, other=float("-inf"))
+            total += tl.exp(x - shift)
+    else:
+        for slot in range(first, last):
+            here = inside & (slot >= low) & (slot < high)
+            total += tl.load(slots + slot * width, mask=here, other=0)
+    return top, total
+
+
 @launched
 def merge(
-    slots, into, runs,
-    batches, length, first_row, first_tile, first_slot, slot_count, width, stride,
-    SUMS: tl.constexpr, LOGS: tl.constexpr, LABELS: tl.constexpr,
-    BELOW: tl.constexpr, ABOVE: tl.constexpr, TILE: tl.constexpr,
+    by_row, by_col, into, runs, batches, length, first_row, first_tile, tiles, panel,
+    SUMS: tl.constexpr, LOGS: tl.constexpr, LABELS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the slots [slot_count, width] of each token that were written, in order, to `into`.
+    """Adds the slots of a launch (`tiles.sums`) to `into`, those of each token in order.
 
     into: [SUMS, 2, B, L]: the sum, or with bit k of LOGS the largest exponent seen and the sum of
     exponentials below it. Only the tiles of a token's segment (bit k of LABELS: its label) wrote;
-    BELOW, ABOVE: only those before, not before, its own.
+    SYMMETRIC: those from its own tile on by row, those before it by column; else all by row.
     """
-    local, tile = tl.program_id(1), first_tile + tl.program_id(0)
+    local, tile = tl.program_id(1), tl.program_id(0)
+    if not SYMMETRIC:
+        tile += first_tile
+    height = panel // TILE
     base = (first_row + local).to(tl.int64) * length
     per_run = batches.to(tl.int64) * length
+    stride = tl.num_programs(1).to(tl.int64) * tiles * panel
     t = tile * TILE + tl.arange(0, TILE)
     inside = t < length
-    slots += local.to(tl.int64) * slot_count * width + tl.program_id(0) * TILE + tl.arange(0, TILE)
+    in_panel = inside & (tile >= first_tile) & (tile < first_tile + height)
+    by_row += local.to(tl.int64) * tiles * panel + t - first_tile * TILE
+    by_col += local.to(tl.int64) * height * tiles * TILE + t
     for k in tl.static_range(SUMS):
         run = runs + base + t + (2 * per_run if (LABELS >> k) & 1 else 0)
         low = tl.load(run, mask=inside, other=0) // TILE
         high = tl.cdiv(tl.load(run + per_run, mask=inside, other=0), TILE)
-        if BELOW:
-            high = tl.minimum(high, tile)
-        if ABOVE:
-            low = tl.maximum(low, tile)
-        low, high = tl.maximum(low - first_slot, 0), tl.minimum(high - first_slot, slot_count)
-        first, last = tl.min(low, 0), tl.max(high, 0)
         known = into + 2 * k * per_run + base + t
         total = tl.load(known + per_run, mask=inside, other=0)
+        top = tl.load(known, mask=inside, other=float("-inf")) if (LOGS >> k) & 1 else total
+        first, last = tl.maximum(low, tile if SYMMETRIC else 0), tl.where(in_panel, high, 0)
+        top, total = _add(by_row, panel, top, total, first, last, inside, (LOGS >> k) & 1)
+        if SYMMETRIC:
+            first = tl.maximum(low - first_tile, 0)
+            last = tl.minimum(tl.minimum(high, tile) - first_tile, height)
+            top, total = _add(
+                by_col, tiles * TILE, top, total, first, last, inside, (LOGS >> k) & 1
+            )
         if (LOGS >> k) & 1:
-            old = tl.load(known, mask=inside, other=float("-inf"))
-            top = old
-            for slot in range(first, last):
-                here = inside & (slot >= low) & (slot < high)
-                x = tl.load(slots + slot * width, mask=here, other=float("-inf"))
-                top = tl.maximum(top, x)
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            total *= tl.exp(old - shift)
-            for slot in range(first, last):
-                here = inside & (slot >= low) & (slot < high)
-                x = tl.load(slots + slot * width, mask=here, other=float("-inf"))
-                total += tl.exp(x - shift)
             tl.store(known, top, mask=inside)
-        else:
-            for slot in range(first, last):
-                here = inside & (slot >= low) & (slot < high)
-                total += tl.load(slots + slot * width, mask=here, other=0)
         tl.store(known + per_run, total, mask=inside)
-        slots += stride
+        by_row += stride
+        by_col += stride

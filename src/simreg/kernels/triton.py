@@ -24,6 +24,7 @@ from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
+M = 256 * 2**20  # bytes of whole rows of it: more would save few launches
 TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.norms, triton.JITFunction)
 BOUNDED = 0.05
@@ -46,6 +47,7 @@ class Blocks(NamedTuple):
 
     tile: int  # tokens, on both sides of a tile of S
     depth: int  # of the embedding, a step of S
+    parts: int  # 4 or 8, of a tile of S, in which it is summed
     warps: int
     stages: int
     wide: int  # of the embedding, a tile of dH
@@ -55,12 +57,15 @@ class Blocks(NamedTuple):
 
 
 def blocks(dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Tile sizes for hidden states, as benchmarks/tune.py found them."""
+    """Tile sizes for hidden states: benchmarks/tune.py on an H200; elsewhere what does not spill.
+
+    With 4 warps to a tile a multiprocessor has two at a time.
+    """
     if dtype == torch.float32:
-        return Blocks(64, 32, warps=4, stages=3, wide=64, step=32, wide_warps=4, wide_stages=6)
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    warps = 4 if hopper else 8  # 4: two tiles at a time on a multiprocessor; elsewhere they spill
-    return Blocks(128, 64, warps, stages=3, wide=128, step=64, wide_warps=8, wide_stages=6)
+        return Blocks(64, 32, 4, 4, 3, wide=64, step=32, wide_warps=4, wide_stages=6)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return Blocks(128, 64, 8, 4, 3, wide=256, step=64, wide_warps=8, wide_stages=8)
+    return Blocks(128, 64, 4, 8, 3, wide=128, step=64, wide_warps=8, wide_stages=6)
 
 
 class Launch(NamedTuple):
@@ -158,7 +163,7 @@ class Problem:
             self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
             PUSH=form.push != 0, BOUNDED=form.temperature >= BOUNDED, EVEN=self.dim % b.depth == 0,
-            TILE=b.tile, DEPTH=b.depth, SMALLEST=EPS, INTERPRETED=INTERPRETED,
+            TILE=b.tile, DEPTH=b.depth, PARTS=b.parts, SMALLEST=EPS, INTERPRETED=INTERPRETED,
             num_warps=b.warps, num_stages=b.stages, **flags,
         )  # fmt: skip
 
@@ -173,19 +178,11 @@ class Problem:
         symmetric: bool = True,
     ) -> None:
         """Add what a launch left in its slots to ``[sums, 2, B, L]``; see `tokens.merge`."""
-        tile = self.blocks.tile
-        # For each side: its tiles, then first slot, slots, tokens of the launch.
-        rows = (launch.first_tile, launch.tiles, 0, self.tiles, launch.tiles * tile)
-        cols = (0, self.tiles, launch.first_tile, launch.tiles, self.tiles * tile)
-        for by_col, side in enumerate((rows, cols) if symmetric else (rows,)):
-            first_tile, programs, first_slot, slot_count, width = side
-            tokens.merge[(programs, launch.rows)](
-                slots[by_col], into, self.runs,
-                self.batch, self.length, launch.first_row, first_tile, first_slot, slot_count,
-                width, slots[0][0].numel(),
-                SUMS=len(into), LOGS=logs, LABELS=labels, BELOW=bool(by_col),
-                ABOVE=not by_col and symmetric, TILE=tile,
-            )  # fmt: skip
+        tokens.merge[(self.tiles if symmetric else launch.tiles, launch.rows)](
+            *slots, into, self.runs, self.batch, self.length,
+            launch.first_row, launch.first_tile, self.tiles, launch.tiles * self.blocks.tile,
+            SUMS=len(into), LOGS=logs, LABELS=labels, SYMMETRIC=symmetric, TILE=self.blocks.tile,
+        )  # fmt: skip
 
 
 def forward(
@@ -257,7 +254,7 @@ def backward(
     room = SCRATCH // 2 + hidden.numel() * hidden.element_size()
     room = max(0, room - TOKEN * labels.numel() - room // 16)  # statistics, and slots beside M
     symmetric = tile_bytes * problem.tiles <= room
-    limit = min(room, max(SCRATCH, tile_bytes * problem.tiles)) if symmetric else room
+    limit = min(room, max(M, tile_bytes * problem.tiles)) if symmetric else room
     slots = m = None
     for launch in problem.launches(tile_bytes, limit):
         del slots, m  # before the next are allocated
