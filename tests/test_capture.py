@@ -201,6 +201,32 @@ def test_gradient_checkpointing(reentrant):
     assert_same(results[1], results[0], rtol=1e-6, atol=1e-9)
 
 
+class Squares(nn.Module):
+    """An objective that keeps what it was given."""
+
+    def forward(self, hidden, labels, segments=None, *, num_items=None):
+        self.hidden = hidden
+        return hidden.float().square().mean(), {}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_autocast_hands_on_what_the_head_reads(dtype, compiled):
+    model, (ids, labels) = build(), batch()
+    read = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    objective = Squares()
+    reg = attach(model, objective)
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        forward(ids, labels=labels)
+    reg(labels).backward()
+    assert read[0].dtype == torch.float32  # as the norm returns it
+    assert objective.hidden.dtype == (dtype or torch.float32)
+    assert torch.equal(objective.hidden, read[0].to(objective.hidden.dtype))
+    assert model.model.norm.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(("name", "in_place"), [("llama", False), ("mixtral", True)])
 def test_compiled_whole(name, in_place):
     torch._dynamo.reset()

@@ -5,7 +5,8 @@
     loss = out.loss + reg(labels)
 
 The tap is a forward hook on the decoder, whose last hidden state is exactly what enters the LM
-head, whatever the head does with it: fused, chunked or restricted heads included. An objective that
+head, whatever the head does with it: fused, chunked or restricted heads included. Under autocast
+they are handed on in its dtype, in which the head reads them too. An objective that
 reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cross-entropy sees
 (what the head returns may be scaled or capped after it), or on decoder layers too.
 """
@@ -167,7 +168,7 @@ class Attached:
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
         if self._attached and torch.is_grad_enabled():
-            self._hidden = _last_hidden(output)
+            self._hidden = _as_the_head_reads(_last_hidden(output))
             self._logits = None  # those of an earlier pass
         self._running = False
 
@@ -285,6 +286,18 @@ def _last_hidden(output: Any) -> Tensor:
             f"hidden states [B, L, d]; got {got}"
         )
     return hidden
+
+
+def _as_the_head_reads(hidden: Tensor) -> Tensor:
+    """float32 hidden states in the dtype of autocast, if it is on.
+
+    The norm before the head returns float32 there (its weight is), whose products would take an
+    objective many times as long.
+    """
+    device = hidden.device.type
+    if hidden.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def _logits(output: Any) -> Tensor | None:
