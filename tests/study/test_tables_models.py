@@ -146,6 +146,7 @@ def contender(name, length, variant="out", median=0.5, ratio=1.5, peak=2**21, sk
 
 def test_loss(tmp_path):
     record = {
+        "what": "forward + backward",
         "records": [
             contender("a", 8),
             contender("a", 8, "in", 0.25, 0.987, None),
@@ -166,3 +167,6 @@ def test_loss(tmp_path):
         "(gradient included); A, 2 threads. At L = 16,384, d = 512, a takes 98 MiB. Not run: gpu, "
         "gpu (in): runs on CUDA only."
     )
+    found = {key: record[key] for key in ("what", "records")}
+    drawn = draw(tmp_path, "loss", found | {"machine": {"device": "NVIDIA H200", "threads": 1}})
+    assert "(gradient included); NVIDIA H200. Not run: gpu" in drawn

@@ -38,7 +38,7 @@ def _step(record: dict[str, Any]) -> list[str]:
 
 
 def loss(request: Request) -> str:
-    """Contenders × shapes of a record of benchmarks/loss.py: time, over bare products, memory."""
+    """Contenders × shapes of a record of the loss alone: time, over bare products, memory."""
     found = request.source.content
     shapes = list(dict.fromkeys(map(_shape, found["records"])))
     by_name: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
@@ -53,15 +53,19 @@ def loss(request: Request) -> str:
         for name, records in by_name.items()
     ]
     drawn = markdown.table(["forward + backward", *map(_title, shapes)], rows)
-    memory = found["memory"]
+    memory = found.get("memory")  # at a long row, of benchmarks/loss.py
     notes = [
         "Milliseconds, over bare matrix products of the textbook count, MiB beyond the inputs "
         f"(gradient included); {markdown.machine(found['machine'])}.",
-        f"At L = {memory['length']:,}, d = {memory['dim']}, {memory['name']} takes "
-        f"{_mib(memory['peak_extra_bytes'])}.",
+        *([_long_row(memory)] if memory else []),
         *(f"Not run: {', '.join(names)}: {why}." for why, names in skipped.items()),
     ]
     return markdown.with_notes(drawn, notes)
+
+
+def _long_row(memory: dict[str, Any]) -> str:
+    taken = _mib(memory["peak_extra_bytes"])
+    return f"At L = {memory['length']:,}, d = {memory['dim']}, {memory['name']} takes {taken}."
 
 
 def _shape(record: dict[str, Any]) -> tuple[Any, ...]:

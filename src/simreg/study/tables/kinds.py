@@ -33,5 +33,5 @@ KINDS = {
         evaluated.geometry, ("means", "minus_reference", "text"), ("metrics", "groups")
     ),
     "step": Kind(cost.step, ("ratio", "ratio_quartiles", "config"), several=True),
-    "loss": Kind(cost.loss, ("records", "memory", "machine")),
+    "loss": Kind(cost.loss, ("what", "records", "machine")),
 }

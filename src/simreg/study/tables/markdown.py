@@ -51,6 +51,7 @@ def step_time(times: dict[str, Any] | None) -> str:
 
 
 def machine(found: dict[str, Any]) -> str:
-    """`AMD EPYC, 2 threads`."""
-    name = found.get("cpu") if found["device"] == "cpu" else found["device"]
-    return f"{name or found['device']}, {found['threads']} threads"
+    """`AMD EPYC, 2 threads`, or what the GPU is called."""
+    if found["device"] != "cpu":
+        return str(found["device"])
+    return f"{found.get('cpu') or 'cpu'}, {found['threads']} threads"
