@@ -97,6 +97,15 @@ def random_problem(seed: int, tile: int, device: str = "cpu") -> Problem:
     )
 
 
+def small_blocks(seed: int) -> NamedTuple:
+    """Sizes of Triton's tiles of SMALL tokens: all alike, or each another."""
+    from simreg.kernels import triton
+
+    if seed % 2:
+        return triton.Blocks(SMALL, 16, 4, 1, 1, wide=64, step=16, wide_warps=1, wide_stages=1)
+    return triton.Blocks(SMALL, SMALL, 8, 1, 1, SMALL, SMALL, 1, 1)
+
+
 def clear_of_pairs(hidden: Tensor) -> float:
     """A cosine from 0.3 to 0.7 that no pair of a row is near: the push has a kink there."""
     units = torch.nn.functional.normalize(hidden.double(), dim=-1, eps=EPS)
@@ -205,8 +214,7 @@ def check_seed(seed: int, backend: str, tile: int, device: str) -> tuple[list[fl
         else:
             from simreg.kernels import triton
 
-            small = triton.Blocks(tile, tile, 8, 1, 1, tile, tile, 1, 1)
-            triton.blocks = lambda dtype, device: small
+            triton.blocks = lambda dtype, device: small_blocks(seed)
     problem = random_problem(seed, tile, device)
     return error_ratios(problem, backend), str(problem)
 

@@ -210,8 +210,8 @@ class Squares(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_autocast_hands_on_what_the_head_reads(dtype, compiled):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_autocast_to_bfloat16_hands_on_what_the_head_reads(dtype, compiled):
     model, (ids, labels) = build(), batch()
     read = []
     model.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
@@ -222,9 +222,18 @@ def test_autocast_hands_on_what_the_head_reads(dtype, compiled):
         forward(ids, labels=labels)
     reg(labels).backward()
     assert read[0].dtype == torch.float32  # as the norm returns it
-    assert objective.hidden.dtype == (dtype or torch.float32)
+    rounded = dtype == torch.bfloat16  # float16 would need loss scaling
+    assert objective.hidden.dtype == (torch.bfloat16 if rounded else torch.float32)
     assert torch.equal(objective.hidden, read[0].to(objective.hidden.dtype))
     assert model.model.norm.weight.grad.abs().sum() > 0
+
+
+def test_a_device_that_has_no_autocast():
+    model = nn.Linear(4, 4, device="meta")
+    reg = attach(model, Squares(), module=model)
+    model(torch.randn(2, 3, 4, device="meta"))
+    reg(torch.zeros(2, 3, dtype=torch.long, device="meta")).backward()
+    assert model.weight.grad.shape == (4, 4)
 
 
 @pytest.mark.parametrize(("name", "in_place"), [("llama", False), ("mixtral", True)])

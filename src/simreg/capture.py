@@ -6,7 +6,7 @@
 
 The tap is a forward hook on the decoder, whose last hidden state is exactly what enters the LM
 head, whatever the head does with it: fused, chunked or restricted heads included. Under autocast
-they are handed on in its dtype, in which the head reads them too. An objective that
+to bfloat16 hidden states are handed on in it, as a head in its scope reads them. An objective that
 reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cross-entropy sees
 (what the head returns may be scaled or capped after it), or on decoder layers too.
 """
@@ -163,7 +163,8 @@ class Attached:
         # Activation checkpointing runs layers again in the backward pass: the decoder does not
         # run then, and what they return is not of a forward pass.
         if self._running and torch.is_grad_enabled():
-            self._earlier[index] = output[0] if isinstance(output, (tuple, list)) else output
+            states = output[0] if isinstance(output, (tuple, list)) else output
+            self._earlier[index] = _as_the_head_reads(states)
 
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
@@ -289,15 +290,16 @@ def _last_hidden(output: Any) -> Tensor:
 
 
 def _as_the_head_reads(hidden: Tensor) -> Tensor:
-    """float32 hidden states in the dtype of autocast, if it is on.
+    """float32 hidden states in bfloat16 under its autocast.
 
     The norm before the head returns float32 there (its weight is), whose products would take an
-    objective many times as long.
+    objective many times as long. float16 lacks the exponents for gradients that nobody scaled.
     """
     device = hidden.device.type
-    if hidden.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+    if hidden.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
         return hidden
-    return hidden.to(torch.get_autocast_dtype(device))
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return hidden.to(dtype) if dtype == torch.bfloat16 else hidden
 
 
 def _logits(output: Any) -> Tensor | None:

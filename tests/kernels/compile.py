@@ -31,8 +31,8 @@ from simreg.kernels.reference import EPS
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 INPUTS = ("h", "m", "out")
 INTEGERS = {"index": "*i64", "labels": "*i64", "segments": "*i64", "runs": "*i32", "count": "*i32"}
-FLOATS = ("norm", "lse", "by_row", "by_col", "slots", "into", "ends", "unit", "radial", "powers")
-DIVISIBLE = ("length", "dim", "panel")  # by 16, as they are in any model
+FLOATS = ("norm", "lse", "by_row", "by_col", "into", "ends", "unit", "radial", "powers")
+DIVISIBLE = ("dim",)  # by 16: wider hidden states are padded
 
 
 def variants(
@@ -77,8 +77,7 @@ def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
 
 
 def _becomes_constant(parameter: KernelParam, kind: str) -> bool:
-    at_least_a_tile = parameter.name in ("panel", "width", "stride")
-    return kind == "i32" and not parameter.do_not_specialize and not at_least_a_tile
+    return kind == "i32" and not parameter.do_not_specialize
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -3,11 +3,12 @@
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.fuzz import SMALL
+from benchmarks.fuzz import small_blocks
 from simreg.kernels import blockwise
 from simreg.loss import VARIANTS
 
@@ -25,16 +26,15 @@ def problem(batch, length, dim, classes, segments=0, dtype=torch.float64, seed=0
 
 
 @contextmanager
-def small_tiles(backend: str, **limits: int) -> Iterator[None]:
-    """Tiles of 16 tokens, `SMALL` for triton; `limits` replace byte limits of its kernels."""
+def small_tiles(backend: str, blocks: Any = None, **limits: int) -> Iterator[None]:
+    """Tiles of 16 tokens, for triton `blocks`; `limits` replace byte limits of its kernels."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "blockwise":
             patch.setattr(blockwise, "block", lambda device: 16)
         elif TRITON:
             from simreg.kernels import triton
 
-            small = triton.Blocks(SMALL, SMALL, 8, 1, 1, SMALL, SMALL, 1, 1)
-            patch.setattr(triton, "blocks", lambda *_: small)
+            patch.setattr(triton, "blocks", lambda *_: blocks or small_blocks(0))
             for name, value in limits.items():
                 patch.setattr(triton, name, value)
         yield

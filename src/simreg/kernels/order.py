@@ -18,7 +18,7 @@ class Order(NamedTuple):
 
     position: Tensor  # in the unsorted row
     valid: Tensor
-    segment: Tensor  # index of its segment's first token; ignored tokens are a segment of their own
+    segment: Tensor  # index of its segment's first token; an ignored token's means nothing
     label: Tensor  # index of the first token of its segment with its label
     positives: Tensor  # |P(i)|, 0 where ignored
     negatives: Tensor  # |A(i) ∖ P(i)|, 0 where ignored

@@ -6,7 +6,8 @@ in the row. runs: int32 [4, B, L], first token and end of the token's segment, t
 + its last grid index, its row tile is counted from `first_tile`: a launch covers a panel of row
 tiles (`panel` tokens) of some batch rows. Products are of raw hidden states, in their dtype with
 float32 sums; 1/‖h‖ and 1/τ scale them in float32. BOUNDED: e^(2/τ) is far from what float32 holds,
-so exponentials are taken of s − 1/τ ≤ 0, one of each pair for its row and its column.
+so exponentials are taken of s − 1/τ ≤ 0, one of each pair for its row and its column. EVEN: the
+embedding fills the tiles it is loaded in.
 """
 
 import triton
@@ -101,9 +102,13 @@ def _within(runs, first, end, rows, cols, valid):
 
 @triton.jit
 def _all_within(runs, end, i, j, last, TILE: tl.constexpr):
-    """Whether each pair of tile (i, j) is of one segment; `last` is the last valid row of i."""
-    before = (tl.load(runs + last) <= j * TILE) & (tl.load(runs + end + i * TILE) >= (j + 1) * TILE)
-    return before & (i != j) & ((i + 1) * TILE <= last + 1)
+    """Whether all columns of tile (i, j) are in the segment of each row; `last`: its last valid.
+
+    Rows beyond that are not asked: what a tile says of them is not read.
+    """
+    starts_before = tl.load(runs + last) <= j * TILE
+    ends_after = tl.load(runs + end + i * TILE) >= (j + 1) * TILE
+    return starts_before & ends_after & (i != j)
 
 
 @triton.jit
@@ -202,7 +207,7 @@ def sums(
     Σ of positives, with IN their logsumexp, with PUSH Σ max(0, s − edge) of candidates; POSITIVES:
     Σ softplus(lse − s), Σ sigmoid(lse − s). BOUNDED: Σ exp(s − 1/τ) in place of each logsumexp.
     """
-    launched, local = tl.num_programs(1), tl.program_id(1)
+    batch_rows, local = tl.num_programs(1), tl.program_id(1)
     i, j = _place(tl.program_id(0), tiles, panel // TILE)
     i += first_tile
     if j < i:
@@ -226,7 +231,7 @@ def sums(
     parts = _eighths(products, TILE, TILE) if PARTS == 8 else _quarters(products, TILE, TILE)
     row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
     row_lse = tl.load(lse + base + rows, mask=rows < valid, other=0) if MODE == POSITIVES else 0
-    stride = launched.to(tl.int64) * tiles * panel
+    stride = batch_rows.to(tl.int64) * tiles * panel
     by_row += (local * tiles + j).to(tl.int64) * panel + rows - first_tile * TILE
     by_col += (local * (panel // TILE) + i - first_tile).to(tl.int64) * tiles * TILE
     LAST: tl.constexpr = 4 if MODE == IN else 3
@@ -287,9 +292,8 @@ def sums(
 def _softmax(s, e, row_lse, row_weight, col_lse, col_weight, largest, BOUNDED: tl.constexpr):
     """exp(s − lse) times its weight, for the row and the column of each pair, added up."""
     if BOUNDED:
-        by_row = tl.where(row_weight == 0, 0.0, row_weight * tl.exp(largest - row_lse))
-        by_col = tl.where(col_weight == 0, 0.0, col_weight * tl.exp(largest - col_lse))
-        return e * (by_row + by_col)
+        # NaN for a token without such pairs (0 · ∞), of which none is read.
+        return e * (row_weight * tl.exp(largest - row_lse) + col_weight * tl.exp(largest - col_lse))
     return tl.exp(s - row_lse) * row_weight + tl.exp(s - col_lse) * col_weight
 
 

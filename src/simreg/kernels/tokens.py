@@ -8,8 +8,7 @@ import triton.language as tl
 
 # Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
 VARYING = (
-    "batches", "length", "first_row", "first_tile", "first_slot", "tiles", "panel", "parts",
-    "slot_count", "stride", "steps",
+    "batches", "length", "first_row", "first_tile", "tiles", "panel", "parts", "steps",
 )  # fmt: skip
 
 

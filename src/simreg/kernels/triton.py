@@ -24,7 +24,7 @@ from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
-M = 256 * 2**20  # bytes of whole rows of it: more would save few launches
+WHOLE_ROWS = 256 * 2**20  # bytes of M at a time, if it need not come in panels
 TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.norms, triton.JITFunction)
 BOUNDED = 0.05
@@ -62,10 +62,12 @@ def blocks(dtype: torch.dtype, device: torch.device) -> Blocks:
     With 4 warps to a tile a multiprocessor has two at a time.
     """
     if dtype == torch.float32:
-        return Blocks(64, 32, 4, 4, 3, wide=64, step=32, wide_warps=4, wide_stages=6)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return Blocks(64, 32, 8, 4, 3, wide=64, step=32, wide_warps=4, wide_stages=6)
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if major == 9:
         return Blocks(128, 64, 8, 4, 3, wide=256, step=64, wide_warps=8, wide_stages=8)
-    return Blocks(128, 64, 4, 8, 3, wide=128, step=64, wide_warps=8, wide_stages=6)
+    parts = 8 if major == 10 else 4
+    return Blocks(128, 64, parts, 8, 3, wide=128, step=64, wide_warps=8, wide_stages=6)
 
 
 class Launch(NamedTuple):
@@ -162,7 +164,7 @@ class Problem:
             self.hidden, self.order.position, self.count, self.norm, self.runs, *tensors,
             self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
-            PUSH=form.push != 0, BOUNDED=form.temperature >= BOUNDED, EVEN=self.dim % b.depth == 0,
+            PUSH=form.push != 0, BOUNDED=_bounded(form), EVEN=self.dim % b.depth == 0,
             TILE=b.tile, DEPTH=b.depth, PARTS=b.parts, SMALLEST=EPS, INTERPRETED=INTERPRETED,
             num_warps=b.warps, num_stages=b.stages, **flags,
         )  # fmt: skip
@@ -212,7 +214,7 @@ def _over_launches(
     problem: Problem, lse: Tensor, form: Form, sums: int, mode: int, logs: int, labels: int
 ) -> Tensor:
     merged = problem.per_token(sums, 2)
-    bounded = form.temperature >= BOUNDED
+    bounded = _bounded(form)
     merged[:, 0], merged[:, 1] = 1 / form.temperature if bounded else -torch.inf, 0
     slots = None
     for launch in problem.launches(problem.slot_bytes(sums), SLOTS):
@@ -221,6 +223,11 @@ def _over_launches(
         problem.over_pairs(tiles.sums, launch, lse, *slots, form=form, MODE=mode)
         problem.merge(slots, merged, launch, logs=0 if bounded else logs, labels=labels)
     return merged
+
+
+def _bounded(form: Form) -> bool:
+    """Whether exponentials are of s − 1/τ (see `tiles`)."""
+    return form.temperature >= BOUNDED
 
 
 def _logarithm(merged: Tensor) -> Tensor:
@@ -244,9 +251,10 @@ def backward(
     rescaled = hidden.dtype == torch.float16
     powers = unit = norm  # which are not read
     if rescaled:
-        weights = [1, 3, 4][: len(stacked) - 2]  # in the order of `Ends`
-        powers, unit = _scales(norm, stacked[weights])
-        stacked[weights] *= unit[:, None]
+        weights = [stacked[1], *stacked[3:]]  # in the order of `Ends`
+        powers, unit = _scales(norm, weights)
+        for weight in weights:
+            weight *= unit[:, None]
     out = torch.empty_like(problem.hidden)
 
     b = problem.blocks
@@ -254,7 +262,7 @@ def backward(
     room = SCRATCH // 2 + hidden.numel() * hidden.element_size()
     room = max(0, room - TOKEN * labels.numel() - room // 16)  # statistics, and slots beside M
     symmetric = tile_bytes * problem.tiles <= room
-    limit = min(room, max(M, tile_bytes * problem.tiles)) if symmetric else room
+    limit = min(room, max(WHOLE_ROWS, tile_bytes * problem.tiles)) if symmetric else room
     slots = m = None
     for launch in problem.launches(tile_bytes, limit):
         del slots, m  # before the next are allocated
@@ -277,12 +285,12 @@ def backward(
     return out[..., : hidden.shape[-1]].contiguous()
 
 
-def _scales(norm: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _scales(norm: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """What brings M into the range of float16.
 
     Args:
         norm: ``[B, L]``, sorted.
-        weights: ``[n, B, L]``, of the terms of G.
+        weights: each ``[B, L]``, of the terms of G.
 
     Returns:
         powers of two near 1/‖h‖, ``[B, L]``, to multiply H and not M with; ``unit`` ``[B]``, by
@@ -290,5 +298,5 @@ def _scales(norm: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     inverse = 1 / norm.clamp_min(EPS)
     powers = torch.ldexp(torch.ones_like(inverse), torch.frexp(inverse).exponent)
-    weight = weights.abs().nan_to_num(0, 0, 0).amax((0, 2))
+    weight = torch.stack(weights).abs().nan_to_num(0, 0, 0).amax((0, 2))
     return powers, 2**12 / weight.clamp_min(1e-30)
