@@ -39,8 +39,7 @@ def test_kernels_compile_for_a_single_token():
     [
         (80, "bfloat16", ()),
         (90, "bfloat16", ()),
-        (90, "bfloat16", ("push",)),
-        (90, "bfloat16", ("unbounded",)),
+        (90, "bfloat16", ("push", "unbounded")),
         (100, "bfloat16", ()),
         (90, "float16", ()),
         (90, "float32", ()),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.fuzz import small_blocks
 from simreg.kernels import triton
 from simreg.kernels.order import Form
 from simreg.plan import costs
@@ -51,8 +52,7 @@ def test_symmetry_in_backward_is_where_triton_has_it(
     monkeypatch.setattr(triton.Problem, "over_pairs", watch)
     monkeypatch.setattr(triton, "SCRATCH", 2**15)
     monkeypatch.setattr(costs, "SCRATCH", 2**15)
-    small = triton.Blocks(tile=32, depth=32, wide=32, warps=4, stages=2)
-    monkeypatch.setattr(triton, "blocks", lambda dtype, device: small)
+    monkeypatch.setattr(triton, "blocks", lambda dtype, device: small_blocks(0))
     hidden, labels = torch.randn(rows, length, 64), torch.randint(9, (rows, length))
     saved = triton.forward(hidden, labels, None, Form(0.1, "out"))
     triton.backward(torch.ones_like(saved[0]), hidden, labels, None, saved[3:], Form(0.1, "out"))
