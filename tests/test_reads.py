@@ -48,6 +48,16 @@ def step(model, objective):
     return found
 
 
+def test_earlier_states_are_rounded_under_autocast_as_the_final_ones():
+    model, keeps = build(), Keeps(depths=(0.5,))
+    ids, labels = batch()[:2]
+    with attach(model, keeps) as reg, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=labels)
+        reg(labels).backward()
+    dtypes = {state.dtype for state in (keeps.seen["hidden"], *keeps.seen["earlier"])}
+    assert dtypes == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral", "gpt2", "neox", "opt"])
 def test_they_are_what_the_model_says(name):
     model, keeps = build(name), Keeps(logits=True, depths=(0.5, 1.0, 0.2))
