@@ -35,7 +35,7 @@ from simreg.kernels.triton import Blocks
 from simreg.recipe import provenance
 
 CUDA = torch.device("cuda")
-KERNELS = ("describe", "norms", "sums", "merge", "gradients", "apply")
+KERNELS = ("find_runs", "norms", "sums", "merge", "gradients", "apply")
 PROFILED = 3
 
 
@@ -56,9 +56,8 @@ class Options:
     out: Path = Path(__file__).parent / "results" / "tune-cuda.json"
 
 
-def candidates() -> Iterator[Blocks]:
+def candidates(default: Blocks) -> Iterator[Blocks]:
     """The default; tiles of S, with the rest as it is; tiles of dH, likewise."""
-    default = triton.blocks(torch.bfloat16, CUDA)
     yield default
     for depth, warps, stages in itertools.product((32, 64), (4, 8), (2, 3, 4, 5)):
         yield default._replace(depth=depth, warps=warps, stages=stages)
@@ -108,7 +107,7 @@ def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
 def main(options: Options) -> None:
     default = triton.blocks(getattr(torch, options.dtype), CUDA)
     shapes = problem.shapes(options.shapes, options.tokens, [options.dtype], [None])
-    choices = list(dict.fromkeys(candidates()))
+    choices = list(dict.fromkeys(candidates(default)))
     compile_ = partial(compiled, dims=[shape.dim for shape in shapes], dtype=options.dtype)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         reasons = list(pool.map(compile_, choices))

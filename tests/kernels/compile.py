@@ -45,7 +45,7 @@ def variants(
     rescaled = {"RESCALED": dtype == "float16"}
     yield tokens.norms, {"TOKENS": 16, "DEPTH": 128}, 4, 3
     for segmented in (False, True):
-        yield tokens.describe, {"SEGMENTED": segmented, "TOKENS": 128}, 4, 3
+        yield tokens.find_runs, {"SEGMENTED": segmented, "TOKENS": 128}, 4, 3
     for mode in range(4):
         pushing = push and mode != tiles.POSITIVES.value
         yield tiles.sums, {"MODE": mode, "PUSH": pushing, **pairs}, *shape

@@ -177,7 +177,7 @@ def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
 
     torch.use_deterministic_algorithms(False)
     monkeypatch.undo()
-    for name in ("describe", "norms", "merge"):
+    for name in ("find_runs", "norms", "merge"):
         monkeypatch.setattr(tokens, name, Unlaunched())
     for name in ("sums", "gradients", "apply"):
         monkeypatch.setattr(tiles, name, Unlaunched())

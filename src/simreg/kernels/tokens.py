@@ -43,7 +43,7 @@ def _search(
 
 
 @launched
-def describe(
+def find_runs(
     index, labels, segments, runs, count, batches, length, parts, steps,
     SEGMENTED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip

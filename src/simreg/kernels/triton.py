@@ -112,7 +112,7 @@ class Problem:
         count = index.new_empty(self.batch, dtype=torch.int32)
         parts = triton.cdiv(self.length, 128)
         ids = index if segments is None else segments.long().contiguous()
-        tokens.describe[(parts * self.batch,)](
+        tokens.find_runs[(parts * self.batch,)](
             index, labels.long().contiguous(), ids, runs, count,
             self.batch, self.length, parts, self.length.bit_length(),
             SEGMENTED=segments is not None, TOKENS=128,
