@@ -217,8 +217,11 @@ def per_token(
     check_options(form, chunk_size, backend)
     check_tensors(hidden, labels, segments)
     check_transforms(hidden)
-    valid = (labels != ignore_index) & (labels >= 0)
-    h, y, g = hidden, labels.masked_fill(~valid, -1), segments
+    valid, y = labels >= 0, labels
+    if ignore_index >= 0:
+        valid &= labels != ignore_index
+        y = labels.masked_fill(~valid, -1)
+    h, g = hidden, segments
     if hidden.ndim == 2:
         h, y, g = h[None], y[None], None if g is None else g[None]
     batch, length = y.shape
@@ -235,10 +238,11 @@ def per_token(
         h, y = h.reshape(rows, chunk, h.shape[-1]), y.reshape(rows, chunk)
         g = None if g is None else g.reshape(rows, chunk)
     options = float(form.temperature), form.variant, float(form.push), float(form.push_above)
-    results = op.loss(h, y, g, *options, backend)[:3]
-    loss, pos_cos, neg_cos = (
-        r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in results
-    )
+    loss, pos_cos, neg_cos = op.loss(h, y, g, *options, backend)[:3]
+    if loss.shape != labels.shape:
+        loss, pos_cos, neg_cos = (
+            r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in (loss, pos_cos, neg_cos)
+        )
     return loss, pos_cos, neg_cos, valid
 
 

@@ -31,7 +31,11 @@ from simreg.kernels.reference import EPS
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 INPUTS = ("h", "m", "out")
 INTEGERS = {"index": "*i64", "labels": "*i64", "segments": "*i64", "runs": "*i32", "count": "*i32"}
-FLOATS = ("norm", "lse", "by_row", "by_col", "into", "ends", "unit", "radial", "powers")
+FLOATS = (
+    "norm", "lse", "by_row", "by_col", "into", "ends", "unit", "radial", "powers",
+    "merged", "gaps", "statistic", "loss", "pos_cos", "neg_cos", "grad",
+)  # fmt: skip
+SCALARS = ("temperature", "inverse_temperature", "edge", "push")
 DIVISIBLE = ("dim",)  # by 16: wider hidden states are padded
 
 
@@ -46,8 +50,12 @@ def variants(
     yield tokens.norms, {"TOKENS": 16, "DEPTH": 128}, 4, 3
     for segmented in (False, True):
         yield tokens.find_runs, {"SEGMENTED": segmented, "TOKENS": 128}, 4, 3
+    for mode in range(3):
+        flags = {"MODE": mode, "PUSH": push, "TOKENS": 128}
+        yield tokens.results, {**flags, "BOUNDED": bounded}, 4, 3
+        yield tokens.ends, flags, 4, 3
     for mode in range(4):
-        pushing = push and mode != tiles.POSITIVES.value
+        pushing = push and mode != tokens.POSITIVES.value
         yield tiles.sums, {"MODE": mode, "PUSH": pushing, **pairs}, *shape
     for mode in range(3):
         for symmetric in (True, False):
@@ -72,7 +80,7 @@ def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
         elif name in FLOATS:
             types[name] = "*fp32"
         else:
-            types[name] = "fp32" if name in ("inverse_temperature", "edge") else "i32"
+            types[name] = "fp32" if name in SCALARS else "i32"
     return types
 
 
@@ -96,7 +104,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def main(capability: int, dtype: str, *, single: bool, push: bool, bounded: bool) -> None:
     known = divmod(capability, 10)
-    with mock.patch("torch.cuda.get_device_capability", return_value=known):
+    with mock.patch.object(host, "capability", return_value=known):
         blocks = host.blocks(getattr(torch, dtype), torch.device("cuda"))
     for kernel, constants, warps, stages in variants(
         dtype, blocks, push=push, bounded=bounded, even=not single

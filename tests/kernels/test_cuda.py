@@ -31,3 +31,28 @@ def test_a_long_sequence_keeps_to_its_memory():
     simreg_loss(hidden, labels, backend="triton").backward()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= 2 * hidden.numel() * 2 + 64 * 2**20  # design: twice hidden, and 64 MiB
+
+
+def test_captured_in_a_graph():
+    """Nothing waits for the host, so a training step with the loss can be replayed."""
+    hidden = torch.randn(2, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    other = torch.randn_like(hidden)
+    labels = torch.randint(0, 9, (2, 300), device="cuda")
+
+    def step():
+        loss = simreg_loss(hidden, labels, push=1.0, backend="triton")
+        return loss, *torch.autograd.grad(loss, hidden)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        hidden.copy_(other)
+    graph.replay()
+    for ours, eager in zip(replayed, step(), strict=True):
+        assert torch.equal(ours, eager)

@@ -223,5 +223,5 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
     hidden, labels, _ = problem(1, 9, 4, 3, dtype=torch.float32)
     with pytest.raises(ValueError, match="backend: 'triton' can't be used: it needs an NVIDIA GPU"):
         simreg_loss(hidden, labels, backend="triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(triton, "capability", lambda device: (7, 5))
     assert triton.obstacle(torch.device("cuda")) == "it needs compute capability 8.0, not 7.5"

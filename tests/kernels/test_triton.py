@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import fuzz
 from simreg.kernels.order import Form
@@ -157,6 +158,18 @@ class Unlaunched:
         return lambda *arguments, **constants: None
 
 
+def _unlaunched(monkeypatch):
+    from simreg.kernels import tiles, tokens, triton
+
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.undo()
+    for name in ("find_runs", "norms", "merge", "results", "ends"):
+        monkeypatch.setattr(tokens, name, Unlaunched())
+    for name in ("sums", "gradients", "apply"):
+        monkeypatch.setattr(tiles, name, Unlaunched())
+    monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 8, 4, 3, 256, 64, 8, 8))
+
+
 SHAPES = [
     (32, 2048, 768),
     (8, 8192, 4096),
@@ -173,15 +186,9 @@ SHAPES = [
 @pytest.mark.parametrize("push", [0.0, 3.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
-    from simreg.kernels import tiles, tokens, triton
+    from simreg.kernels import triton
 
-    torch.use_deterministic_algorithms(False)
-    monkeypatch.undo()
-    for name in ("find_runs", "norms", "merge"):
-        monkeypatch.setattr(tokens, name, Unlaunched())
-    for name in ("sums", "gradients", "apply"):
-        monkeypatch.setattr(tiles, name, Unlaunched())
-    monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 8, 4, 3, 256, 64, 8, 8))
+    _unlaunched(monkeypatch)
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     labels = torch.empty(shape[:2], dtype=torch.int64, device="meta")
     form = Form(0.1, variant, push)
@@ -195,3 +202,34 @@ def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
         grad = triton.backward(loss, hidden, labels, None, saved, form)
     assert grad.shape == hidden.shape
     assert hidden.numel() * 2 < backward.peak <= budget - kept
+
+
+class Operations(TorchDispatchMode):
+    """Names of torch's operators that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not (function.is_view or name.startswith(("empty", "new_empty"))):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("push", [0.0, 3.0])
+def test_nothing_is_computed_around_the_kernels(monkeypatch, push):
+    """At short rows the host's time would be longer than the kernels'."""
+    from simreg.kernels import triton
+
+    _unlaunched(monkeypatch)
+    hidden = torch.empty(32, 2048, 768, dtype=torch.bfloat16, device="meta")
+    labels = torch.empty(32, 2048, dtype=torch.int64, device="meta")
+    form = Form(0.1, "out", push)
+    with Operations() as forward:
+        loss, _, _, *saved = triton.forward(hidden, labels, None, form)
+    assert forward.names == ["sort"]
+    with Operations() as backward:
+        triton.backward(loss, hidden, labels, None, saved, form)
+    assert backward.names == []

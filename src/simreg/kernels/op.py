@@ -11,6 +11,7 @@ on tensors that `simreg.loss` has checked; `saved` are the last four results of 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -20,6 +21,7 @@ from simreg.kernels import blockwise, reference
 from simreg.kernels.order import Form
 
 log = logging.getLogger("simreg")
+_name = cache(torch.cuda.get_device_name)
 
 
 def choose(hidden: Tensor, backend: str) -> tuple[str, str]:
@@ -39,7 +41,7 @@ def choose(hidden: Tensor, backend: str) -> tuple[str, str]:
         return backend, "asked for"
     if obstacle:
         return "blockwise", f"not triton: {obstacle}"
-    return "triton", f"{hidden.dtype} on {torch.cuda.get_device_name(hidden.device)}"
+    return "triton", f"{hidden.dtype} on {_name(hidden.device)}"
 
 
 def _no_triton(hidden: Tensor) -> str | None:

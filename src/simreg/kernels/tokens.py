@@ -9,7 +9,9 @@ import triton.language as tl
 # Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
 VARYING = (
     "batches", "length", "first_row", "first_tile", "tiles", "panel", "parts", "steps",
+    "row_stride", "token_stride",
 )  # fmt: skip
+OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
 
 
 def launched(function):
@@ -129,8 +131,9 @@ def merge(
     """Adds the slots of a launch (`tiles.sums`) to `into`, those of each token in order.
 
     into: [SUMS, 2, B, L]: the sum, or with bit k of LOGS the largest exponent seen and the sum of
-    exponentials below it. Only the tiles of a token's segment (bit k of LABELS: its label) wrote;
-    SYMMETRIC: those from its own tile on by row, those before it by column; else all by row.
+    exponentials below it; what is there before the first launch of a token is not read. Only the
+    tiles of a token's segment (bit k of LABELS: its label) wrote; SYMMETRIC: those from its own
+    tile on by row, those before it by column, in panel after panel; else all by row, in one.
     """
     local, tile = tl.program_id(1), tl.program_id(0)
     if not SYMMETRIC:
@@ -142,6 +145,7 @@ def merge(
     t = tile * TILE + tl.arange(0, TILE)
     inside = t < length
     in_panel = inside & (tile >= first_tile) & (tile < first_tile + height)
+    again = inside & (tl.zeros_like(t) < (first_tile if SYMMETRIC else 0))
     by_row += local.to(tl.int64) * tiles * panel + t - first_tile * TILE
     by_col += local.to(tl.int64) * height * tiles * TILE + t
     for k in tl.static_range(SUMS):
@@ -149,8 +153,8 @@ def merge(
         low = tl.load(run, mask=inside, other=0) // TILE
         high = tl.cdiv(tl.load(run + per_run, mask=inside, other=0), TILE)
         known = into + 2 * k * per_run + base + t
-        total = tl.load(known + per_run, mask=inside, other=0)
-        top = tl.load(known, mask=inside, other=float("-inf")) if (LOGS >> k) & 1 else total
+        total = tl.load(known + per_run, mask=again, other=0)
+        top = tl.load(known, mask=again, other=float("-inf")) if (LOGS >> k) & 1 else total
         first, last = tl.maximum(low, tile if SYMMETRIC else 0), tl.where(in_panel, high, 0)
         top, total = _add(by_row, panel, top, total, first, last, inside, (LOGS >> k) & 1)
         if SYMMETRIC:
@@ -164,3 +168,107 @@ def merge(
         tl.store(known + per_run, total, mask=inside)
         by_row += stride
         by_col += stride
+
+
+@triton.jit
+def _sizes(runs, per_run, inside):
+    """|P(i)| and |A(i)| of tokens, 0 where ignored."""
+    start = tl.load(runs, mask=inside, other=0)
+    end = tl.load(runs + per_run, mask=inside, other=0)
+    first = tl.load(runs + 2 * per_run, mask=inside, other=0)
+    last = tl.load(runs + 3 * per_run, mask=inside, other=0)
+    return tl.maximum(last - first - 1, 0), tl.maximum(end - start - 1, 0)
+
+
+@launched
+def results(
+    merged, gaps, index, count, runs, norm, lse, statistic, loss, pos_cos, neg_cos,
+    batches, length, parts, temperature, inverse_temperature, push,
+    MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """As `order.losses`, from merged sums: loss and cosines unsorted, lse and statistic sorted.
+
+    merged: [sums, 2, B, L] of `tiles.sums`. DECOUPLED: lse is given, gaps are those of POSITIVES.
+    A batch row in `parts` programs.
+    """
+    row = tl.program_id(0) // parts
+    t = tl.program_id(0) % parts * TOKENS + tl.arange(0, TOKENS)
+    inside = t < length
+    base, per_run = row.to(tl.int64) * length, batches.to(tl.int64) * length
+    to = base + tl.load(index + base + t, mask=inside, other=0)
+    t += base
+    positives, candidates = _sizes(runs + t, per_run, inside)
+    merged += t
+    negative = tl.load(merged + 3 * per_run, mask=inside, other=0)
+    positive = tl.load(merged + 5 * per_run, mask=inside, other=0)
+    some = tl.maximum(positives, 1).to(tl.float32)
+    if MODE == DECOUPLED:
+        gaps += t
+        found = tl.load(gaps + per_run, mask=inside, other=0) / some
+        tl.store(statistic + t, tl.load(gaps + 3 * per_run, mask=inside, other=0) / some, inside)
+    else:
+        denominator = _logarithm(merged, per_run, inverse_temperature, inside, BOUNDED)
+        tl.store(lse + t, denominator, mask=inside)
+        if MODE == IN:
+            summed = merged + 6 * per_run
+            numerator = _logarithm(summed, per_run, inverse_temperature, inside, BOUNDED)
+            found = denominator - numerator + tl.log(some)
+        else:
+            numerator = tl.zeros([TOKENS], tl.float32)
+            found = denominator - positive / some
+        tl.store(statistic + t, numerator, mask=inside)
+    found = tl.where(positives == 0, 0.0, found)
+    if PUSH:
+        SUM: tl.constexpr = 4 if MODE == IN else 3
+        excess = tl.load(merged + (2 * SUM + 1) * per_run, mask=inside, other=0)
+        mean = temperature * excess / tl.maximum(candidates, 1)
+        found += push * tl.where(candidates == 0, 0.0, mean)
+    valid = t - base < tl.load(count + row)
+    finite = tl.abs(tl.load(norm + t, mask=inside, other=0)) < float("inf")
+    found = tl.where(valid & (finite == 0), float("nan"), found)
+    tl.store(loss + to, found, mask=inside)
+    negatives = candidates - positives
+    cosine = positive * temperature / some
+    tl.store(pos_cos + to, tl.where(positives == 0, float("nan"), cosine), mask=inside)
+    cosine = negative * temperature / tl.maximum(negatives, 1)
+    tl.store(neg_cos + to, tl.where(negatives == 0, float("nan"), cosine), mask=inside)
+
+
+@triton.jit
+def _logarithm(merged, per_run, inverse_temperature, inside, BOUNDED: tl.constexpr):
+    total = tl.log(tl.load(merged + per_run, mask=inside, other=1))
+    if BOUNDED:
+        return total + inverse_temperature
+    top = tl.load(merged, mask=inside, other=0)
+    return total + tl.where(top == float("-inf"), 0.0, top)
+
+
+@launched
+def ends(
+    grad, index, runs, lse, statistic, into,
+    batches, length, parts, row_stride, token_stride, inverse_temperature, push,
+    MODE: tl.constexpr, PUSH: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """As `order.ends`, stacked: into [4 or with PUSH 5, B, L], sorted, from dL/dloss, unsorted.
+
+    A batch row in `parts` programs.
+    """
+    row = tl.program_id(0) // parts
+    t = tl.program_id(0) % parts * TOKENS + tl.arange(0, TOKENS)
+    inside = t < length
+    base, per_run = row.to(tl.int64) * length, batches.to(tl.int64) * length
+    at = tl.load(index + base + t, mask=inside, other=0) * token_stride
+    upstream = tl.load(grad + row.to(tl.int64) * row_stride + at, mask=inside, other=0)
+    t += base
+    positives, candidates = _sizes(runs + t, per_run, inside)
+    of_positives = tl.load(statistic + t, mask=inside, other=0)
+    weight = tl.where(positives == 0, 0.0, upstream * inverse_temperature)
+    into += t
+    tl.store(into, tl.load(lse + t, mask=inside, other=0), mask=inside)
+    tl.store(into + per_run, weight * of_positives if MODE == DECOUPLED else weight, mask=inside)
+    tl.store(into + 2 * per_run, of_positives, mask=inside)
+    pull = weight if MODE == IN else weight / tl.maximum(positives, 1)
+    tl.store(into + 3 * per_run, pull, mask=inside)
+    if PUSH:
+        hinge = push * upstream / tl.maximum(candidates, 1)
+        tl.store(into + 4 * per_run, tl.where(candidates == 0, 0.0, hinge), mask=inside)

@@ -11,6 +11,7 @@ there are the size of `hidden` and SCRATCH (design §5).
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simreg.kernels import tiles, tokens
-from simreg.kernels.order import Form, Order, Sums, ends, losses, sort_tokens
+from simreg.kernels.order import Form, sort_tokens
 from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
@@ -29,7 +30,11 @@ TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.norms, triton.JITFunction)
 BOUNDED = 0.05
 """The temperature from which on exponentials of s − 1/τ keep clear of float32's limits."""
-_MODES = {"out": tiles.OUT.value, "in": tiles.IN.value, "decoupled": tiles.DECOUPLED.value}
+_MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
+_TOKENS = 128  # to a program that looks at each token alone
+
+
+capability = cache(torch.cuda.get_device_capability)
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -38,7 +43,7 @@ def obstacle(device: torch.device) -> str | None:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it needs an NVIDIA GPU, not {'ROCm' if torch.version.hip else device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return None if major >= 8 else f"it needs compute capability 8.0, not {major}.{minor}"
 
 
@@ -63,7 +68,7 @@ def blocks(dtype: torch.dtype, device: torch.device) -> Blocks:
     """
     if dtype == torch.float32:
         return Blocks(64, 32, 8, 4, 3, wide=64, step=32, wide_warps=4, wide_stages=6)
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    major = capability(device)[0] if device.type == "cuda" else 0
     if major == 9:
         return Blocks(128, 64, 8, 4, 3, wide=256, step=64, wide_warps=8, wide_stages=8)
     parts = 8 if major == 10 else 4
@@ -97,25 +102,19 @@ class Problem:
         self.batch, self.length, self.dim = self.hidden.shape
         self.blocks = blocks(hidden.dtype, hidden.device)
         self.tiles: int = triton.cdiv(self.length, self.blocks.tile)
-        self.runs, self.count = self._runs(labels, segments, index)
-        start, end, first, last = self.runs.unbind()
-        alike = last - first
-        self.order = Order(
-            index, end > start, start, first, (alike - 1).clamp_min(0), end - start - alike
-        )
+        self.index = index
+        self.parts: int = triton.cdiv(self.length, _TOKENS)
+        self.runs, self.count = self._runs(labels, segments)
         self.norm: Tensor = self._norms() if norm is None else norm
 
-    def _runs(
-        self, labels: Tensor, segments: Tensor | None, index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        runs = index.new_empty((4, *index.shape), dtype=torch.int32)
-        count = index.new_empty(self.batch, dtype=torch.int32)
-        parts = triton.cdiv(self.length, 128)
-        ids = index if segments is None else segments.long().contiguous()
-        tokens.find_runs[(parts * self.batch,)](
-            index, labels.long().contiguous(), ids, runs, count,
-            self.batch, self.length, parts, self.length.bit_length(),
-            SEGMENTED=segments is not None, TOKENS=128,
+    def _runs(self, labels: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        runs = self.index.new_empty((4, self.batch, self.length), dtype=torch.int32)
+        count = self.index.new_empty(self.batch, dtype=torch.int32)
+        ids = self.index if segments is None else segments.long().contiguous()
+        tokens.find_runs[(self.parts * self.batch,)](
+            self.index, labels.long().contiguous(), ids, runs, count,
+            self.batch, self.length, self.parts, self.length.bit_length(),
+            SEGMENTED=segments is not None, TOKENS=_TOKENS,
         )  # fmt: skip
         return runs, count
 
@@ -123,7 +122,7 @@ class Problem:
         norm = self.per_token()
         parts = triton.cdiv(self.length, 16)
         tokens.norms[(parts * self.batch,)](
-            self.hidden, self.order.position, self.count, norm, parts, self.length, self.dim,
+            self.hidden, self.index, self.count, norm, parts, self.length, self.dim,
             TOKENS=16, DEPTH=128,
         )  # fmt: skip
         return norm
@@ -161,7 +160,7 @@ class Problem:
         """Run `tiles.sums` or `tiles.gradients` on every pair of tiles of a launch."""
         b = self.blocks
         kernel[(launch.tiles * self.tiles, launch.rows)](
-            self.hidden, self.order.position, self.count, self.norm, self.runs, *tensors,
+            self.hidden, self.index, self.count, self.norm, self.runs, *tensors,
             self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
             PUSH=form.push != 0, BOUNDED=_bounded(form), EVEN=self.dim % b.depth == 0,
@@ -192,36 +191,38 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
     problem = Problem(hidden, labels, segments, sort_tokens(labels, segments))
-    order = problem.order
     own = 4 if form.variant == "in" else 3  # in the order of `tiles.sums`
     logs, labels_only = (0b1001, 0b1100) if own == 4 else (0b001, 0b100)
     sums, mode = own + bool(form.push), _MODES[form.variant]
-    merged = _over_launches(problem, problem.norm, form, sums, mode, logs, labels_only)
-    found = Sums(_logarithm(merged[0]), merged[2, 1], merged[1, 1])
-    if form.push:
-        found = found._replace(excess=merged[own, 1])
-    if form.variant == "in":
-        found = found._replace(numerator=_logarithm(merged[3]))
-    elif form.variant == "decoupled":
-        mode, form_of_gaps = tiles.POSITIVES.value, form._replace(push=0.0)
-        merged = _over_launches(problem, found.lse, form_of_gaps, 2, mode, 0, 0b11)
-        found = found._replace(softplus=merged[0, 1], slope=merged[1, 1])
-    *results, statistic = losses(found, order, problem.norm, form)
-    return (*map(order.unsort, results), order.position, problem.norm, found.lse, statistic)
+    merged = gaps = _over_launches(problem, problem.norm, form, sums, mode, logs, labels_only)
+    if form.variant == "decoupled":
+        lse = _logarithm(merged[0], form)
+        mode_of_gaps, form_of_gaps = tokens.POSITIVES.value, form._replace(push=0.0)
+        gaps = _over_launches(problem, lse, form_of_gaps, 2, mode_of_gaps, 0, 0b11)
+    else:
+        lse = problem.per_token()
+    statistic, loss, pos_cos, neg_cos = (problem.per_token() for _ in range(4))
+    tokens.results[(problem.parts * problem.batch,)](
+        merged, gaps, problem.index, problem.count, problem.runs, problem.norm, lse, statistic,
+        loss, pos_cos, neg_cos,
+        problem.batch, problem.length, problem.parts,
+        form.temperature, 1 / form.temperature, form.push,
+        MODE=mode, PUSH=form.push != 0, BOUNDED=_bounded(form), TOKENS=_TOKENS,
+    )  # fmt: skip
+    return loss, pos_cos, neg_cos, problem.index, problem.norm, lse, statistic
 
 
 def _over_launches(
     problem: Problem, lse: Tensor, form: Form, sums: int, mode: int, logs: int, labels: int
 ) -> Tensor:
     merged = problem.per_token(sums, 2)
-    bounded = _bounded(form)
-    merged[:, 0], merged[:, 1] = 1 / form.temperature if bounded else -torch.inf, 0
+    logs = 0 if _bounded(form) else logs
     slots = None
     for launch in problem.launches(problem.slot_bytes(sums), SLOTS):
         del slots  # before the next are allocated
         slots = problem.slots(sums, launch)
         problem.over_pairs(tiles.sums, launch, lse, *slots, form=form, MODE=mode)
-        problem.merge(slots, merged, launch, logs=0 if bounded else logs, labels=labels)
+        problem.merge(slots, merged, launch, logs=logs, labels=labels)
     return merged
 
 
@@ -230,8 +231,11 @@ def _bounded(form: Form) -> bool:
     return form.temperature >= BOUNDED
 
 
-def _logarithm(merged: Tensor) -> Tensor:
+def _logarithm(merged: Tensor, form: Form) -> Tensor:
+    """Of sums ``[2, B, L]`` as `tokens.merge` leaves them."""
     top, total = merged.unbind()
+    if _bounded(form):
+        return total.log() + 1 / form.temperature
     return total.log() + top.masked_fill(top == -torch.inf, 0)
 
 
@@ -246,8 +250,13 @@ def backward(
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
     index, norm, lse, statistic = saved
     problem = Problem(hidden, labels, segments, index, norm)
-    order = problem.order
-    stacked = ends(grad, order, lse, statistic, form).stack()
+    stacked = problem.per_token(5 if form.push else 4)
+    tokens.ends[(problem.parts * problem.batch,)](
+        grad, index, problem.runs, lse, statistic, stacked,
+        problem.batch, problem.length, problem.parts, *grad.stride(),
+        1 / form.temperature, form.push,
+        MODE=_MODES[form.variant], PUSH=form.push != 0, TOKENS=_TOKENS,
+    )  # fmt: skip
     rescaled = hidden.dtype == torch.float16
     powers = unit = norm  # which are not read
     if rescaled:
@@ -272,7 +281,7 @@ def backward(
             tiles.gradients, launch, stacked, powers, m, *slots, form=form,
             MODE=_MODES[form.variant], SYMMETRIC=symmetric, RESCALED=rescaled,
         )  # fmt: skip
-        radial = problem.per_token(1, 2).zero_()
+        radial = problem.per_token(1, 2)
         problem.merge(slots, radial, launch, symmetric=symmetric)
         tiles.apply[(triton.cdiv(problem.dim, b.wide), launch.tiles, launch.rows)](
             problem.hidden, index, problem.count, norm, problem.runs, radial[0, 1], powers, unit, m,
