@@ -24,16 +24,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import KernelParam
 
-from simreg.kernels import tiles, tokens
+from simreg.kernels import epilogues, tiles, tokens
 from simreg.kernels import triton as host
+from simreg.kernels.order import Ends
 from simreg.kernels.reference import EPS
 
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 INPUTS = ("h", "m", "out")
 INTEGERS = {"index": "*i64", "labels": "*i64", "segments": "*i64", "runs": "*i32", "count": "*i32"}
+for known in ("place", "segment", "label"):
+    INTEGERS |= {f"row_{known}": "*i32", f"col_{known}": "*i32"}
 FLOATS = (
-    "norm", "lse", "by_row", "by_col", "into", "ends", "unit", "radial", "powers",
-    "merged", "gaps", "statistic", "loss", "pos_cos", "neg_cos", "grad",
+    "products", "sums", "norm", "lse", "by_row", "by_col", "into", "ends", "unit", "radial",
+    "powers", "merged", "gaps", "statistic", "loss", "pos_cos", "neg_cos", "grad", *Ends._fields,
 )  # fmt: skip
 SCALARS = ("temperature", "inverse_temperature", "edge", "push")
 DIVISIBLE = ("dim",)  # by 16: wider hidden states are padded
@@ -61,8 +64,16 @@ def variants(
         for symmetric in (True, False):
             flags = {"MODE": mode, "PUSH": push, "SYMMETRIC": symmetric, **rescaled}
             yield tiles.gradients, {**flags, **pairs}, *shape
+    for mode in range(4):
+        flags = {"MODE": mode, "PUSH": push and mode != tokens.POSITIVES.value}
+        piece = {"ROWS": 8, "COLS": 128, "SMALLEST": EPS}
+        yield epilogues.row_sums, {**flags, **piece}, 4, 3
+        if mode != tokens.POSITIVES.value:
+            yield epilogues.entries, {**flags, **piece, "INTERPRETED": False}, 4, 3
     merging = {"LABELS": 0b1100, "LOGS": 0 if bounded else 0b1001, "SYMMETRIC": True}
-    yield tokens.merge, {"SUMS": 5 if push else 4, **merging, "TILE": blocks.tile}, 4, 3
+    for again in (True, False):
+        flags = {"SUMS": 5 if push else 4, **merging, "AGAIN": again, "TILE": blocks.tile}
+        yield tokens.merge, flags, 4, 3
     wide = {"DEPTH": blocks.step, "WIDE": blocks.wide}
     yield tiles.apply, {**rescaled, **wide, **size}, blocks.wide_warps, blocks.wide_stages
 
@@ -77,7 +88,7 @@ def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
             types[name] = DTYPES[dtype]
         elif name in INTEGERS:
             types[name] = INTEGERS[name]
-        elif name in FLOATS:
+        elif name.removeprefix("row_").removeprefix("col_") in FLOATS:
             types[name] = "*fp32"
         else:
             types[name] = "fp32" if name in SCALARS else "i32"

@@ -36,11 +36,13 @@ def test_as_accurate_as_the_naive_loss(seed):
 @each_variant
 @pytest.mark.parametrize("limits", [{}, LIMITS], ids=["whole", "panels"])
 @pytest.mark.parametrize(
-    ("length", "segments"), [(1, 0), (2, 0), (16, 0), (33, 0), (50, 3), (120, 2)]
+    ("length", "segments", "push"),
+    [(1, 0, 0), (2, 0, 2), (16, 0, 0), (33, 0, 2), (50, 3, 2), (120, 2, 0)],
 )
-def test_equals_the_reference(variant, limits, length, segments):
+def test_equals_the_reference(variant, limits, length, segments, push):
     hidden, labels, ids = problem(2, length, 5, 7, segments, dtype=torch.float32)
-    options = {"variant": variant, "segments": None if ids is None else ids.to(DEVICE)}
+    ids = None if ids is None else ids.to(DEVICE)
+    options = {"variant": variant, "segments": ids, "push": float(push), "push_above": 0.2}
     hidden, labels = hidden.to(DEVICE), labels.to(DEVICE)
     truth = value_and_grad(per_token, hidden.double(), labels, backend="reference", **options)
     with small_tiles("triton", **limits):
@@ -102,7 +104,10 @@ def test_nan_is_not_hidden():
     loss, grad = value_and_grad(per_token, hidden, labels, backend="triton")
     assert loss.isnan().all()
     assert grad.isnan().all()
-    labels = torch.arange(40)[None]  # without positives, the push alone meets it
+    labels = torch.arange(40)[None]  # nobody has positives: only with a push do others meet it
+    loss = per_token(hidden, labels, backend="triton")
+    assert loss.isnan().sum() == 1
+    assert loss[0, 7].isnan()
     loss, grad = value_and_grad(per_token, hidden, labels, backend="triton", push=1)
     assert loss.isnan().all()
     assert grad.isnan().all()

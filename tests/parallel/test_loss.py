@@ -12,6 +12,7 @@ from simreg import SimRegLoss, simreg_loss
 from simreg.kernels import rectangular
 from simreg.loss import VARIANTS
 from simreg.parallel import ShardedSimRegLoss, sharded_simreg_loss, shards
+from tests.kernels.problems import needs_triton
 from tests.kernels.problems import problem as plain_problem
 from tests.parallel import worlds
 
@@ -62,15 +63,51 @@ def test_sharded_rows_are_whole_rows(ranks):
     worlds.run(_random_problems, ranks, ranks, range(100 * ranks, 100 * ranks + 40))
 
 
+@pytest.mark.parametrize("kernels", ["fused", "plain"])
 @pytest.mark.parametrize("seed", range(0, 120, 3))
-def test_products_of_bfloat16_are_as_accurate_as_the_naive_loss(monkeypatch, seed):
-    """What CUDA does with bfloat16, its product being exact here."""
-    monkeypatch.setattr(rectangular, "_mixed", lambda hidden: hidden.dtype == torch.bfloat16)
-    monkeypatch.setattr(rectangular, "_product", lambda a, b: torch.bmm(a.float(), b.float()))
+def test_products_of_bfloat16_are_as_accurate_as_the_naive_loss(monkeypatch, seed, kernels):
+    """What CUDA does with bfloat16, its product being exact here; with Triton and without."""
+    if kernels == "plain":
+        monkeypatch.setattr(rectangular, "no_triton", lambda hidden: "not asked for")
+    elif seed % 2:
+        fused = pytest.importorskip("simreg.kernels.fused")
+        monkeypatch.setattr(fused, "ROWS", 4)
+        monkeypatch.setattr(fused, "COLS", 8)
+    worlds.as_on_cuda(monkeypatch)
     monkeypatch.setattr(shards, "block", lambda device: worlds.BLOCK)
     problem = fuzz.random_problem(seed, worlds.BLOCK)
     problem = problem._replace(hidden=problem.hidden.bfloat16())
     check(problem, [torch.arange(problem.labels.shape[1])], 0)
+
+
+@needs_triton
+def test_fused_kernels_do_not_hide_nan(monkeypatch):
+    worlds.as_on_cuda(monkeypatch)
+    monkeypatch.setattr(shards, "block", lambda device: worlds.BLOCK)
+    hidden, labels, _ = plain_problem(1, 40, 8, 3, dtype=torch.bfloat16)
+    hidden[0, 7, 2] = torch.nan
+    hidden, labels = hidden.requires_grad_(), labels.clamp_min(0)
+    loss = sharded_simreg_loss(hidden, labels, reduction="none")
+    assert loss.isnan().all()
+    loss.sum().backward()
+    assert hidden.grad.isnan().all()
+
+
+def _fused_problems(rank, seeds):
+    with pytest.MonkeyPatch.context() as patch:
+        worlds.as_on_cuda(patch)
+        for seed in seeds:
+            problem = fuzz.random_problem(seed, worlds.BLOCK)
+            problem = problem._replace(hidden=problem.hidden.bfloat16())
+            length = problem.labels.shape[1]
+            parts = worlds.deal(LAYOUTS[seed % 4], length, 2, seed)
+            check(problem, parts, rank, group=dist.group.WORLD)
+            check(problem, [torch.arange(length)] * 2, rank, replicas=dist.group.WORLD)
+
+
+@needs_triton
+def test_fused_kernels_meet_pieces_and_turns():
+    worlds.run(_fused_problems, 2, range(2000, 2030))
 
 
 def _replicated_and_both(rank, seeds):

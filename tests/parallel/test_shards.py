@@ -85,13 +85,13 @@ def _copies(rank, ranks):
     labels = torch.arange(LENGTH)[None] % 7
     with pytest.MonkeyPatch.context() as patch:
         wire, pairs = Wire(patch), []
-        similarity = rectangular._similarity
+        similarities = rectangular.Plain._similarities
 
-        def counted(rows, cols, b, row, tile, tau):
-            pairs.append((row.stop - row.start) * (tile.cols.stop - tile.cols.start))
-            return similarity(rows, cols, b, row, tile, tau)
+        def counted(plain, cols, pair):
+            pairs.append((pair.row.stop - pair.row.start) * (pair.col.stop - pair.col.start))
+            return similarities(plain, cols, pair)
 
-        patch.setattr(rectangular, "_similarity", counted)
+        patch.setattr(rectangular.Plain, "_similarities", counted)
         sharded_simreg_loss(hidden, labels, replicas=dist.group.WORLD).backward()
         share = (ranks - 1) * LENGTH // ranks  # tokens that others computed
         header = (ranks - 1) * peers.HEADER_BYTES

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import fuzz
+from simreg.kernels import rectangular
 from simreg.kernels.reference import EPS
 from simreg.parallel import loss as parallel_loss
 from simreg.parallel import shards
@@ -36,6 +37,12 @@ def _enter(rank, path, processes, worker, arguments):
         except BaseException as error:  # pytest's own would end the process without a word
             raise RuntimeError(f"rank {rank}: {error}") from error
     leave()
+
+
+def as_on_cuda(patch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is multiplied as there, but exactly; Triton's kernels are interpreted."""
+    patch.setattr(rectangular, "mixed", lambda hidden: hidden.dtype == torch.bfloat16)
+    patch.setattr(rectangular, "product", lambda a, b: torch.bmm(a.float(), b.float()))
 
 
 def deal(layout: str, length: int, ranks: int, seed: int = 0) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ def choose(hidden: Tensor, backend: str) -> tuple[str, str]:
         return backend, "asked for"
     if backend == "auto" and not hidden.is_cuda:
         return "blockwise", f"not triton: the device is {hidden.device.type}"
-    obstacle = _no_triton(hidden)
+    obstacle = no_triton(hidden)
     if backend == "triton":
         if obstacle:
             raise ValueError(f"backend: 'triton' can't be used: {obstacle}")
@@ -44,7 +44,7 @@ def choose(hidden: Tensor, backend: str) -> tuple[str, str]:
     return "triton", f"{hidden.dtype} on {_name(hidden.device)}"
 
 
-def _no_triton(hidden: Tensor) -> str | None:
+def no_triton(hidden: Tensor) -> str | None:
     """Why the Triton kernels can't take `hidden`; None if they can."""
     if hidden.dtype == torch.float64:
         return "it has no float64"

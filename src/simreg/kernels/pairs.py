@@ -58,7 +58,12 @@ class _LogSumExp:
         top.copy_(new)
 
     def value(self) -> Tensor:
-        return self.total.log() + self.top.masked_fill(self.top == -torch.inf, 0)
+        return logarithm(self.top, self.total)
+
+
+def logarithm(top: Tensor, total: Tensor) -> Tensor:
+    """Of a sum of exponentials below the largest exponent; −inf without any."""
+    return total.log() + top
 
 
 class Running:
@@ -95,7 +100,8 @@ class Gaps:
 
     def __init__(self, lse: Tensor) -> None:
         self.lse = lse
-        self.softplus, self.slope = torch.zeros_like(lse), torch.zeros_like(lse)
+        self.both = lse.new_zeros(2, *lse.shape)
+        self.softplus, self.slope = self.both
 
     def add(self, s: Tensor, tile: Tile, span: slice, dim: int) -> None:
         """As `Running.add`, of a tile that has positives."""

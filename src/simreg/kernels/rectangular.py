@@ -5,14 +5,19 @@ serves its rows alone: the tokens of its columns belong to somebody else, who co
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from simreg.kernels.order import Ends, Form, Order, losses
+from simreg.kernels.op import no_triton
+from simreg.kernels.order import Ends, Form, Order, Sums, losses
 from simreg.kernels.pairs import Gaps, Running, Tile, gradient, through_norm, wide
 from simreg.kernels.reference import EPS
+
+if TYPE_CHECKING:
+    from simreg.kernels.fused import Fused
 
 
 class Span(NamedTuple):
@@ -26,7 +31,7 @@ class Span(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of each row in sorted order; ``[B, n]`` each."""
+    """Tokens of each row in sorted order; ``[B, n]`` each, int32, contiguous."""
 
     place: Tensor  # in the sorted row that holds everybody's tokens
     segment: Tensor  # as in `Order`, places of that row
@@ -44,11 +49,10 @@ class Piece(NamedTuple):
     norm: Tensor  # [B, c]: of all rows, like the next
     ends: Ends | None = None  # for the gradient
 
-    def embed(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[1, c, d]`` of a tile's columns and 1/‖h‖ ``[1, c, 1]``."""
-        row = tile.batch.start - self.first
-        hidden = self.hidden[row : row + 1, tile.cols]
-        return hidden, _inverse(self.norm[tile.batch, tile.cols])
+    def take(self, pair: "Pair") -> Tensor:
+        """Hidden states ``[1, c, d]`` of a tile's columns."""
+        row = pair.batch - self.first
+        return self.hidden[row : row + 1, pair.cols]
 
 
 class Rows(NamedTuple):
@@ -59,11 +63,10 @@ class Rows(NamedTuple):
     hidden: Tensor  # [B, l, d], not sorted
     norm: Tensor  # [B, n]
 
-    def embed(self, batch: int, span: Span) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[1, r, d]`` of a span and 1/‖h‖ ``[1, r, 1]``."""
+    def take(self, batch: int, span: Span) -> Tensor:
+        """Hidden states ``[1, r, d]`` of a span."""
         index = self.order.position[batch, span.start : span.stop]
-        hidden = self.hidden[batch].index_select(0, index)[None]
-        return hidden, _inverse(self.norm[batch : batch + 1, span.start : span.stop])
+        return self.hidden[batch].index_select(0, index)[None]
 
 
 def describe(place: Tensor, order: Order, size: int) -> list[Tokens]:
@@ -93,19 +96,48 @@ def split(place: Tensor, segment: Tensor, label: Tensor, valid: Tensor, size: in
         ]
         for source in torch.stack(edges, -1).tolist()
     ]
-    whole = zip(place.int(), segment.int(), label.int(), spans, strict=True)
-    return [Tokens(*parts) for parts in whole]
+    keys = (values.int().contiguous() for values in (place, segment, label))
+    return [Tokens(*parts) for parts in zip(*keys, spans, strict=True)]
 
 
-def tiles(rows: Tokens, cols: Piece) -> Iterator[tuple[int, Span, Tile]]:
-    """Batch row, span of its tokens, and tile, wherever there may be a pair of candidates."""
+class Pair(NamedTuple):
+    """Spans of a row and a piece that may hold candidates of each other: a tile."""
+
+    batch: int
+    row: Span
+    col: Span
+    start: int  # of the piece
+
+    @property
+    def cols(self) -> slice:
+        """Of the piece."""
+        return slice(self.col.start - self.start, self.col.stop - self.start)
+
+    @property
+    def segmented(self) -> bool:
+        """Whether there are several segments."""
+        return len({*self.row.segments, *self.col.segments}) > 1
+
+    @property
+    def touching(self) -> bool:
+        """Whether there may be positives."""
+        return overlap(self.row.labels, self.col.labels)
+
+    @property
+    def own(self) -> bool:
+        """Whether a token may meet itself, which is not its own candidate."""
+        return overlap(self.row.places, self.col.places)
+
+
+def tiles(rows: Tokens, cols: Piece) -> Iterator[Pair]:
+    """Wherever there may be a pair of candidates."""
     for b in range(cols.first, cols.first + len(cols.hidden)):
         for col in cols.tokens.spans[b]:
             if not 0 <= col.start - cols.start < cols.hidden.shape[1]:
                 continue
             for row in rows.spans[b]:
                 if overlap(row.segments, col.segments):
-                    yield b, row, _tile(rows, cols, b, row, col)
+                    yield Pair(b, row, col, cols.start)
 
 
 def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -113,27 +145,29 @@ def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] <= other[1] and other[0] <= one[1]
 
 
-def _tile(rows: Tokens, cols: Piece, b: int, row: Span, col: Span) -> Tile:
+def _masked(rows: Tokens, cols: Piece, pair: Pair) -> Tile:
+    b, row, col = pair.batch, pair.row, pair.col
+
     def equal(mine: Tensor, theirs: Tensor) -> Tensor:
         left, right = mine[b, row.start : row.stop], theirs[b, col.start : col.stop]
         return (left[:, None] == right)[None]
 
-    theirs, one_segment = cols.tokens, len({*row.segments, *col.segments}) == 1
-    candidate = None if one_segment else equal(rows.segment, theirs.segment)
-    positive = equal(rows.label, theirs.label) if overlap(row.labels, col.labels) else None
-    if overlap(row.places, col.places):  # a token is not its own candidate
+    theirs = cols.tokens
+    candidate = equal(rows.segment, theirs.segment) if pair.segmented else None
+    positive = equal(rows.label, theirs.label) if pair.touching else None
+    if pair.own:
         other = ~equal(rows.place, theirs.place)
         candidate = other if candidate is None else candidate & other
         positive = None if positive is None else positive & other
-    columns = slice(col.start - cols.start, col.stop - cols.start)
-    return Tile(slice(b, b + 1), slice(row.start, row.stop), columns, candidate, positive)
+    return Tile(slice(b, b + 1), slice(row.start, row.stop), pair.cols, candidate, positive)
 
 
-def _inverse(norm: Tensor) -> Tensor:
+def inverse(norm: Tensor) -> Tensor:
+    """1/‖h‖, ``[..., 1]``."""
     return 1 / norm[..., None].clamp_min(EPS)
 
 
-def _mixed(hidden: Tensor) -> bool:
+def mixed(hidden: Tensor) -> bool:
     """Whether products are of bfloat16 with sums in float32, as GPUs do them: exact, and fast.
 
     Elsewhere embeddings are widened first; float16 too, whose range does not hold the gradient.
@@ -141,26 +175,58 @@ def _mixed(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == torch.bfloat16
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Of bfloat16, in float32."""
     return torch.bmm(left, right, out_dtype=torch.float32)
 
 
-def _similarity(rows: Rows, cols: Piece, b: int, row: Span, tile: Tile, tau: float) -> Tensor:
-    mine, my_inverse = rows.embed(b, row)
-    theirs, inverse = cols.embed(tile)
-    if _mixed(mine):
-        s = _product(mine, theirs.mT)
-        return s.mul_(my_inverse / tau).mul_(inverse.mT)
-    dtype = wide(mine.dtype)
-    return torch.bmm(mine.to(dtype) * my_inverse, (theirs.to(dtype) * inverse).mT).div_(tau)
+class Plain:
+    """Sums over tiles, and their gradient, in plain PyTorch."""
 
+    def __init__(self, rows: Rows, form: Form) -> None:
+        self.rows, self.form = rows, form
 
-def _pulled(g: Tensor, cols: Piece, tile: Tile) -> Tensor:
-    """G·E of a tile, ``[1, r, d]``; overwrites G."""
-    theirs, inverse = cols.embed(tile)
-    if _mixed(theirs):
-        return _product(g.mul_(inverse.mT).to(theirs.dtype), theirs)
-    return torch.bmm(g, theirs.to(g.dtype) * inverse)
+    @cached_property
+    def running(self) -> Running:
+        """What was added."""
+        return Running(self.rows.norm, self.form)
+
+    def add(self, cols: Piece, pair: Pair) -> None:
+        """A tile to the sums of its rows."""
+        s, tile = self._similarities(cols, pair)
+        self.running.add(s, tile, tile.rows, -1)
+
+    def add_gaps(self, cols: Piece, pair: Pair, gaps: Gaps) -> None:
+        """A tile with positives to what "decoupled" sums when the rest is known."""
+        s, tile = self._similarities(cols, pair)
+        gaps.add(s, tile, tile.rows, -1)
+
+    def sums(self) -> Sums:
+        """What was added."""
+        return self.running.sums()
+
+    def pulled(self, cols: Piece, pair: Pair, ends: Ends) -> Tensor:
+        """G·E of a tile, ``[1, r, d]``; `ends` of the rows, the piece has its own."""
+        assert cols.ends is not None
+        s, tile = self._similarities(cols, pair)
+        g = gradient(s, tile, ends, cols.ends, self.form)
+        theirs, scale = cols.take(pair), inverse(cols.norm[tile.batch, tile.cols])
+        if mixed(theirs):
+            return product(g.mul_(scale.mT).to(theirs.dtype), theirs)
+        return torch.bmm(g, theirs.to(g.dtype) * scale)
+
+    def _similarities(self, cols: Piece, pair: Pair) -> tuple[Tensor, Tile]:
+        tile, tau = _masked(self.rows.tokens, cols, pair), self.form.temperature
+        mine, theirs = self.rows.take(pair.batch, pair.row), cols.take(pair)
+        rows, columns = (
+            inverse(self.rows.norm[tile.batch, tile.rows]),
+            inverse(cols.norm[tile.batch, tile.cols]),
+        )
+        if mixed(mine):
+            return product(mine, theirs.mT).mul_(rows / tau).mul_(columns.mT), tile
+        dtype = wide(mine.dtype)
+        s = torch.bmm(mine.to(dtype) * rows, (theirs.to(dtype) * columns).mT)
+        return s.div_(tau), tile
 
 
 def norms(hidden: Tensor, order: Order, tokens: Tokens) -> Tensor:
@@ -181,22 +247,28 @@ def forward(
 
     Each call of `pieces` brings everybody's tokens; "decoupled" calls it twice.
     """
-    running = Running(rows.norm, form)
+    work = _work(rows, form)
     for cols in pieces():
-        for b, row, tile in tiles(rows.tokens, cols):
-            s = _similarity(rows, cols, b, row, tile, form.temperature)
-            running.add(s, tile, tile.rows, -1)
-    sums = running.sums()
+        for pair in tiles(rows.tokens, cols):
+            work.add(cols, pair)
+    sums = work.sums()
     if form.variant == "decoupled":
         gaps = Gaps(sums.lse)
         for cols in pieces():
-            for b, row, tile in tiles(rows.tokens, cols):
-                if tile.positive is not None:
-                    s = _similarity(rows, cols, b, row, tile, form.temperature)
-                    gaps.add(s, tile, tile.rows, -1)
+            for pair in tiles(rows.tokens, cols):
+                if pair.touching:
+                    work.add_gaps(cols, pair, gaps)
         sums = sums._replace(softplus=gaps.softplus, slope=gaps.slope)
     *results, statistic = losses(sums, rows.order, rows.norm, form)
     return (*results, sums.lse, statistic)  # type: ignore[return-value]
+
+
+def _work(rows: Rows, form: Form) -> "Plain | Fused":
+    if mixed(rows.hidden) and no_triton(rows.hidden) is None:
+        from simreg.kernels.fused import Fused
+
+        return Fused(rows, form)
+    return Plain(rows, form)
 
 
 def backward(
@@ -211,15 +283,13 @@ def backward(
     """
     shape = (*rows.norm.shape, rows.hidden.shape[-1])
     grad_e = torch.zeros(shape, dtype=rows.norm.dtype, device=rows.norm.device)
+    work = _work(rows, form)
     for cols in pieces:
-        assert cols.ends is not None
-        for b, row, tile in tiles(rows.tokens, cols):
-            s = _similarity(rows, cols, b, row, tile, form.temperature)
-            g = gradient(s, tile, ends, cols.ends, form)
-            grad_e[tile.batch, tile.rows] += _pulled(g, cols, tile)
+        for pair in tiles(rows.tokens, cols):
+            row = slice(pair.row.start, pair.row.stop)
+            grad_e[pair.batch, row] += work.pulled(cols, pair, ends)[0]
     for b, spans in enumerate(rows.tokens.spans):
         for span in spans:
-            hidden, inverse = rows.embed(b, span)
-            norm = rows.norm[b, span.start : span.stop, None]
-            e = hidden[0].to(norm.dtype) * inverse[0]
-            yield b, span, through_norm(grad_e[b, span.start : span.stop], e, norm)
+            norm = rows.norm[b, span.start : span.stop]
+            e = rows.take(b, span)[0].to(norm.dtype) * inverse(norm)
+            yield b, span, through_norm(grad_e[b, span.start : span.stop], e, norm[:, None])

@@ -9,7 +9,8 @@ import triton.language as tl
 # Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
 VARYING = (
     "batches", "length", "first_row", "first_tile", "tiles", "panel", "parts", "steps",
-    "row_stride", "token_stride",
+    "row_stride", "token_stride", "row", "rows", "col", "at", "cols", "tokens", "segmented",
+    "touching", "own",
 )  # fmt: skip
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
 
@@ -126,14 +127,14 @@ def _add(slots, width, top, total, low, high, inside, LOG: tl.constexpr):
 def merge(
     by_row, by_col, into, runs, batches, length, first_row, first_tile, tiles, panel,
     SUMS: tl.constexpr, LOGS: tl.constexpr, LABELS: tl.constexpr, SYMMETRIC: tl.constexpr,
-    TILE: tl.constexpr,
+    AGAIN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the slots of a launch (`tiles.sums`) to `into`, those of each token in order.
+    """Adds the slots of a launch (`tiles.sums`) up in `into`, those of each token in order.
 
     into: [SUMS, 2, B, L]: the sum, or with bit k of LOGS the largest exponent seen and the sum of
-    exponentials below it; what is there before the first launch of a token is not read. Only the
-    tiles of a token's segment (bit k of LABELS: its label) wrote; SYMMETRIC: those from its own
-    tile on by row, those before it by column, in panel after panel; else all by row, in one.
+    exponentials below it. Only the tiles of a token's segment (bit k of LABELS: its label) wrote;
+    SYMMETRIC: those from its own tile on by row, those before it by column; else all by row.
+    AGAIN: earlier launches left sums of the same tokens there; else it is not read.
     """
     local, tile = tl.program_id(1), tl.program_id(0)
     if not SYMMETRIC:
@@ -145,7 +146,6 @@ def merge(
     t = tile * TILE + tl.arange(0, TILE)
     inside = t < length
     in_panel = inside & (tile >= first_tile) & (tile < first_tile + height)
-    again = inside & (tl.zeros_like(t) < (first_tile if SYMMETRIC else 0))
     by_row += local.to(tl.int64) * tiles * panel + t - first_tile * TILE
     by_col += local.to(tl.int64) * height * tiles * TILE + t
     for k in tl.static_range(SUMS):
@@ -153,8 +153,11 @@ def merge(
         low = tl.load(run, mask=inside, other=0) // TILE
         high = tl.cdiv(tl.load(run + per_run, mask=inside, other=0), TILE)
         known = into + 2 * k * per_run + base + t
-        total = tl.load(known + per_run, mask=again, other=0)
-        top = tl.load(known, mask=again, other=float("-inf")) if (LOGS >> k) & 1 else total
+        total, top = tl.zeros([TILE], tl.float32), tl.full([TILE], float("-inf"), tl.float32)
+        if AGAIN:
+            total = tl.load(known + per_run, mask=inside, other=0)
+            if (LOGS >> k) & 1:
+                top = tl.load(known, mask=inside, other=float("-inf"))
         first, last = tl.maximum(low, tile if SYMMETRIC else 0), tl.where(in_panel, high, 0)
         top, total = _add(by_row, panel, top, total, first, last, inside, (LOGS >> k) & 1)
         if SYMMETRIC:
@@ -182,7 +185,7 @@ def _sizes(runs, per_run, inside):
 
 @launched
 def results(
-    merged, gaps, index, count, runs, norm, lse, statistic, loss, pos_cos, neg_cos,
+    merged, gaps, index, runs, norm, lse, statistic, loss, pos_cos, neg_cos,
     batches, length, parts, temperature, inverse_temperature, push,
     MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -221,12 +224,9 @@ def results(
     if PUSH:
         SUM: tl.constexpr = 4 if MODE == IN else 3
         excess = tl.load(merged + (2 * SUM + 1) * per_run, mask=inside, other=0)
-        mean = temperature * excess / tl.maximum(candidates, 1)
-        found += push * tl.where(candidates == 0, 0.0, mean)
-    valid = t - base < tl.load(count + row)
-    finite = tl.abs(tl.load(norm + t, mask=inside, other=0)) < float("inf")
-    found = tl.where(valid & (finite == 0), float("nan"), found)
-    tl.store(loss + to, found, mask=inside)
+        found += push * temperature * excess / tl.maximum(candidates, 1)
+    finite = tl.load(norm + t, mask=inside, other=0) < float("inf")  # of ignored tokens 0
+    tl.store(loss + to, tl.where(finite, found, float("nan")), mask=inside)
     negatives = candidates - positives
     cosine = positive * temperature / some
     tl.store(pos_cos + to, tl.where(positives == 0, float("nan"), cosine), mask=inside)
@@ -239,8 +239,7 @@ def _logarithm(merged, per_run, inverse_temperature, inside, BOUNDED: tl.constex
     total = tl.log(tl.load(merged + per_run, mask=inside, other=1))
     if BOUNDED:
         return total + inverse_temperature
-    top = tl.load(merged, mask=inside, other=0)
-    return total + tl.where(top == float("-inf"), 0.0, top)
+    return total + tl.load(merged, mask=inside, other=0)
 
 
 @launched
@@ -271,4 +270,4 @@ def ends(
     tl.store(into + 3 * per_run, pull, mask=inside)
     if PUSH:
         hinge = push * upstream / tl.maximum(candidates, 1)
-        tl.store(into + 4 * per_run, tl.where(candidates == 0, 0.0, hinge), mask=inside)
+        tl.store(into + 4 * per_run, hinge, mask=inside)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from simreg.kernels import tiles, tokens
 from simreg.kernels.order import Form, sort_tokens
+from simreg.kernels.pairs import logarithm
 from simreg.kernels.reference import EPS
 
 SLOTS = 32 * 2**20  # bytes
@@ -30,7 +31,7 @@ TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.norms, triton.JITFunction)
 BOUNDED = 0.05
 """The temperature from which on exponentials of s − 1/τ keep clear of float32's limits."""
-_MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
+MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
 _TOKENS = 128  # to a program that looks at each token alone
 
 
@@ -178,11 +179,15 @@ class Problem:
         labels: int = 0,
         symmetric: bool = True,
     ) -> None:
-        """Add what a launch left in its slots to ``[sums, 2, B, L]``; see `tokens.merge`."""
+        """What a launch left in its slots to ``[sums, 2, B, L]``; see `tokens.merge`.
+
+        The first launch of a row overwrites.
+        """
         tokens.merge[(self.tiles if symmetric else launch.tiles, launch.rows)](
             *slots, into, self.runs, self.batch, self.length,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * self.blocks.tile,
-            SUMS=len(into), LOGS=logs, LABELS=labels, SYMMETRIC=symmetric, TILE=self.blocks.tile,
+            SUMS=len(into), LOGS=logs, LABELS=labels, SYMMETRIC=symmetric,
+            AGAIN=symmetric and launch.first_tile > 0, TILE=self.blocks.tile,
         )  # fmt: skip
 
 
@@ -193,7 +198,7 @@ def forward(
     problem = Problem(hidden, labels, segments, sort_tokens(labels, segments))
     own = 4 if form.variant == "in" else 3  # in the order of `tiles.sums`
     logs, labels_only = (0b1001, 0b1100) if own == 4 else (0b001, 0b100)
-    sums, mode = own + bool(form.push), _MODES[form.variant]
+    sums, mode = own + bool(form.push), MODES[form.variant]
     merged = gaps = _over_launches(problem, problem.norm, form, sums, mode, logs, labels_only)
     if form.variant == "decoupled":
         lse = _logarithm(merged[0], form)
@@ -203,7 +208,7 @@ def forward(
         lse = problem.per_token()
     statistic, loss, pos_cos, neg_cos = (problem.per_token() for _ in range(4))
     tokens.results[(problem.parts * problem.batch,)](
-        merged, gaps, problem.index, problem.count, problem.runs, problem.norm, lse, statistic,
+        merged, gaps, problem.index, problem.runs, problem.norm, lse, statistic,
         loss, pos_cos, neg_cos,
         problem.batch, problem.length, problem.parts,
         form.temperature, 1 / form.temperature, form.push,
@@ -236,7 +241,7 @@ def _logarithm(merged: Tensor, form: Form) -> Tensor:
     top, total = merged.unbind()
     if _bounded(form):
         return total.log() + 1 / form.temperature
-    return total.log() + top.masked_fill(top == -torch.inf, 0)
+    return logarithm(top, total)
 
 
 def backward(
@@ -255,7 +260,7 @@ def backward(
         grad, index, problem.runs, lse, statistic, stacked,
         problem.batch, problem.length, problem.parts, *grad.stride(),
         1 / form.temperature, form.push,
-        MODE=_MODES[form.variant], PUSH=form.push != 0, TOKENS=_TOKENS,
+        MODE=MODES[form.variant], PUSH=form.push != 0, TOKENS=_TOKENS,
     )  # fmt: skip
     rescaled = hidden.dtype == torch.float16
     powers = unit = norm  # which are not read
@@ -279,7 +284,7 @@ def backward(
         m = hidden.new_empty(launch.rows, launch.tiles * b.tile, problem.tiles * b.tile)
         problem.over_pairs(
             tiles.gradients, launch, stacked, powers, m, *slots, form=form,
-            MODE=_MODES[form.variant], SYMMETRIC=symmetric, RESCALED=rescaled,
+            MODE=MODES[form.variant], SYMMETRIC=symmetric, RESCALED=rescaled,
         )  # fmt: skip
         radial = problem.per_token(1, 2)
         problem.merge(slots, radial, launch, symmetric=symmetric)
