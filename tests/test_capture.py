@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from simreg.capture import attach
-from simreg.loss import SimRegLoss
+from simreg.loss import SimRegLoss, simreg_loss
 from tests.processes import leave, spawn
 
 transformers = pytest.importorskip("transformers")
@@ -324,11 +324,62 @@ def test_output_that_is_no_hidden_state(bad):
 
 
 def test_models_without_a_decoder_are_refused():
-    with pytest.raises(ValueError, match=r"no get_decoder.. on Own; pass module="):
+    with pytest.raises(ValueError, match=r"no decoder in Own .by get_decoder..*; pass module="):
         attach(Own(FORMS["tensor"]), Pull())
     t5 = transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1)
     with pytest.raises(ValueError, match="encoder-decoder"):
         attach(transformers.T5ForConditionalGeneration(t5), Pull())
+
+
+def test_other_tasks_are_refused():
+    bert = transformers.BertConfig(**SMALL | {"num_hidden_layers": 1})
+    for model in (
+        transformers.BertForMaskedLM(bert),
+        transformers.LlamaForSequenceClassification(CONFIGS["llama"]()),
+    ):
+        with pytest.raises(
+            ValueError, match=f"predicts the next token, got {type(model).__name__}"
+        ):
+            attach(model, Pull())
+
+
+def test_a_guess_of_transformers_that_is_the_head_or_the_model():
+    """`get_decoder` finds the Linear called decoder in the one, the model itself in the other."""
+    modern = transformers.ModernBertDecoderConfig(
+        **SMALL | {"num_hidden_layers": 1}, cls_token_id=1, sep_token_id=2, local_attention=8
+    )
+    llama4 = transformers.Llama4TextConfig(
+        **SMALL, head_dim=8, intermediate_size_mlp=24, num_local_experts=2, attention_chunk_size=8
+    )
+    for model, inside in (
+        (transformers.ModernBertDecoderForCausalLM(modern), lambda m: m.model),
+        (transformers.Llama4ForCausalLM(llama4), lambda m: m.model),
+    ):
+        seen = []
+        inside(model).register_forward_hook(lambda m, i, o: seen.append(o[0]))  # noqa: B023
+        reg = attach(model, SimRegLoss())
+        ids, labels = batch()
+        model(ids)
+        assert reg._hidden is seen[0]
+        assert reg(labels).requires_grad
+
+
+def test_what_is_no_objective_is_refused_at_once():
+    model, (ids, labels) = build(), batch()
+    with pytest.raises(ValueError, match=r"objective: .* the class SimRegLoss: add \(\)"):
+        attach(model, SimRegLoss)
+    for other in (simreg_loss, 0.3, None):
+        with pytest.raises(ValueError, match=r"objective: expected something like SimRegLoss\(\)"):
+            attach(model, other)
+    for module in ("model.norm", model.lm_head):
+        with pytest.raises(ValueError, match="module: "):
+            attach(model, Pull(), module=module)
+    reg = attach(model, SimRegLoss())
+    model(ids)
+    with pytest.raises(ValueError, match="labels: expected a tensor, got NoneType"):
+        reg(None)
+    with pytest.raises(ValueError, match=r"num_items: .* got \[2\]"):
+        reg(labels, num_items=torch.tensor([7, 8]))
 
 
 def test_hidden_states_serve_one_call():
@@ -345,8 +396,7 @@ def test_hidden_states_serve_one_call():
     model(ids[:1])  # of two passes the last one counts, and a misfit does not pass
     with pytest.raises(ValueError, match=r"labels: expected shape \[1, 12\].* got \[2, 12\]"):
         reg(labels)
-    with pytest.raises(RuntimeError, match="no hidden states"):
-        reg(labels[:1])
+    reg(labels[:1])  # what was refused consumed nothing
 
 
 def test_passes_without_gradients_are_passed_by():

@@ -242,6 +242,10 @@ def test_mean_counts_every_valid_label():
     torch.testing.assert_close(flat, loss[0])
     shifted = labels.masked_fill(labels == -100, -7)
     torch.testing.assert_close(per_token(hidden, shifted, ignore_index=-7), loss)
+    for ignored in (0, 3):
+        expected = per_token(hidden, labels.masked_fill(labels == ignored, -100))
+        assert torch.equal(per_token(hidden, labels, ignore_index=ignored), expected)
+        assert not torch.equal(expected, loss)
     torch.testing.assert_close(per_token(hidden, shifted), loss)  # negative labels are never valid
     assert simreg_loss(hidden, shifted) == simreg_loss(hidden, labels)
 

@@ -11,8 +11,11 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 (what the head returns may be scaled or capped after it), or on decoder layers too.
 """
 
+import inspect
 import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -24,6 +27,10 @@ from torch import Tensor, nn
 from simreg.objectives import Objective, Reads, reads
 
 IGNORE_INDEX = -100
+_OTHER_TASKS = re.compile(
+    "For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|"
+    "NextSentencePrediction)$"
+)
 
 
 def attach(
@@ -36,13 +43,16 @@ def attach(
     is the input of the LM head (its final norm, say): a tensor `[B, L, d]`, a tuple that starts
     with it, or an output with a `last_hidden_state`. Attach before the first call of a compiled
     model, since a compiled graph does not see hooks that come later. Several handles on one model,
-    even of one objective, are independent of each other.
+    even of one objective, are independent of each other. A head with layers of its own before the
+    last one (BERT's) is taken as a whole: hidden states are what enters it.
 
     Raises:
         ValueError: no decoder can be found, or the model is an encoder-decoder (its labels are
-            aligned with the decoder's positions, not shifted), or it has not what the objective
-            reads besides (a `get_output_embeddings()`, a list of layers).
+            aligned with the decoder's positions, not shifted) or no language model, or it has not
+            what the objective reads besides (a `get_output_embeddings()`, a list of layers); or
+            `objective` or `module` is none.
     """
+    _check_objective(objective)
     wanted = reads(objective)
     if module is None:
         decoder = _find_decoder(model)
@@ -57,6 +67,10 @@ def attach(
             f"module: {type(objective).__name__} reads more than final hidden states, which is "
             "found only in a model with a get_decoder(); leave module out"
         )
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module: expected a submodule of the model, got {module!r}")
+    if module is _head(_unwrap(model)):
+        raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
     return Attached(module, objective)
 
 
@@ -118,15 +132,20 @@ class Attached:
             RuntimeError: detached, or no forward pass since the last call.
             ValueError: `labels` or `segments` do not fit the hidden states.
         """
+        if self._hidden is not None:
+            _check("labels", labels, self._hidden)
+            if segments is not None:
+                _check("segments", segments, self._hidden)
         hidden, read = self._take()
-        _check("labels", labels, hidden)
-        if segments is not None:
-            _check("segments", segments, hidden)
         if shift:
             labels = shift_left(labels, getattr(self.objective, "ignore_index", IGNORE_INDEX))
         loss, metrics = self.objective(hidden, labels, segments, num_items=num_items, **read)
         self.metrics = {name: value.detach() for name, value in metrics.items()}
         return loss
+
+    def skip(self) -> None:
+        """Let go of what the last forward pass left, instead of a call."""
+        self._forget()
 
     def detach(self) -> None:
         """Remove the hooks and let go of what they hold; twice is harmless."""
@@ -220,8 +239,7 @@ class Attached:
 def _find_causal(model: nn.Module) -> nn.Module:
     """The model inside its wrappers, if it makes logits."""
     inner: nn.Module = _unwrap(model)
-    find = getattr(inner, "get_output_embeddings", None)
-    if not callable(find) or not isinstance(find(), nn.Module):
+    if _head(inner) is None:
         raise ValueError(
             f"model: found no get_output_embeddings() on {type(inner).__name__}, the LM head "
             "whose logits the objective reads"
@@ -247,19 +265,59 @@ def _find_layers(decoder: nn.Module, depths: Sequence[float]) -> list[nn.Module]
 
 def _find_decoder(model: nn.Module) -> nn.Module:
     inner = _unwrap(model)
+    if _OTHER_TASKS.search(type(inner).__name__):
+        raise ValueError(
+            f"model: expected a language model that predicts the next token, got "
+            f"{type(inner).__name__}"
+        )
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected a decoder-only language model, got {type(inner).__name__}, "
             "an encoder-decoder"
         )
-    find = getattr(inner, "get_decoder", None)
-    decoder = _unwrap(find()) if callable(find) else None
-    if not isinstance(decoder, nn.Module):
+    find, head = getattr(inner, "get_decoder", None), _head(inner)
+    # transformers guesses by names, and for some models finds the head, or the model itself.
+    names = ("base_model", "model")
+    found = [_unwrap(find()), *(getattr(inner, n, None) for n in names)] if callable(find) else []
+    for decoder in found:
+        if isinstance(decoder, nn.Module) and not _contains(decoder, head):
+            return decoder
+    raise ValueError(
+        f"model: found no decoder in {type(inner).__name__} (by get_decoder()); pass module=, the "
+        "submodule whose output enters the LM head (the final norm, say)"
+    )
+
+
+def _contains(decoder: nn.Module, head: nn.Module | None) -> bool:
+    """Whether the decoder is, or has, the LM head; one that is the input embedding may be in it."""
+    if head is None or isinstance(head, nn.Embedding):
+        return False
+    return any(part is head for part in decoder.modules())
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _check_objective(objective: object) -> None:
+    """Refuse what is no `Objective`, before a forward pass is spent."""
+    if isinstance(objective, type):
         raise ValueError(
-            f"model: found no get_decoder() on {type(inner).__name__}; pass module=, the submodule "
-            "whose output enters the LM head (the final norm, say)"
+            f"objective: expected an instance, got the class {objective.__name__}: add ()"
         )
-    return decoder
+    fits = callable(objective)
+    if callable(objective):
+        call = objective.forward if isinstance(objective, nn.Module) else objective
+        with suppress(ValueError):  # of one that does not say
+            parameters = inspect.signature(call).parameters.values()
+            fits = any(p.name == "num_items" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if not fits:
+        raise ValueError(
+            "objective: expected something like SimRegLoss(), called with hidden states, labels, "
+            f"segments and num_items, got {objective!r}"
+        )
 
 
 def _unwrap(model: Any) -> Any:
@@ -313,6 +371,8 @@ def _logits(output: Any) -> Tensor | None:
 
 
 def _check(name: str, value: Tensor, hidden: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.shape != hidden.shape[:2]:
         raise ValueError(
             f"{name}: expected shape {list(hidden.shape[:2])}, as the hidden states of the last "

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from simreg.kernels import op
 from simreg.kernels.order import Form
+from simreg.objectives import per_item
 
 VARIANTS = ("out", "in", "decoupled")
 BACKENDS = ("auto", "triton", "blockwise", "reference")
@@ -190,7 +191,7 @@ def weigh(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What `SimRegLoss` returns, from the results of `per_token`."""
     total, count = loss.sum(), valid.sum().clamp_min(1)
-    weighted = weight * (total / (count if num_items is None else num_items))
+    weighted = weight * per_item(total, count, num_items)
     positives, negatives = ~pos_cos.isnan(), ~neg_cos.isnan()
     metrics = {
         "loss": total.detach() / count,

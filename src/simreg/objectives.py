@@ -39,6 +39,25 @@ def by_rows(objective: object) -> bool:
     return bool(getattr(objective, "by_rows", True))
 
 
+def per_item(total: Tensor, count: Tensor, num_items: Tensor | float | None) -> Tensor:
+    """A summed loss over its divisor: `num_items`, or `count` where that is None.
+
+    0 items make it 0, as no label does.
+
+    Raises:
+        ValueError: for a `num_items` that is neither a number ≥ 0 nor a tensor with one.
+    """
+    if num_items is None:
+        return total / count
+    if isinstance(num_items, Tensor) and num_items.numel() == 1:
+        items = num_items.reshape(())
+        return total / items.masked_fill(items == 0, 1)
+    if isinstance(num_items, int | float) and num_items >= 0:
+        return total / (num_items or 1)
+    got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
+    raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
+
+
 class Objective(Protocol):
     """An auxiliary loss on the final hidden states, added to cross-entropy.
 

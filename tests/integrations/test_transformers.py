@@ -339,6 +339,53 @@ def test_segments_reach_the_objective_and_nothing_else(tmp_path):
     assert items == batch["labels"][:, 1:].ne(-100).sum()
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {},
+        {"position_ids_start": 2},
+        {"return_seq_idx": True, "return_position_ids": False},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    ],
+    ids=lambda options: next(iter(options), "position_ids"),
+)
+def test_packed_without_padding_is_as_in_rows_of_their_own(tmp_path, returned):
+    loss, sizes = SimRegLoss(**SIMREG), []
+
+    def objective(hidden, labels, segments=None, *, num_items=None):
+        if segments is not None:
+            sizes.append(segments.unique(return_counts=True)[1].tolist())
+        return loss(hidden, labels, segments, num_items=num_items)
+
+    data = [{k: v for k, v in row.items() if k != "segments"} for row in rows()]
+    alone = train(tmp_path, build(), data=data, objective=objective)
+    assert not sizes
+    collator = transformers.DataCollatorWithFlattening(return_tensors="pt", **returned)
+    lists = [{k: v.tolist() for k, v in row.items()} for row in data]
+    packed = train(
+        tmp_path, build(), data=lists, objective=objective, extra={"data_collator": collator}
+    )
+    assert sizes == [[10] * 4]
+    if "return_position_ids" not in returned:  # else attention has no mask here
+        for name in ("ce", "simreg"):
+            assert records(packed)[0][name] == pytest.approx(records(alone)[0][name], rel=1e-5)
+
+
+def test_weight_may_begin_at_nothing(tmp_path):
+    class Begin(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            objective.weight = SIMREG["weight"]
+
+    objective = SimRegLoss(**SIMREG | {"weight": 0.0})
+    extra = {"callbacks": [Begin()]}
+    run = train(tmp_path, build(), objective=objective, extra=extra, max_steps=2)
+    first, second = records(run)[:2]
+    assert "simreg" not in first
+    assert second["simreg"] > 0
+    assert second["loss"] > second["ce"]
+    assert run._reg._hidden is None
+
+
 def test_batches_without_labels_are_refused(tmp_path):
     data = [{"input_ids": row["input_ids"]} for row in rows()]
     with pytest.raises(ValueError, match="expected `labels` in every training batch"):

@@ -49,6 +49,23 @@ def test_all_wrong_values_are_named_at_once() -> None:
         config.from_dict({"optim": {"lr": 0}, "train": {"seed": -1}})
 
 
+def test_powers_of_ten_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {tokens: 2e6}\noptim: {lr: 1E-3, warmup: 1.5e-1}\nout: run-1e6")
+    read = config.load(file)
+    assert (read.train.tokens, read.optim.lr, read.optim.warmup) == (2_000_000, 1e-3, 0.15)
+    assert read.out == "run-1e6"
+    file.write_text(config.to_yaml(read))
+    assert config.load(file) == read
+    with pytest.raises(UserError, match=r"train\.tokens"):
+        config.from_dict({"train": config.parse_yaml("tokens: 2.5e0")})
+
+
+def test_a_folder_without_a_name() -> None:
+    with pytest.raises(UserError, match=r"out: String should have at least 1 character"):
+        config.from_dict({"out": ""})
+
+
 def test_construction_by_hand_is_checked_too() -> None:
     with pytest.raises(UserError, match=r"simreg\.weight"):
         config.SimRegConfig(weight=-1)
@@ -56,7 +73,12 @@ def test_construction_by_hand_is_checked_too() -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("[1, 2]", "must hold a mapping"), ("a: [", "not valid YAML"), ("\xff", "not valid YAML")],
+    [
+        ("[1, 2]", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+        ("\xff", "not valid YAML"),
+        ("optim: {lr: 0.1}\noptim: {warmup: 0.2}", "'optim' twice"),
+    ],
 )
 def test_bad_files(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "c.yaml"

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simreg.recipe import assemble, loop, models, progress, timing
+from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig, from_dict, with_overrides
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import Diverged, Locked, UserError
@@ -209,6 +211,25 @@ def test_folder_that_cannot_be_made(make: Make, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file in the way")
     with pytest.raises(UserError, match=r"cannot write .*run"):
         train(make())
+
+
+def test_what_no_run_wrote_is_kept(make: Make) -> None:
+    config = make()
+    out = Path(config.out)
+    (out / "model").mkdir(parents=True)
+    precious = out / "model" / "net.py"
+    precious.write_text("precious")
+    with pytest.raises(UserError, match=r"there is a .*model already; no run of simreg wrote it"):
+        train(config)
+    assert precious.read_text() == "precious"
+    shutil.rmtree(out / "model")
+    for text in ("optim: {lr: 0.001}\n", "# mine\n" + run_config.to_yaml(config), "name: [", ""):
+        (out / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"there is a .*config\.yaml already"):
+            train(config)
+        assert (out / "config.yaml").read_text() == text
+    (out / "config.yaml").write_text(run_config.to_yaml(config))  # of a run that failed at once
+    assert train(config)["steps"] == tiny.STEPS
 
 
 def test_full_disk_is_reported_and_the_run_goes_on_afterwards(make: Make) -> None:

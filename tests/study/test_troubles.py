@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,17 @@ def test_another_base_is_refused_and_nothing_is_lost(lab, study, change, message
     with pytest.raises(UserError, match=message):
         compare(plan.from_dict({**values, **change}))
     assert len(lab.trained) == 4
+
+
+def test_a_study_file_of_ones_own_is_kept(lab, study):
+    file = Path(study.out) / "study.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    plan.save(study, file)
+    text = "# what I want to know\n" + file.read_text()
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"study\.yaml has comments.* give another --out"):
+        compare(study)
+    assert file.read_text() == text
 
 
 def test_a_foreign_run_in_the_folder_is_refused(lab, study):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from simreg.baselines import terms
+from simreg.objectives import per_item
 
 
 class Rival(nn.Module):
@@ -41,5 +42,5 @@ class Rival(nn.Module):
         """
         total = self.losses(hidden, labels, segments, **read).sum()
         count = terms.valid(labels).sum().clamp_min(1)
-        loss = self.weight * (total / (count if num_items is None else num_items))
+        loss = self.weight * per_item(total, count, num_items)
         return loss, {"loss": total.detach() / count}

@@ -30,10 +30,13 @@ class SimRegTrainer(Trainer):
     """`Trainer` with `objective` added to the loss, for causal language models.
 
     Batches hold `input_ids`, `labels` and optionally `segments` (`[B, L]` document ids, which only
-    the objective sees). Both terms have the divisor that the Trainer gives cross-entropy, so
-    gradient accumulation and data parallelism equal one large batch; so has the router loss of
-    mixture-of-experts models, which plain `Trainer` adds up over micro-batches. Evaluation is
-    without the objective. `objective=None`, or one whose `weight` is 0, is the plain Trainer.
+    the objective sees). Without these, rows that a padding-free collator packed
+    (`DataCollatorWithFlattening`) are told apart by its `seq_idx`, its `position_ids`, which rise
+    within a document, or its `cu_seq_lens_q`. Both terms have the divisor that the Trainer gives
+    cross-entropy, so gradient accumulation and data parallelism equal one large batch; so has the
+    router loss of mixture-of-experts models, which plain `Trainer` adds up over micro-batches.
+    Evaluation is without the objective. `objective=None`, or one whose `weight` is 0, is the plain
+    Trainer; the weight is looked at in every step, unless the objective owns parameters or buffers.
 
     Training records gain, averaged over the tokens since the last record and over processes: `ce`
     (cross-entropy alone), `router_loss` (without its coefficient), the objective's metrics (its
@@ -54,11 +57,10 @@ class SimRegTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
-        idle = objective is None or getattr(objective, "weight", None) == 0
-        self._objective = None if idle else objective
-        self._reg: Attached | None = None
         # What it owns, as it came: `model_init` is to begin anew with it too.
         owned = objective.state_dict() if isinstance(objective, nn.Module) else {}
+        self._objective = None if owned and _idle(objective) else objective
+        self._reg: Attached | None = None
         self._owned = {name: value.clone() for name, value in owned.items()}
         self._window = Window()
         self._evaluated: list[Tensor] | None = None
@@ -135,12 +137,13 @@ class SimRegTrainer(Trainer):
         """`Trainer`'s loss, its router loss rescaled; in training the objective is added."""
         inputs = dict(inputs)
         segments = inputs.pop(SEGMENTS, None)
+        segments = _documents(inputs) if segments is None else segments
         inputs.pop("skip_logits", None)  # fused heads: evaluation needs the logits of each row
         targets = _targets(inputs)
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        if targets is None and self._reg is not None and model.training:
+        if targets is None and model.training and not _idle(self._objective):
             raise ValueError("inputs: expected `labels` in every training batch, for the objective")
         if targets is not None:
             loss, router = self._share_router(loss, outputs, targets, num_items_in_batch)
@@ -186,7 +189,9 @@ class SimRegTrainer(Trainer):
                 self._window.add("router_loss", balance, tokens)
             divisor = tokens if num_items is None else num_items
             self._window.add("ce", cross_entropy * divisor / tokens.clamp_min(1), tokens)
-        if self._reg is not None:
+        if self._reg is not None and _idle(self._objective):
+            self._reg.skip()
+        elif self._reg is not None:
             loss = loss + scale * self._reg(targets, segments, num_items=num_items, shift=False)
             metrics = self._reg.metrics
             for name, value in metrics.items():
@@ -273,6 +278,26 @@ class SimRegTrainer(Trainer):
         # Resuming loads by the model's names: what the published layout renames would be lost.
         with _own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super().save_model(output_dir, _internal_call=True)
+
+
+def _idle(objective: object) -> bool:
+    return objective is None or getattr(objective, "weight", None) == 0
+
+
+def _documents(inputs: dict[str, Any]) -> Tensor | None:
+    """Ids of documents `[B, L]`, of what padding-free collators say of them."""
+    ids = inputs.get("input_ids")
+    known, positions, ends = (inputs.get(k) for k in ("seq_idx", "position_ids", "cu_seq_lens_q"))
+    if not isinstance(ids, Tensor):
+        return None
+    if isinstance(known, Tensor) and known.shape == ids.shape:
+        return known
+    if isinstance(positions, Tensor) and positions.shape in (ids.shape, (1, *ids.shape[1:])):
+        return F.pad(positions.diff() <= 0, (1, 0)).cumsum(-1).expand_as(ids)
+    if isinstance(ends, Tensor) and len(ids) == 1:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return torch.bucketize(places, ends[1:].to(ids.device), right=True)[None]
+    return None
 
 
 def _targets(inputs: dict[str, Any]) -> Tensor | None:

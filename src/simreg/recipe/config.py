@@ -4,6 +4,7 @@ Values come from the defaults here, then a YAML file, then command-line flags (l
 """
 
 import functools
+import re
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -35,7 +36,7 @@ def _from_words(words: list[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         try:
-            found[key] = yaml.safe_load(value)
+            found[key] = parse_yaml(value)
         except yaml.YAMLError:
             key = ""
         if not (key and equals):
@@ -265,7 +266,7 @@ class TrainConfig:
 class RunConfig:
     """One training run."""
 
-    out: str = "runs/train"
+    out: Annotated[str, Field(min_length=1)] = "runs/train"
     """Folder of the run; the same command again resumes it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -342,10 +343,31 @@ def load(path: str | Path) -> RunConfig:
     return from_dict(read_yaml(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would take the last, and reads 1e6."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class, with unique keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.MarkedYAMLError(problem=f"{twice!r} twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values; raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping (an empty file is an empty one)."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -355,6 +377,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
     return values
+
+
+def commented(path: Path) -> bool:
+    """Whether a YAML file has comments: then a person wrote it."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return any(line.lstrip().startswith("#") for line in text.splitlines())
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -32,6 +32,7 @@ FREE_FIELDS = (
 )
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_STORAGE_ERRORS |= {errno.ENOENT}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -91,8 +92,19 @@ class RunFolder:
                     "`out`"
                 ) from None
             self.check(config)
+            self._keep_what_is_not_ours()
             checkpoints.write_atomically(self.config, run_config.to_yaml(config))
             yield
+
+    def _keep_what_is_not_ours(self) -> None:
+        """UserError before a run begins where something would be overwritten that no run wrote."""
+        if self.metrics.exists() or self.result.exists() or checkpoints.found(self.checkpoints):
+            return
+        advice = "no run of simreg wrote it, and this one would replace it: choose another `out`"
+        if self.model.exists():
+            raise UserError(f"there is a {self.model} already; {advice}")
+        if self.config.exists() and not written_here(self.config):
+            raise UserError(f"there is a {self.config} already; {advice}")
 
     def resume_point(self) -> tuple[Path | None, dict[str, Any]]:
         """The newest intact checkpoint and its manifest, or (None, {}) to start afresh."""
@@ -104,6 +116,16 @@ class RunFolder:
         if checkpoints.found(self.checkpoints):
             warn(f"no checkpoint in {self.checkpoints} is intact; starting again from step 0")
         return None, {}
+
+
+def written_here(path: Path) -> bool:
+    """Whether `path` looks like a config that a run wrote: it has all sections, no comments."""
+    try:
+        values = run_config.read_yaml(path)
+    except UserError:
+        return False
+    sections = {"out", "model", "data", "optim", "train"}
+    return sections <= values.keys() and not run_config.commented(path)
 
 
 @contextlib.contextmanager

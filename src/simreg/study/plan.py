@@ -248,7 +248,7 @@ def parse_assignments(text: str, flag: str) -> dict[str, Any]:
         if not equals or not all(keys):
             raise UserError(f"{flag}: {item!r} is not of the form section.key=value")
         try:
-            leaf = yaml.safe_load(value)
+            leaf = recipe.parse_yaml(value)
         except yaml.YAMLError:
             raise UserError(f"{flag}: cannot read the value of {item!r}") from None
         for key in reversed(keys):

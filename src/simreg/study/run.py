@@ -113,6 +113,11 @@ def _settled(study: Study) -> Study:
     path = Path(study.out) / STUDY_FILE
     if not path.exists():
         return study
+    if recipe.commented(path):
+        raise UserError(
+            f"{path} has comments, so it is a file of yours that the study's own would replace: "
+            "give another --out"
+        )
     stored = plan.load(path)
     advice = "give another --out, or delete the folder to start again"
     if study.minutes is not None:
