@@ -364,6 +364,24 @@ def test_a_guess_of_transformers_that_is_the_head_or_the_model():
         assert reg(labels).requires_grad
 
 
+def test_a_head_that_is_the_input_embedding_may_be_in_the_decoder():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Sequential(nn.Embedding(40, 16), nn.LayerNorm(16))
+            self.get_decoder = lambda: self.decoder
+            self.get_output_embeddings = lambda: self.decoder[0]
+
+        def forward(self, ids):
+            return self.decoder(ids) @ self.decoder[0].weight.T
+
+    model, (ids, labels) = Tied(), batch()
+    reg = attach(model, SimRegLoss())
+    model(ids)
+    torch.testing.assert_close(reg._hidden, model.decoder(ids))
+    assert reg(labels).requires_grad
+
+
 def test_what_is_no_objective_is_refused_at_once():
     model, (ids, labels) = build(), batch()
     with pytest.raises(ValueError, match=r"objective: .* the class SimRegLoss: add \(\)"):

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import KernelParam
 
-from simreg.kernels import epilogues, tiles, tokens
+from simreg.kernels import epilogues, fused, tiles, tokens
 from simreg.kernels import triton as host
 from simreg.kernels.order import Ends
 from simreg.kernels.reference import EPS
@@ -53,10 +53,8 @@ def variants(
     yield tokens.norms, {"TOKENS": 16, "DEPTH": 128}, 4, 3
     for segmented in (False, True):
         yield tokens.find_runs, {"SEGMENTED": segmented, "TOKENS": 128}, 4, 3
-    for mode in range(3):
-        flags = {"MODE": mode, "PUSH": push, "TOKENS": 128}
-        yield tokens.results, {**flags, "BOUNDED": bounded}, 4, 3
-        yield tokens.ends, flags, 4, 3
+    if dtype == "bfloat16":  # they hardly know of which dtype hidden states are
+        yield from _of_tokens_and_products(push=push, bounded=bounded)
     for mode in range(4):
         pushing = push and mode != tokens.POSITIVES.value
         yield tiles.sums, {"MODE": mode, "PUSH": pushing, **pairs}, *shape
@@ -64,18 +62,26 @@ def variants(
         for symmetric in (True, False):
             flags = {"MODE": mode, "PUSH": push, "SYMMETRIC": symmetric, **rescaled}
             yield tiles.gradients, {**flags, **pairs}, *shape
-    for mode in range(4):
-        flags = {"MODE": mode, "PUSH": push and mode != tokens.POSITIVES.value}
-        piece = {"ROWS": 8, "COLS": 128, "SMALLEST": EPS}
-        yield epilogues.row_sums, {**flags, **piece}, 4, 3
-        if mode != tokens.POSITIVES.value:
-            yield epilogues.entries, {**flags, **piece, "INTERPRETED": False}, 4, 3
     merging = {"LABELS": 0b1100, "LOGS": 0 if bounded else 0b1001, "SYMMETRIC": True}
     for again in (True, False):
         flags = {"SUMS": 5 if push else 4, **merging, "AGAIN": again, "TILE": blocks.tile}
         yield tokens.merge, flags, 4, 3
     wide = {"DEPTH": blocks.step, "WIDE": blocks.wide}
     yield tiles.apply, {**rescaled, **wide, **size}, blocks.wide_warps, blocks.wide_stages
+
+
+def _of_tokens_and_products(
+    *, push: bool, bounded: bool
+) -> Iterator[tuple[triton.JITFunction, dict, int, int]]:
+    piece = {"ROWS": fused.ROWS, "COLS": fused.COLS, "SMALLEST": EPS}
+    for mode in range(3):
+        flags = {"MODE": mode, "PUSH": push}
+        yield tokens.results, {**flags, "BOUNDED": bounded, "TOKENS": 128}, 4, 3
+        yield tokens.ends, {**flags, "TOKENS": 128}, 4, 3
+        yield epilogues.row_sums, {**flags, **piece}, 4, 3
+        yield epilogues.entries, {**flags, **piece, "INTERPRETED": False}, 4, 3
+    flags = {"MODE": tokens.POSITIVES.value, "PUSH": False}
+    yield epilogues.row_sums, {**flags, **piece}, 4, 3
 
 
 def signature(kernel: triton.JITFunction, dtype: str) -> dict[str, str]:
