@@ -250,6 +250,22 @@ def test_mean_counts_every_valid_label():
     assert simreg_loss(hidden, shifted) == simreg_loss(hidden, labels)
 
 
+def test_divisors():
+    hidden, labels = torch.randn(1, 8, 3), torch.zeros(1, 8, dtype=torch.int64)
+    objective = SimRegLoss(weight=1.0)
+    total, _ = objective(hidden, labels, num_items=1)
+    for items in (16, 16.0, torch.tensor(16), torch.tensor([16])):
+        loss, _ = objective(hidden, labels, num_items=items)
+        assert loss.shape == ()
+        torch.testing.assert_close(loss, total / 16)
+    for nothing in (0, torch.tensor(0), None):
+        loss, _ = objective(hidden, torch.full_like(labels, -100), num_items=nothing)
+        assert loss == 0
+    for bad in (-5, float("nan"), "7", torch.tensor([7, 8])):
+        with pytest.raises(ValueError, match="num_items: expected a number"):
+            objective(hidden, labels, num_items=bad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_result_dtype_and_gradient_dtype(dtype):
     hidden = torch.randn(1, 9, 4).to(dtype).requires_grad_()

@@ -15,7 +15,11 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from simreg.integrations.transformers import SimRegTrainer, _router_loss  # noqa: E402
+from simreg.integrations.transformers import (  # noqa: E402
+    SimRegTrainer,
+    _documents,
+    _router_loss,
+)
 
 SMALL = {
     "vocab_size": 24,
@@ -232,6 +236,7 @@ def test_without_weight_it_is_the_plain_trainer(tmp_path, name, steps, objective
         for key in ("loss", "grad_norm", "eval_loss", "train_loss"):
             assert expected.get(key) == actual.get(key)
         assert "simreg" not in actual
+    assert second._reg is None or second._reg._hidden is None
 
 
 def test_log_records_are_means_over_the_tokens_of_the_window(tmp_path):
@@ -371,6 +376,17 @@ def test_packed_without_padding_is_as_in_rows_of_their_own(tmp_path, returned):
             assert records(packed)[0][name] == pytest.approx(records(alone)[0][name], rel=1e-5)
 
 
+def test_documents_of_one_token_and_positions_for_every_row():
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    positions = torch.tensor([[0, 1, 0, 0, 1]])
+    expected = torch.tensor([[0, 0, 1, 2, 2]] * 2)
+    assert torch.equal(_documents({"input_ids": ids, "position_ids": positions}), expected)
+    plain = _documents({"input_ids": ids, "position_ids": torch.arange(5)[None]})
+    assert torch.equal(plain, torch.zeros_like(ids))
+    for other in ({}, {"position_ids": torch.zeros(3, 2, 5)}, {"cu_seq_lens_q": positions[0]}):
+        assert _documents({"input_ids": ids, **other}) is None
+
+
 def test_weight_may_begin_at_nothing(tmp_path):
     class Begin(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -396,6 +412,8 @@ def test_batches_without_labels_are_refused(tmp_path):
             objective=SimRegLoss(),
             extra={"compute_loss_func": only_objective},
         )
+    idle = SimRegLoss(weight=0.0)
+    train(tmp_path, build(), data=data, objective=idle, extra={"compute_loss_func": only_objective})
 
 
 def test_model_init_gets_the_objective(tmp_path):

@@ -51,7 +51,7 @@ def test_all_wrong_values_are_named_at_once() -> None:
 
 def test_powers_of_ten_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("train: {tokens: 2e6}\noptim: {lr: 1E-3, warmup: 1.5e-1}\nout: run-1e6")
+    file.write_text("train: {tokens: 2e+6}\noptim: {lr: 1E-3, warmup: 1.5e-1}\nout: run-1e6")
     read = config.load(file)
     assert (read.train.tokens, read.optim.lr, read.optim.warmup) == (2_000_000, 1e-3, 0.15)
     assert read.out == "run-1e6"
