@@ -113,6 +113,18 @@ def test_nan_is_not_hidden():
     assert grad.isnan().all()
 
 
+def test_norms_whose_squares_float32_does_not_hold():
+    hidden, labels, _ = problem(1, 40, 4, 3, dtype=torch.float32)
+    hidden[0, 7] *= 1e20
+    truth = per_token(hidden.double(), labels, backend="reference")
+    ours = per_token(hidden, labels, backend="triton")
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
+    hidden[0, 8] *= 1e20  # nor their product
+    labels[:] = 1
+    found = per_token(hidden, labels, backend="triton").isnan()
+    assert found.nonzero()[:, 1].tolist() == [7, 8]
+
+
 @pytest.fixture
 def products(monkeypatch):
     """How many products of tiles the interpreter did: the work, not the time."""

@@ -60,7 +60,8 @@ def _cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _inverse(norm, tokens, valid, SMALLEST: tl.constexpr):
-    return 1 / tl.maximum(tl.load(norm + tokens, mask=tokens < valid, other=1), SMALLEST)
+    length = tl.maximum(tl.load(norm + tokens, mask=tokens < valid, other=1), SMALLEST)
+    return tl.div_rn(tl.full(length.shape, 1, tl.float32), length)  # / would be 2 ulp off on CUDA
 
 
 @triton.jit

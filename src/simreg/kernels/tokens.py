@@ -87,18 +87,21 @@ def find_runs(
 
 @launched
 def norms(h, index, count, norm, parts, length, dim, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
-    """‖h‖ of every token, 0 where ignored; a batch row in `parts` programs."""
+    """‖h‖ of every token, 0 where ignored; a batch row in `parts` programs.
+
+    In float64: an error would shift all similarities of a token at once, by up to 1/τ times it.
+    """
     row = tl.program_id(0) // parts
     t = tl.program_id(0) % parts * TOKENS + tl.arange(0, TOKENS)
     base = row.to(tl.int64) * length
     inside = t < tl.load(count + row)
     tokens = h + (base + tl.load(index + base + t, mask=inside, other=0)) * dim
-    total = tl.zeros([TOKENS], tl.float32)
+    total = tl.zeros([TOKENS], tl.float64)
     for k in range(0, dim, DEPTH):
         d = k + tl.arange(0, DEPTH)
-        x = tl.load(tokens[:, None] + d, mask=inside[:, None] & (d < dim), other=0).to(tl.float32)
+        x = tl.load(tokens[:, None] + d, mask=inside[:, None] & (d < dim), other=0).to(tl.float64)
         total += tl.sum(x * x, 1)
-    tl.store(norm + base + t, tl.sqrt(total), mask=t < length)
+    tl.store(norm + base + t, tl.sqrt(total).to(tl.float32), mask=t < length)
 
 
 @triton.jit
