@@ -364,6 +364,19 @@ def test_a_guess_of_transformers_that_is_the_head_or_the_model():
         assert reg(labels).requires_grad
 
 
+def test_a_model_that_does_not_say_which_its_head_is():
+    model = build()
+    model.get_output_embeddings = unsaid
+    reg = attach(model, SimRegLoss())
+    ids, labels = batch()
+    model(ids)
+    assert reg(labels).requires_grad
+
+
+def unsaid():
+    raise NotImplementedError
+
+
 def test_a_head_that_is_the_input_embedding_may_be_in_the_decoder():
     class Tied(nn.Module):
         def __init__(self):

@@ -14,7 +14,7 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -268,24 +268,42 @@ def _find_decoder(model: nn.Module) -> nn.Module:
     if _OTHER_TASKS.search(type(inner).__name__):
         raise ValueError(
             f"model: expected a language model that predicts the next token, got "
-            f"{type(inner).__name__}"
+            f"{type(inner).__name__}; if it is one, pass module="
         )
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected a decoder-only language model, got {type(inner).__name__}, "
             "an encoder-decoder"
         )
-    find, head = getattr(inner, "get_decoder", None), _head(inner)
-    # transformers guesses by names, and for some models finds the head, or the model itself.
-    names = ("base_model", "model")
-    found = [_unwrap(find()), *(getattr(inner, n, None) for n in names)] if callable(find) else []
-    for decoder in found:
-        if isinstance(decoder, nn.Module) and not _contains(decoder, head):
-            return decoder
+    if callable(getattr(inner, "get_decoder", None)):
+        head = _head(inner)
+        for decoder in _decoders(inner, head, set()):
+            if not _contains(decoder, head):
+                return decoder
     raise ValueError(
         f"model: found no decoder in {type(inner).__name__} (by get_decoder()); pass module=, the "
         "submodule whose output enters the LM head (the final norm, say)"
     )
+
+
+def _decoders(model: Any, head: nn.Module | None, seen: set[int]) -> Iterator[nn.Module]:
+    """What may be the decoder, likeliest first.
+
+    transformers guesses by names, and for some models finds the head, or a model with it.
+    """
+    if id(model) in seen:
+        return
+    seen.add(id(model))
+    inside = []
+    for name in ("get_decoder", "base_model", "model"):
+        found = getattr(model, name, None)
+        found = _unwrap(found() if name == "get_decoder" and callable(found) else found)
+        if isinstance(found, nn.Module):
+            yield found
+            inside.append(found)
+    for found in inside:
+        if _contains(found, head):
+            yield from _decoders(found, head, seen)
 
 
 def _contains(decoder: nn.Module, head: nn.Module | None) -> bool:
@@ -297,7 +315,9 @@ def _contains(decoder: nn.Module, head: nn.Module | None) -> bool:
 
 def _head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+    head = None
+    with suppress(NotImplementedError):
+        head = find() if callable(find) else None
     return head if isinstance(head, nn.Module) else None
 
 

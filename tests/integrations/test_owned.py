@@ -57,6 +57,20 @@ def test_two_processes_of_default_arguments_equal_one(tmp_path):
     assert ranks[0]["centers"].any()
 
 
+def test_a_weight_that_ends_keeps_the_parameters_in_the_graph(tmp_path):
+    """DDP waits for the gradient of each."""
+
+    class End(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            objective.weight = 0.0
+
+    objective, calls = nitp(), []
+    objective.register_forward_pre_hook(lambda *_: calls.append(objective.weight))
+    train(tmp_path, build(), objective=objective, max_steps=3, extra={"callbacks": [End()]})
+    assert calls[0] > 0
+    assert calls[1:] == [0.0, 0.0]
+
+
 def test_what_is_not_supported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ddp_find_unused_parameters=True"):
         run(tmp_path, build(), nitp(), ddp_find_unused_parameters=True)

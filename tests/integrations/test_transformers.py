@@ -378,13 +378,29 @@ def test_packed_without_padding_is_as_in_rows_of_their_own(tmp_path, returned):
 
 def test_documents_of_one_token_and_positions_for_every_row():
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    positions = torch.tensor([[0, 1, 0, 0, 1]])
-    expected = torch.tensor([[0, 0, 1, 2, 2]] * 2)
-    assert torch.equal(_documents({"input_ids": ids, "position_ids": positions}), expected)
+    for positions, documents in (
+        ([0, 1, 0, 0, 1], [0, 0, 1, 2, 2]),
+        ([1, 1, 0, 1, 2], [0, 1, 2, 2, 2]),  # padded on the left
+        ([0, 1, 1, 1, 2], [0, 0, 0, 0, 0]),  # a picture of three tokens
+    ):
+        found = _documents({"input_ids": ids, "position_ids": torch.tensor([positions])})
+        assert torch.equal(found, torch.tensor([documents] * 2))
     plain = _documents({"input_ids": ids, "position_ids": torch.arange(5)[None]})
     assert torch.equal(plain, torch.zeros_like(ids))
-    for other in ({}, {"position_ids": torch.zeros(3, 2, 5)}, {"cu_seq_lens_q": positions[0]}):
+    for other in ({}, {"position_ids": torch.zeros(3, 2, 5)}, {"cu_seq_lens_q": ids[0]}):
         assert _documents({"input_ids": ids, **other}) is None
+
+
+def test_an_idle_objective_asks_nothing_of_the_model(tmp_path):
+    model = transformers.LlamaForSequenceClassification(LlamaConfig(**SMALL))
+    objective = SimRegLoss(weight=0.0)
+    run = SimRegTrainer(model, arguments(tmp_path), objective=objective)
+    batch = {"input_ids": rows()[0]["input_ids"][None], "labels": torch.zeros(1, dtype=torch.long)}
+    model.train()
+    assert run.compute_loss(model, batch) > 0
+    objective.weight = 1.0
+    with pytest.raises(ValueError, match="the next token"):
+        run.compute_loss(model, batch)
 
 
 def test_weight_may_begin_at_nothing(tmp_path):

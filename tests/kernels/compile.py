@@ -39,7 +39,7 @@ FLOATS = (
     "powers", "merged", "gaps", "statistic", "loss", "pos_cos", "neg_cos", "grad", *Ends._fields,
 )  # fmt: skip
 SCALARS = ("temperature", "inverse_temperature", "edge", "push")
-DIVISIBLE = ("dim",)  # by 16: wider hidden states are padded
+DIVISIBLE = ("dim", "cols")  # by 16: wider hidden states are padded, most tiles are whole
 
 
 def variants(
@@ -133,7 +133,9 @@ def main(capability: int, dtype: str, *, single: bool, push: bool, bounded: bool
         divisible = {
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(types.items())
-            if not single and (kind.startswith("*") or name in DIVISIBLE)
+            if not single
+            and (kind.startswith("*") or name in DIVISIBLE)
+            and not name.startswith(("row_", "col_"))
         }
         compiled = triton.compile(
             ASTSource(kernel, types, constexprs=constants, attrs=divisible),

@@ -77,6 +77,17 @@ def test_float16_under_loss_scaling():
     assert (ours - truth).abs().max() <= 2 * torch.finfo(torch.float16).eps * truth.abs().max()
 
 
+def test_what_comes_back_to_ignored_tokens_does_not_scale_float16():
+    hidden, labels, _ = problem(1, 40, 16, 5)
+    gradients = []
+    for upstream in (0, 1e12):
+        leaf = hidden.half().requires_grad_()
+        loss = per_token(leaf, labels, backend="triton", push=3.0)
+        loss.backward(torch.ones_like(loss).masked_fill(labels < 0, upstream))
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 @each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zero_vectors_and_ignored_rubbish(variant, dtype):

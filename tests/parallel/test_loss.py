@@ -1,5 +1,6 @@
 """Tokens spread over processes, against one process that holds whole rows."""
 
+import importlib
 import time
 
 import pytest
@@ -63,14 +64,16 @@ def test_sharded_rows_are_whole_rows(ranks):
     worlds.run(_random_problems, ranks, ranks, range(100 * ranks, 100 * ranks + 40))
 
 
-@pytest.mark.parametrize("kernels", ["fused", "plain"])
+@pytest.mark.parametrize("kernels", [pytest.param("fused", marks=needs_triton), "plain"])
 @pytest.mark.parametrize("seed", range(0, 120, 3))
 def test_products_of_bfloat16_are_as_accurate_as_the_naive_loss(monkeypatch, seed, kernels):
     """What CUDA does with bfloat16, its product being exact here; with Triton and without."""
     if kernels == "plain":
         monkeypatch.setattr(rectangular, "no_triton", lambda hidden: "not asked for")
-    elif seed % 2:
-        fused = pytest.importorskip("simreg.kernels.fused")
+    else:
+        worlds.only_fused(monkeypatch)
+    if kernels == "fused" and seed % 2:
+        fused = importlib.import_module("simreg.kernels.fused")
         monkeypatch.setattr(fused, "ROWS", 4)
         monkeypatch.setattr(fused, "COLS", 8)
     worlds.as_on_cuda(monkeypatch)
@@ -83,6 +86,7 @@ def test_products_of_bfloat16_are_as_accurate_as_the_naive_loss(monkeypatch, see
 @needs_triton
 def test_fused_kernels_do_not_hide_nan(monkeypatch):
     worlds.as_on_cuda(monkeypatch)
+    worlds.only_fused(monkeypatch)
     monkeypatch.setattr(shards, "block", lambda device: worlds.BLOCK)
     hidden, labels, _ = plain_problem(1, 40, 8, 3, dtype=torch.bfloat16)
     hidden[0, 7, 2] = torch.nan
@@ -96,6 +100,7 @@ def test_fused_kernels_do_not_hide_nan(monkeypatch):
 def _fused_problems(rank, seeds):
     with pytest.MonkeyPatch.context() as patch:
         worlds.as_on_cuda(patch)
+        worlds.only_fused(patch)
         for seed in seeds:
             problem = fuzz.random_problem(seed, worlds.BLOCK)
             problem = problem._replace(hidden=problem.hidden.bfloat16())

@@ -45,6 +45,11 @@ def as_on_cuda(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rectangular, "product", lambda a, b: torch.bmm(a.float(), b.float()))
 
 
+def only_fused(patch: pytest.MonkeyPatch) -> None:
+    """No tile is computed in plain PyTorch."""
+    patch.setattr(rectangular, "Plain", None)
+
+
 def deal(layout: str, length: int, ranks: int, seed: int = 0) -> list[torch.Tensor]:
     """The positions that each rank holds."""
     generator = torch.Generator().manual_seed(seed)

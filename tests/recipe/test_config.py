@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from simreg.recipe import config
 from simreg.recipe.errors import UserError
@@ -51,14 +52,22 @@ def test_all_wrong_values_are_named_at_once() -> None:
 
 def test_powers_of_ten_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("train: {tokens: 2e+6}\noptim: {lr: 1E-3, warmup: 1.5e-1}\nout: run-1e6")
+    file.write_text("train: {tokens: 2e+6}\noptim: {lr: 1E-3, warmup: 1.5e-1}\nout: 1e6")
     read = config.load(file)
     assert (read.train.tokens, read.optim.lr, read.optim.warmup) == (2_000_000, 1e-3, 0.15)
-    assert read.out == "run-1e6"
+    assert read.out == "1e6"
     file.write_text(config.to_yaml(read))
     assert config.load(file) == read
     with pytest.raises(UserError, match=r"train\.tokens"):
         config.from_dict({"train": config.parse_yaml("tokens: 2.5e0")})
+
+
+def test_keys_that_are_merged_in_may_be_said_anew() -> None:
+    text = "base: &base {lr: 1, warmup: 0.1}\noptim:\n  <<: *base\n  lr: 2\n"
+    assert config.parse_yaml(text)["optim"] == {"lr": 2, "warmup": 0.1}
+    for twice in ("off: 1\noff: 2", "a: {b: 1, b: 1}"):
+        with pytest.raises(yaml.YAMLError, match="twice"):
+            config.parse_yaml(twice)
 
 
 def test_a_folder_without_a_name() -> None:

@@ -1,5 +1,6 @@
 """`simreg train`: what it computes, records, prints, refuses."""
 
+import errno
 import fcntl
 import json
 import math
@@ -18,6 +19,7 @@ from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig, from_dict, with_overrides
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import Diverged, Locked, UserError
+from simreg.recipe.folder import storage_errors
 from simreg.recipe.train import train
 from tests.recipe import tiny
 
@@ -230,6 +232,12 @@ def test_what_no_run_wrote_is_kept(make: Make) -> None:
         assert (out / "config.yaml").read_text() == text
     (out / "config.yaml").write_text(run_config.to_yaml(config))  # of a run that failed at once
     assert train(config)["steps"] == tiny.STEPS
+
+
+def test_a_missing_file_elsewhere_is_not_about_the_folder(tmp_path: Path) -> None:
+    for missing, error in ((tmp_path / "run" / "x", UserError), ("/sbin/none", FileNotFoundError)):
+        with pytest.raises(error), storage_errors(tmp_path / "run"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(missing))
 
 
 def test_full_disk_is_reported_and_the_run_goes_on_afterwards(make: Make) -> None:

@@ -34,7 +34,7 @@ def test_a_study_file_of_ones_own_is_kept(lab, study):
     plan.save(study, file)
     text = "# what I want to know\n" + file.read_text()
     file.write_text(text)
-    with pytest.raises(UserError, match=r"study\.yaml has comments.* give another --out"):
+    with pytest.raises(UserError, match=r"study\.yaml is not as .simreg compare. writes it"):
         compare(study)
     assert file.read_text() == text
 

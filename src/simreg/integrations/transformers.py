@@ -80,7 +80,12 @@ class SimRegTrainer(Trainer):
             self._reg.detach()
         if model is None or self._objective is None:
             return
-        self._reg = attach(model, self._objective)
+        try:
+            self._reg = attach(model, self._objective)
+        except ValueError:
+            if _idle(self._objective):  # the plain Trainer, unless it gets a weight
+                return
+            raise
         if isinstance(self._objective, nn.Module) and self._owned:
             own = (
                 f"objective: {type(self._objective).__name__} has parameters or buffers of its own"
@@ -137,12 +142,17 @@ class SimRegTrainer(Trainer):
         """`Trainer`'s loss, its router loss rescaled; in training the objective is added."""
         inputs = dict(inputs)
         segments = inputs.pop(SEGMENTS, None)
-        segments = _documents(inputs) if segments is None else segments
+        if segments is None and model.training and not _idle(self._objective):
+            segments = _documents(inputs)
         inputs.pop("skip_logits", None)  # fused heads: evaluation needs the logits of each row
         targets = _targets(inputs)
+        if self._reg is None and model.training and not _idle(self._objective):
+            self._attach(self.model)  # which was refused while it had no weight, and is again
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
+        if self._reg is not None and self._out_of_use():
+            self._reg.skip()
         if targets is None and model.training and not _idle(self._objective):
             raise ValueError("inputs: expected `labels` in every training batch, for the objective")
         if targets is not None:
@@ -152,6 +162,10 @@ class SimRegTrainer(Trainer):
             elif self._evaluated is not None:
                 self._record_rows(outputs, targets)
         return (loss, outputs) if return_outputs else loss
+
+    def _out_of_use(self) -> bool:
+        """Whether the objective is left out: one that owns weights never is, for DDP needs them."""
+        return _idle(self._objective) and not self._owned
 
     def _share_router(
         self, loss: Tensor, outputs: Any, targets: Tensor, num_items: Tensor | int | None
@@ -189,9 +203,7 @@ class SimRegTrainer(Trainer):
                 self._window.add("router_loss", balance, tokens)
             divisor = tokens if num_items is None else num_items
             self._window.add("ce", cross_entropy * divisor / tokens.clamp_min(1), tokens)
-        if self._reg is not None and _idle(self._objective):
-            self._reg.skip()
-        elif self._reg is not None:
+        if self._reg is not None and not self._out_of_use():
             loss = loss + scale * self._reg(targets, segments, num_items=num_items, shift=False)
             metrics = self._reg.metrics
             for name, value in metrics.items():
@@ -293,7 +305,10 @@ def _documents(inputs: dict[str, Any]) -> Tensor | None:
     if isinstance(known, Tensor) and known.shape == ids.shape:
         return known
     if isinstance(positions, Tensor) and positions.shape in (ids.shape, (1, *ids.shape[1:])):
-        return F.pad(positions.diff() <= 0, (1, 0)).cumsum(-1).expand_as(ids)
+        # Models with pictures give several tokens one position: a document begins at a lower one,
+        # or after a document of one token.
+        step, first = positions.diff(), positions[:, 1:] == positions[:, :1]
+        return F.pad((step < 0) | ((step == 0) & first), (1, 0)).cumsum(-1).expand_as(ids)
     if isinstance(ends, Tensor) and len(ids) == 1:
         places = torch.arange(ids.shape[1], device=ids.device)
         return torch.bucketize(places, ends[1:].to(ids.device), right=True)[None]

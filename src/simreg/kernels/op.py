@@ -64,7 +64,7 @@ def _kernel(name: str) -> ModuleType:
 
 
 @contextmanager
-def _plainly(hidden: Tensor) -> Iterator[None]:
+def plainly(hidden: Tensor) -> Iterator[None]:
     """Without autograd and autocast, on the device of `hidden` (where Triton would launch)."""
     plain = torch.autocast(hidden.device.type, enabled=False)
     device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]
@@ -92,7 +92,7 @@ def loss(
     """
     name, why = choose(hidden, backend)
     log.debug("backend %s (%s) for %s", name, why, list(hidden.shape))
-    with _plainly(hidden):
+    with plainly(hidden):
         form = Form(temperature, variant, push, push_above)
         results = _kernel(name).forward(hidden, labels, segments, form)
     return results  # type: ignore[no-any-return]
@@ -126,7 +126,7 @@ def loss_backward(
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
     kernel = _kernel(choose(hidden, backend)[0])
     saved = (index, norm, lse, statistic)
-    with _plainly(hidden):
+    with plainly(hidden):
         form = Form(temperature, variant, push, push_above)
         gradient: Tensor = kernel.backward(grad, hidden, labels, segments, saved, form)
     return gradient

@@ -9,16 +9,20 @@ import triton.language as tl
 # Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
 VARYING = (
     "batches", "length", "first_row", "first_tile", "tiles", "panel", "parts", "steps",
-    "row_stride", "token_stride", "row", "rows", "col", "at", "cols", "tokens", "segmented",
+    "row_stride", "token_stride", "row", "rows", "col", "at", "tokens", "segmented",
     "touching", "own",
 )  # fmt: skip
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
 
 
 def launched(function):
-    """A kernel that is compiled once for all values of VARYING."""
+    """A kernel that is compiled once for all values of VARYING, and wherever tokens' values lie."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in VARYING if name in names])
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in VARYING if name in names],
+        do_not_specialize_on_alignment=[n for n in names if n.startswith(("row_", "col_"))],
+    )
 
 
 @triton.jit
@@ -273,4 +277,5 @@ def ends(
     tl.store(into + 3 * per_run, pull, mask=inside)
     if PUSH:
         hinge = push * upstream / tl.maximum(candidates, 1)
-        tl.store(into + 4 * per_run, hinge, mask=inside)
+        # Not read where there is no candidate, but `_scales` asks for the largest.
+        tl.store(into + 4 * per_run, tl.where(candidates == 0, 0.0, hinge), mask=inside)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simreg.kernels import rectangular
+from simreg.kernels.op import plainly
 from simreg.kernels.order import Ends, Form
 from simreg.kernels.order import ends as ends_of
 from simreg.loss import (
@@ -278,7 +279,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, shards, form):  # type: ignore[no-untyped-def]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with plainly(hidden):
             norm = rectangular.norms(hidden, shards.own, shards.mine)
             norms = shards.peers.gather(norm)
             results = rectangular.forward(
@@ -306,7 +307,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, hidden, norms, lse, statistic, shards, form):  # type: ignore[no-untyped-def]
         grad = F.pad(grad, (0, shards.width - grad.shape[1]))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with plainly(hidden):
             mine = ends_of(grad, shards.own, lse, statistic, form)
             everyone = Ends(*shards.peers.gather(mine.stack()).unbind(1))
             found = rectangular.backward(

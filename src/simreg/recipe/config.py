@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import tyro
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from simreg.baselines import registry
@@ -24,7 +24,16 @@ _STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
+
+
+def _whole(value: Any) -> Any:
+    """1e6, a word to YAML, is a number."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,2}", value):
+        return float(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 
 WSD_DECAY = 0.2
 """Share of the steps over which the `wsd` schedule decays."""
@@ -344,19 +353,16 @@ def load(path: str | Path) -> RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML would take the last, and reads 1e6."""
+    """Refuses a key that comes twice, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class, with unique keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.MarkedYAMLError(problem=f"{twice!r} twice", problem_mark=node.start_mark)
+        """As the base class, with unique keys; what is merged in (`<<`) may be said anew."""
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for key, where in zip(keys, own, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} twice", problem_mark=where.start_mark)
         return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def parse_yaml(text: str) -> Any:
@@ -379,10 +385,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def commented(path: Path) -> bool:
-    """Whether a YAML file has comments: then a person wrote it."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return any(line.lstrip().startswith("#") for line in text.splitlines())
+def as_written(path: Path) -> bool:
+    """Whether a YAML file looks as `to_yaml` writes one: no comments, no layout of a person's."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.safe_dump(yaml.safe_load(text), sort_keys=False) == text
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
 
 
 def to_yaml(config: RunConfig) -> str:

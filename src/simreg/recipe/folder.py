@@ -32,7 +32,6 @@ FREE_FIELDS = (
 )
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-_STORAGE_ERRORS |= {errno.ENOENT}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -103,7 +102,7 @@ class RunFolder:
         advice = "no run of simreg wrote it, and this one would replace it: choose another `out`"
         if self.model.exists():
             raise UserError(f"there is a {self.model} already; {advice}")
-        if self.config.exists() and not written_here(self.config):
+        if self.config.exists() and not run_config.as_written(self.config):
             raise UserError(f"there is a {self.config} already; {advice}")
 
     def resume_point(self) -> tuple[Path | None, dict[str, Any]]:
@@ -118,23 +117,14 @@ class RunFolder:
         return None, {}
 
 
-def written_here(path: Path) -> bool:
-    """Whether `path` looks like a config that a run wrote: it has all sections, no comments."""
-    try:
-        values = run_config.read_yaml(path)
-    except UserError:
-        return False
-    sections = {"out", "model", "data", "optim", "train"}
-    return sections <= values.keys() and not run_config.commented(path)
-
-
 @contextlib.contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
     """Turn what the file system refuses under `root` into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
+        inside = str(error.filename or "").startswith(str(root))  # else it is about something else
+        if error.errno not in _STORAGE_ERRORS and not (error.errno == errno.ENOENT and inside):
             raise
         advice = "make room or choose" if error.errno in _NO_ROOM else "choose"
         raise UserError(

@@ -113,12 +113,12 @@ def _settled(study: Study) -> Study:
     path = Path(study.out) / STUDY_FILE
     if not path.exists():
         return study
-    if recipe.commented(path):
-        raise UserError(
-            f"{path} has comments, so it is a file of yours that the study's own would replace: "
-            "give another --out"
-        )
     stored = plan.load(path)
+    if not recipe.as_written(path):
+        raise UserError(
+            f"{path} is not as `simreg compare` writes it (has it comments?), and the study's own "
+            "would replace it: give another --out"
+        )
     advice = "give another --out, or delete the folder to start again"
     if study.minutes is not None:
         if stored.minutes != study.minutes:
