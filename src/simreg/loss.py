@@ -1,6 +1,7 @@
 """The SimReg loss: the function, the module, and the checks on what they are given."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,6 @@ from torch.nn import functional as F
 
 from simreg.kernels import op
 from simreg.kernels.order import Form
-from simreg.objectives import per_item
 
 VARIANTS = ("out", "in", "decoupled")
 BACKENDS = ("auto", "triton", "blockwise", "reference")
@@ -200,6 +200,25 @@ def weigh(
         "neg_cos": neg_cos.nansum() / negatives.sum().clamp_min(1),
     }
     return weighted, metrics
+
+
+def per_item(total: Tensor, count: Tensor, num_items: Tensor | float | None) -> Tensor:
+    """A summed loss over its divisor: `num_items`, or `count` where that is None.
+
+    0 items are taken for one: then nothing is labelled, and the sum is 0.
+
+    Raises:
+        ValueError: for a `num_items` that is neither a number ≥ 0 nor a tensor with one.
+    """
+    if num_items is None:
+        return total / count
+    if isinstance(num_items, Tensor) and num_items.numel() == 1:
+        items = num_items.reshape(())
+        return total / items.masked_fill(items == 0, 1)
+    if isinstance(num_items, Real) and num_items >= 0:
+        return total / (float(num_items) or 1)
+    got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
+    raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
 
 
 def per_token(

@@ -1,7 +1,6 @@
 """The protocol that SimReg and its rivals share: trainers and studies know no particular one."""
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -38,25 +37,6 @@ def by_rows(objective: object) -> bool:
     """Whether its loss of a row depends on that row alone, so that any split of a batch into
     micro-batches gives the same sum: yes, unless its attribute `by_rows` says no."""
     return bool(getattr(objective, "by_rows", True))
-
-
-def per_item(total: Tensor, count: Tensor, num_items: Tensor | float | None) -> Tensor:
-    """A summed loss over its divisor: `num_items`, or `count` where that is None.
-
-    0 items are taken for one: then nothing is labelled, and the sum is 0.
-
-    Raises:
-        ValueError: for a `num_items` that is neither a number ≥ 0 nor a tensor with one.
-    """
-    if num_items is None:
-        return total / count
-    if isinstance(num_items, Tensor) and num_items.numel() == 1:
-        items = num_items.reshape(())
-        return total / items.masked_fill(items == 0, 1)
-    if isinstance(num_items, Real) and num_items >= 0:
-        return total / (float(num_items) or 1)
-    got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
-    raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
 
 
 class Objective(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from simreg.baselines import terms
-from simreg.objectives import per_item
+from simreg.loss import per_item
 
 
 class Rival(nn.Module):
