@@ -26,7 +26,8 @@ def compiled(*arguments):
     )
     assert run.returncode == 0, run.stderr
     records = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(records) == (29 if "bfloat16" in arguments else 16)
+    expected = 29 if "bfloat16" in arguments else 9 if "single" in arguments else 16
+    assert len(records) == expected
     return records
 
 
