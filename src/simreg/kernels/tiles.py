@@ -58,16 +58,9 @@ def _cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     return x.to(dtype)
 
 
-COMPILED = tl.constexpr(isinstance(_cast, triton.JITFunction))  # not interpreted
-
-
 @triton.jit
 def _inverse(norm, tokens, valid, SMALLEST: tl.constexpr):
-    length = tl.maximum(tl.load(norm + tokens, mask=tokens < valid, other=1), SMALLEST)
-    inverse = 1 / length
-    if COMPILED:  # where / may be 2 units off, and `div_rn` takes a stack
-        inverse = tl.fma(inverse, tl.fma(-length, inverse, 1.0), inverse)
-    return inverse
+    return 1 / tl.maximum(tl.load(norm + tokens, mask=tokens < valid, other=1), SMALLEST)
 
 
 @triton.jit
