@@ -39,7 +39,7 @@ FLOATS = (
     "powers", "merged", "gaps", "statistic", "loss", "pos_cos", "neg_cos", "grad", *Ends._fields,
 )  # fmt: skip
 SCALARS = ("temperature", "inverse_temperature", "edge", "push")
-DIVISIBLE = ("dim", "cols")  # by 16: wider hidden states are padded, most tiles are whole
+DIVISIBLE = ("dim",)  # by 16: wider hidden states are padded
 
 
 def variants(

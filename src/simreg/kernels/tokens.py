@@ -9,7 +9,7 @@ import triton.language as tl
 # Arguments that change from launch to launch: not worth a compilation for 1 or a multiple of 16.
 VARYING = (
     "batches", "length", "first_row", "first_tile", "tiles", "panel", "parts", "steps",
-    "row_stride", "token_stride", "row", "rows", "col", "at", "tokens", "segmented",
+    "row_stride", "token_stride", "row", "rows", "col", "at", "cols", "tokens", "segmented",
     "touching", "own",
 )  # fmt: skip
 OUT, IN, DECOUPLED, POSITIVES = (tl.constexpr(k) for k in range(4))  # what a tile sums
