@@ -143,16 +143,17 @@ class Attached:
         self.metrics = {name: value.detach() for name, value in metrics.items()}
         return loss
 
-    def skip(self) -> None:
+    def forget(self) -> None:
         """Let go of what the last forward pass left, instead of a call."""
-        self._forget()
+        self._hidden = self._logits = None
+        self._earlier = {}
 
     def detach(self) -> None:
         """Remove the hooks and let go of what they hold; twice is harmless."""
         for hook in self._hooks:
             hook.remove()
         self._attached = False
-        self._forget()
+        self.forget()
 
     def __enter__(self) -> "Attached":
         return self
@@ -196,10 +197,6 @@ class Attached:
         if self._attached and torch.is_grad_enabled():
             self._logits = _logits(output)
 
-    def _forget(self) -> None:
-        self._hidden = self._logits = None
-        self._earlier = {}
-
     def _take(self) -> tuple[Tensor, dict[str, Any]]:
         """The final hidden states and what else the objective reads, by keyword."""
         if not self._attached:
@@ -212,7 +209,7 @@ class Attached:
             )
         # Taken, not read: labels never meet the hidden states of another batch.
         hidden, read = self._hidden, self._read(self._hidden)
-        self._forget()
+        self.forget()
         return hidden, read
 
     def _read(self, hidden: Tensor) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def simreg_loss(
         hidden: ``[B, L, d]`` or ``[T, d]``: the input of the LM head. float32, bfloat16, float16
             or float64. Positions whose label is ignored are never read.
         labels: ``[B, L]`` or ``[T]`` int64, already shifted: the token that follows each position.
-            ``ignore_index`` and negative labels are ignored.
+            ``ignore_index`` and negative labels are ignored. Kept for the backward pass, like
+            ``hidden``: change neither in place before it.
         temperature: τ > 0.
         variant: ``"out"``, ``"in"`` or ``"decoupled"``.
         push: ≥ 0, weight of the push beside the loss of the variant.

@@ -152,7 +152,7 @@ class SimRegTrainer(Trainer):
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if self._reg is not None and self._out_of_use():
-            self._reg.skip()
+            self._reg.forget()
         if targets is None and model.training and not _idle(self._objective):
             raise ValueError("inputs: expected `labels` in every training batch, for the objective")
         if targets is not None:

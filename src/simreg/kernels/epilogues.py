@@ -10,7 +10,7 @@ positives; `own`: tokens may meet themselves. Where not, nobody looks.
 import triton
 import triton.language as tl
 
-from simreg.kernels.tiles import _cast, _extend, _finite, _inverse, _sigmoid, _softplus
+from simreg.kernels.tiles import _cast, _extend, _finite, _inverse, _sigmoid, _softmax, _softplus
 from simreg.kernels.tokens import DECOUPLED, IN, POSITIVES, launched
 
 
@@ -140,15 +140,16 @@ def entries(
     c += at
     lse_r = tl.load(row_lse + r, mask=in_row, other=0)[:, None]
     lse_c = tl.load(col_lse + c, mask=in_col, other=0)[None, :]
-    g = tl.exp(s - lse_r) * tl.load(row_softmax + r, mask=in_row, other=0)[:, None]
-    g += tl.exp(s - lse_c) * tl.load(col_softmax + c, mask=in_col, other=0)[None, :]
+    weight_r = tl.load(row_softmax + r, mask=in_row, other=0)[:, None]
+    weight_c = tl.load(col_softmax + c, mask=in_col, other=0)[None, :]
+    g = _softmax(s, s, lse_r, weight_r, lse_c, weight_c, 0.0, False)
     if touching > 0:
         pull_r = tl.load(row_pull + r, mask=in_row, other=0)[:, None]
         pull_c = tl.load(col_pull + c, mask=in_col, other=0)[None, :]
         if MODE == IN:
             numerator_r = tl.load(row_numerator + r, mask=in_row, other=0)[:, None]
             numerator_c = tl.load(col_numerator + c, mask=in_col, other=0)[None, :]
-            pull = tl.exp(s - numerator_r) * pull_r + tl.exp(s - numerator_c) * pull_c
+            pull = _softmax(s, s, numerator_r, pull_r, numerator_c, pull_c, 0.0, False)
         elif MODE == DECOUPLED:
             pull = _sigmoid(lse_r - s) * pull_r + _sigmoid(lse_c - s) * pull_c
         else:

@@ -218,10 +218,8 @@ class Plain:
     def _similarities(self, cols: Piece, pair: Pair) -> tuple[Tensor, Tile]:
         tile, tau = _masked(self.rows.tokens, cols, pair), self.form.temperature
         mine, theirs = self.rows.take(pair.batch, pair.row), cols.take(pair)
-        rows, columns = (
-            inverse(self.rows.norm[tile.batch, tile.rows]),
-            inverse(cols.norm[tile.batch, tile.cols]),
-        )
+        rows = inverse(self.rows.norm[tile.batch, tile.rows])
+        columns = inverse(cols.norm[tile.batch, tile.cols])
         if mixed(mine):
             return product(mine, theirs.mT).mul_(rows / tau).mul_(columns.mT), tile
         dtype = wide(mine.dtype)

@@ -33,8 +33,6 @@ BOUNDED = 0.05
 """The temperature from which on exponentials of s − 1/τ keep clear of float32's limits."""
 MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
 _TOKENS = 128  # to a program that looks at each token alone
-
-
 capability = cache(torch.cuda.get_device_capability)
 
 
@@ -179,9 +177,9 @@ class Problem:
         labels: int = 0,
         symmetric: bool = True,
     ) -> None:
-        """What a launch left in its slots to ``[sums, 2, B, L]``; see `tokens.merge`.
+        """Add up what a launch left in its slots, in ``[sums, 2, B, L]``; see `tokens.merge`.
 
-        The first launch of a row overwrites.
+        What is there is added to after the first panel of symmetric rows, else overwritten.
         """
         tokens.merge[(self.tiles if symmetric else launch.tiles, launch.rows)](
             *slots, into, self.runs, self.batch, self.length,

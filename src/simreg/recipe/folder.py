@@ -123,7 +123,7 @@ def storage_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        inside = str(error.filename or "").startswith(str(root))  # else it is about something else
+        inside = Path(str(error.filename)).is_relative_to(root)  # else it is about something else
         if error.errno not in _STORAGE_ERRORS and not (error.errno == errno.ENOENT and inside):
             raise
         advice = "make room or choose" if error.errno in _NO_ROOM else "choose"

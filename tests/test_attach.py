@@ -1,0 +1,157 @@
+"""`attach`: what it takes, where it finds the hidden states, what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from simreg.capture import attach
+from simreg.loss import SimRegLoss, simreg_loss
+from tests.test_capture import CONFIGS, SMALL, HeadCrossEntropy, Pull, batch, build, transformers
+
+
+class Own(nn.Module):
+    """Somebody's own model, whose final norm returns a tensor, a tuple or an output object."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(40, 16), nn.Module(), nn.Linear(16, 40)
+        self.norm.forward = form
+
+    def forward(self, ids):
+        out = self.norm(self.embed(ids))
+        hidden = out if isinstance(out, torch.Tensor) else out[0]
+        return self.head(hidden)
+
+
+FORMS = {
+    "tensor": lambda x: x * 2,
+    "tuple": lambda x: (x * 2, None),
+    "output": lambda x: transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x * 2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ones_own_model(form):
+    model, (ids, labels) = Own(FORMS[form]), batch()
+    objective = HeadCrossEntropy(model.head)
+    reg = attach(model, objective, module=model.norm)
+    model(ids)
+    reg(labels)
+    torch.testing.assert_close(objective.seen[0][0], model.embed(ids) * 2)
+
+
+@pytest.mark.parametrize("bad", [lambda x: {"x": x}, lambda x: x[0]])
+def test_output_that_is_no_hidden_state(bad):
+    norm = nn.Module()
+    norm.forward = bad
+    attach(norm, Pull(), module=norm)
+    with pytest.raises(TypeError, match=r"module: expected .*\[B, L, d\]; got"):
+        norm(torch.zeros(2, 3, 4))
+
+
+def test_models_without_a_decoder_are_refused():
+    with pytest.raises(ValueError, match=r"no decoder in Own .by get_decoder..*; pass module="):
+        attach(Own(FORMS["tensor"]), Pull())
+    t5 = transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        attach(transformers.T5ForConditionalGeneration(t5), Pull())
+
+
+def test_other_tasks_are_refused():
+    bert = transformers.BertConfig(**SMALL | {"num_hidden_layers": 1})
+    for model in (
+        transformers.BertForMaskedLM(bert),
+        transformers.LlamaForSequenceClassification(CONFIGS["llama"]()),
+    ):
+        with pytest.raises(
+            ValueError, match=f"predicts the next token, got {type(model).__name__}"
+        ):
+            attach(model, Pull())
+
+
+def test_a_guess_of_transformers_that_is_the_head_or_the_model():
+    """`get_decoder` finds the Linear called decoder in the one, the model itself in the other."""
+    modern = transformers.ModernBertDecoderConfig(
+        **SMALL | {"num_hidden_layers": 1}, cls_token_id=1, sep_token_id=2, local_attention=8
+    )
+    llama4 = transformers.Llama4TextConfig(
+        **SMALL, head_dim=8, intermediate_size_mlp=24, num_local_experts=2, attention_chunk_size=8
+    )
+    for model, inside in (
+        (transformers.ModernBertDecoderForCausalLM(modern), lambda m: m.model),
+        (transformers.Llama4ForCausalLM(llama4), lambda m: m.model),
+    ):
+        seen = []
+        inside(model).register_forward_hook(lambda m, i, o: seen.append(o[0]))  # noqa: B023
+        reg = attach(model, SimRegLoss())
+        ids, labels = batch()
+        model(ids)
+        assert reg._hidden is seen[0]
+        assert reg(labels).requires_grad
+
+
+def test_a_decoder_inside_of_what_has_the_head_too():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = build()
+            self.get_decoder = lambda: self.inside
+            self.get_output_embeddings = lambda: self.inside.lm_head
+
+        def forward(self, ids):
+            return self.inside(ids)
+
+    model, (ids, labels) = Wrapped(), batch()
+    reg = attach(model, SimRegLoss())
+    assert len(model.inside.model._forward_hooks) == 1
+    model(ids)
+    assert reg(labels).requires_grad
+
+
+def test_a_model_that_does_not_say_which_its_head_is():
+    model = build()
+    model.get_output_embeddings = unsaid
+    reg = attach(model, SimRegLoss())
+    ids, labels = batch()
+    model(ids)
+    assert reg(labels).requires_grad
+
+
+def unsaid():
+    raise NotImplementedError
+
+
+def test_a_head_that_is_the_input_embedding_may_be_in_the_decoder():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Sequential(nn.Embedding(40, 16), nn.LayerNorm(16))
+            self.get_decoder = lambda: self.decoder
+            self.get_output_embeddings = lambda: self.decoder[0]
+
+        def forward(self, ids):
+            return self.decoder(ids) @ self.decoder[0].weight.T
+
+    model, (ids, labels) = Tied(), batch()
+    reg = attach(model, SimRegLoss())
+    model(ids)
+    torch.testing.assert_close(reg._hidden, model.decoder(ids))
+    assert reg(labels).requires_grad
+
+
+def test_what_is_no_objective_is_refused_at_once():
+    model, (ids, labels) = build(), batch()
+    with pytest.raises(ValueError, match=r"objective: .* the class SimRegLoss: add \(\)"):
+        attach(model, SimRegLoss)
+    for other in (simreg_loss, 0.3, None):
+        with pytest.raises(ValueError, match=r"objective: expected something like SimRegLoss\(\)"):
+            attach(model, other)
+    for module in ("model.norm", model.lm_head):
+        with pytest.raises(ValueError, match="module: "):
+            attach(model, Pull(), module=module)
+    reg = attach(model, SimRegLoss())
+    model(ids)
+    with pytest.raises(ValueError, match="labels: expected a tensor, got NoneType"):
+        reg(None)
+    with pytest.raises(ValueError, match=r"num_items: .* got \[2\]"):
+        reg(labels, num_items=torch.tensor([7, 8]))
