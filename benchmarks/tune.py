@@ -35,7 +35,7 @@ from simreg.kernels.triton import Blocks
 from simreg.recipe import provenance
 
 CUDA = torch.device("cuda")
-KERNELS = ("find_runs", "norms", "sums", "merge", "gradients", "apply")
+KERNELS = ("find_runs", "inverses", "sums", "merge", "gradients", "apply")
 PROFILED = 3
 
 

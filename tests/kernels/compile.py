@@ -4,6 +4,7 @@
     python -m tests.kernels.compile 90 bfloat16 single   # for one token of one dimension
     python -m tests.kernels.compile 90 bfloat16 push     # as with a push
     python -m tests.kernels.compile 90 bfloat16 unbounded    # as at a temperature below 0.05
+    python -m tests.kernels.compile 90 bfloat16 brief    # of the variants "out" alone, a third
 
 Triton makes arguments that are 1 constants, hence the second.
 Registers and spilled bytes a thread, shared memory a block in bytes, and the unit that multiplies.
@@ -35,27 +36,28 @@ INTEGERS = {"index": "*i64", "labels": "*i64", "segments": "*i64", "runs": "*i32
 for known in ("place", "segment", "label"):
     INTEGERS |= {f"row_{known}": "*i32", f"col_{known}": "*i32"}
 FLOATS = (
-    "products", "sums", "norm", "lse", "by_row", "by_col", "into", "ends", "unit", "radial",
-    "powers", "merged", "gaps", "statistic", "loss", "pos_cos", "neg_cos", "grad", *Ends._fields,
+    "products", "sums", "inverse", "scale", "lse", "by_row", "by_col", "into", "ends", "unit",
+    "radial", "powers", "merged", "gaps", "statistic", "loss", "pos_cos", "neg_cos", "grad",
+    *Ends._fields,
 )  # fmt: skip
 SCALARS = ("temperature", "inverse_temperature", "edge", "push")
 DIVISIBLE = ("dim",)  # by 16: wider hidden states are padded
 
 
 def variants(
-    dtype: str, blocks: host.Blocks, *, push: bool, bounded: bool, even: bool
+    dtype: str, blocks: host.Blocks, *, push: bool, bounded: bool, even: bool, brief: bool
 ) -> Iterator[tuple[triton.JITFunction, dict, int, int]]:
     """Kernels with their constants, warps and stages, as `simreg.kernels.triton` has them."""
-    size = {"EVEN": even, "TILE": blocks.tile, "SMALLEST": EPS, "INTERPRETED": False}
+    size = {"EVEN": even, "TILE": blocks.tile, "INTERPRETED": False}
     pairs = {"DEPTH": blocks.depth, "PARTS": blocks.parts, "BOUNDED": bounded, **size}
     shape = blocks.warps, blocks.stages
     rescaled = {"RESCALED": dtype == "float16"}
-    yield tokens.norms, {"TOKENS": 16, "DEPTH": 128}, 4, 3
+    yield tokens.inverses, {"SMALLEST": EPS, "TOKENS": 16, "DEPTH": 128}, 4, 3
     for segmented in (False, True):
         yield tokens.find_runs, {"SEGMENTED": segmented, "TOKENS": 128}, 4, 3
-    if dtype == "bfloat16":  # they hardly know of which dtype hidden states are
+    if dtype == "bfloat16" and not brief:  # they hardly know of which dtype hidden states are
         yield from _of_tokens_and_products(push=push, bounded=bounded)
-    modes = range(4) if even else range(1)  # what is constant for a single token is so in all
+    modes = range(1 if brief else 4)
     for mode in modes:
         pushing = push and mode != tokens.POSITIVES.value
         yield tiles.sums, {"MODE": mode, "PUSH": pushing, **pairs}, *shape
@@ -67,14 +69,14 @@ def variants(
     for again in (True, False):
         flags = {"SUMS": 5 if push else 4, **merging, "AGAIN": again, "TILE": blocks.tile}
         yield tokens.merge, flags, 4, 3
-    wide = {"DEPTH": blocks.step, "WIDE": blocks.wide}
+    wide = {"DEPTH": blocks.step, "WIDE": blocks.wide, "SMALLEST": EPS}
     yield tiles.apply, {**rescaled, **wide, **size}, blocks.wide_warps, blocks.wide_stages
 
 
 def _of_tokens_and_products(
     *, push: bool, bounded: bool
 ) -> Iterator[tuple[triton.JITFunction, dict, int, int]]:
-    piece = {"ROWS": fused.ROWS, "COLS": fused.COLS, "SMALLEST": EPS}
+    piece = {"ROWS": fused.ROWS, "COLS": fused.COLS}
     for mode in range(3):
         flags = {"MODE": mode, "PUSH": push}
         yield tokens.results, {**flags, "BOUNDED": bounded, "TOKENS": 128}, 4, 3
@@ -120,12 +122,14 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def main(capability: int, dtype: str, *, single: bool, push: bool, bounded: bool) -> None:
+def main(
+    capability: int, dtype: str, *, single: bool, push: bool, bounded: bool, brief: bool
+) -> None:
     known = divmod(capability, 10)
     with mock.patch.object(host, "capability", return_value=known):
         blocks = host.blocks(getattr(torch, dtype), torch.device("cuda"))
     for kernel, constants, warps, stages in variants(
-        dtype, blocks, push=push, bounded=bounded, even=not single
+        dtype, blocks, push=push, bounded=bounded, even=not single, brief=brief
     ):
         types = signature(kernel, dtype)
         if single:
@@ -157,5 +161,5 @@ def main(capability: int, dtype: str, *, single: bool, push: bool, bounded: bool
 
 
 if __name__ == "__main__":
-    flags = {name: name in sys.argv for name in ("single", "push")}
+    flags = {name: name in sys.argv for name in ("single", "push", "brief")}
     main(int(sys.argv[1]), sys.argv[2], **flags, bounded="unbounded" not in sys.argv)

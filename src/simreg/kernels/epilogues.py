@@ -1,16 +1,16 @@
 """Triton kernels over a tile of products that cuBLAS made: what `pairs` does in ten passes, in one.
 
 A tile has `rows` × `cols` products h_r · h_c in float32. What is known of each token: its place,
-segment and label (`rectangular.Tokens`), int32, and its norm. `row` and `col` are where the tile's
+segment and label (`rectangular.Tokens`), int32, and its 1/‖h‖. `row` and `col` are where the tile's
 first tokens are in these, flat in memory, `at` where its first column is in what a piece brings:
-its norms and ends. `segmented`: tokens are of several segments; `touching`: some pairs may be
+its scales and ends. `segmented`: tokens are of several segments; `touching`: some pairs may be
 positives; `own`: tokens may meet themselves. Where not, nobody looks.
 """
 
 import triton
 import triton.language as tl
 
-from simreg.kernels.tiles import _cast, _extend, _finite, _inverse, _sigmoid, _softmax, _softplus
+from simreg.kernels.tiles import _cast, _extend, _finite, _sigmoid, _softmax, _softplus
 from simreg.kernels.tokens import DECOUPLED, IN, POSITIVES, launched
 
 
@@ -37,11 +37,10 @@ def _pairs(
 
 @launched
 def row_sums(
-    products, row_place, row_segment, row_label, row_norm, col_place, col_segment, col_label,
-    col_norm, lse, sums, tokens, row, rows, col, at, cols, inverse_temperature, edge, segmented,
+    products, row_place, row_segment, row_label, row_scale, col_place, col_segment, col_label,
+    col_scale, lse, sums, tokens, row, rows, col, at, cols, inverse_temperature, edge, segmented,
     touching, own,
     MODE: tl.constexpr, PUSH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the sums of its rows, [7, tokens] or with POSITIVES [2, tokens].
 
@@ -51,7 +50,7 @@ def row_sums(
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_row = r < rows
-    row_inverse = _inverse(row_norm + row, r, rows, SMALLEST)[:, None]
+    row_inverse = tl.load(row_scale + row + r, mask=in_row, other=1)[:, None]
     products += r[:, None].to(tl.int64) * cols
     r += row
     sums += r
@@ -63,7 +62,7 @@ def row_sums(
         c = start + tl.arange(0, COLS)
         in_col = c < cols
         x = tl.load(products + c[None, :], mask=in_row[:, None] & in_col[None, :], other=0)
-        col_inverse = _inverse(col_norm + at, c, cols, SMALLEST)[None, :]
+        col_inverse = tl.load(col_scale + at + c, mask=in_col, other=1)[None, :]
         candidate, positive = _pairs(
             row_place, row_segment, row_label, col_place, col_segment, col_label, r, col + c,
             in_row, in_col, segmented, touching, own,
@@ -115,12 +114,12 @@ def _add_exponentials(sums, tokens, top, total, inside):
 
 @launched
 def entries(
-    products, row_place, row_segment, row_label, row_norm, col_place, col_segment, col_label,
-    col_norm, row_lse, row_softmax, row_numerator, row_pull, row_hinge, col_lse, col_softmax,
+    products, row_place, row_segment, row_label, row_scale, col_place, col_segment, col_label,
+    col_scale, row_lse, row_softmax, row_numerator, row_pull, row_hinge, col_lse, col_softmax,
     col_numerator, col_pull, col_hinge, m, row, rows, col, at, cols, inverse_temperature, edge,
     segmented, touching, own,
     MODE: tl.constexpr, PUSH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """M = G / ‖h_col‖ of a tile, [rows, cols], in the dtype of m; the ends are those of `Ends`."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -128,8 +127,8 @@ def entries(
     in_row, in_col = r < rows, c < cols
     inside = in_row[:, None] & in_col[None, :]
     place = r[:, None].to(tl.int64) * cols + c[None, :]
-    row_inverse = _inverse(row_norm + row, r, rows, SMALLEST)[:, None]
-    col_inverse = _inverse(col_norm + at, c, cols, SMALLEST)[None, :]
+    row_inverse = tl.load(row_scale + row + r, mask=in_row, other=1)[:, None]
+    col_inverse = tl.load(col_scale + at + c, mask=in_col, other=1)[None, :]
     x = tl.load(products + place, mask=inside, other=0)
     s = x * (row_inverse * col_inverse) * inverse_temperature
     candidate, positive = _pairs(

@@ -11,7 +11,6 @@ from simreg.kernels.epilogues import entries, row_sums
 from simreg.kernels.order import Ends, Form, Sums
 from simreg.kernels.pairs import Gaps, logarithm
 from simreg.kernels.rectangular import Pair, Piece, Rows
-from simreg.kernels.reference import EPS
 from simreg.kernels.tokens import POSITIVES
 from simreg.kernels.triton import INTERPRETED, MODES
 
@@ -22,19 +21,22 @@ class Fused:
     """As `rectangular.Plain`, of bfloat16 hidden states on CUDA."""
 
     def __init__(self, rows: Rows, form: Form) -> None:
-        self.rows, self.form, self.norm = rows, form, rows.norm.contiguous()
+        self.rows, self.form = rows, form
+        self.inverse = rectangular.inverse(rows.norm).contiguous()
 
     @cached_property
     def known(self) -> Tensor:
         """As `row_sums` has it."""
-        known = self.norm.new_zeros(7, *self.norm.shape)
+        known = self.inverse.new_zeros(7, *self.inverse.shape)
         known[0] = known[4] = -torch.inf
         return known
 
     def add(self, cols: Piece, pair: Pair) -> None:
         """A tile to the sums of its rows."""
         form = self.form
-        self._sum(cols, pair, self.norm, self.known, MODE=MODES[form.variant], PUSH=form.push != 0)
+        self._sum(
+            cols, pair, self.inverse, self.known, MODE=MODES[form.variant], PUSH=form.push != 0
+        )
 
     def add_gaps(self, cols: Piece, pair: Pair, gaps: Gaps) -> None:
         """A tile with positives to what "decoupled" sums when the rest is known."""
@@ -57,15 +59,15 @@ class Fused:
         entries[grid](
             products, *places, *mine, *given, m, *numbers,
             MODE=MODES[self.form.variant], PUSH=self.form.push != 0, ROWS=ROWS, COLS=COLS,
-            SMALLEST=EPS, INTERPRETED=INTERPRETED,
+            INTERPRETED=INTERPRETED,
         )  # fmt: skip
         return rectangular.product(m, theirs)
 
     def _sum(self, cols: Piece, pair: Pair, lse: Tensor, sums: Tensor, **flags: object) -> None:
         products, places, numbers = self._tile(cols, pair)
         row_sums[(triton.cdiv(products.shape[1], ROWS),)](
-            products, *places, lse, sums, self.norm.numel(), *numbers,
-            ROWS=ROWS, COLS=COLS, SMALLEST=EPS, **flags,
+            products, *places, lse, sums, self.inverse.numel(), *numbers,
+            ROWS=ROWS, COLS=COLS, **flags,
         )  # fmt: skip
 
     def _tile(
@@ -75,12 +77,12 @@ class Fused:
         b, row, col = pair.batch, pair.row, pair.col
         products = rectangular.product(self.rows.take(b, row), cols.take(pair).mT)
         mine, theirs = self.rows.tokens, cols.tokens
-        places = (*mine[:3], self.norm, *theirs[:3], cols.norm)
+        places = (*mine[:3], self.inverse, *theirs[:3], cols.inverse)
         numbers = (
-            b * self.norm.shape[1] + row.start,
+            b * self.inverse.shape[1] + row.start,
             products.shape[1],
             b * theirs.place.shape[1] + col.start,
-            b * cols.norm.stride(0) + pair.cols.start,  # as in the ends of the piece
+            b * cols.inverse.stride(0) + pair.cols.start,  # as in the ends of the piece
             products.shape[2],
             1 / self.form.temperature,
             self.form.edge,

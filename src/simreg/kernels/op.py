@@ -87,8 +87,9 @@ def loss(
     options (those of a `Form`) as in `simreg_loss`.
 
     The others are for the backward pass, ``[B, L]`` in sorted order: the sorting permutation
-    (int64), the norms of the hidden states, the logsumexp of each token, and a statistic of its
-    positives ("in": their logsumexp, "decoupled": their mean sigmoid). Differentiable once.
+    (int64), the norms of the hidden states ("triton": their inverses), the logsumexp of each token,
+    and a statistic of its positives ("in": their logsumexp, "decoupled": their mean sigmoid).
+    Differentiable once.
     """
     name, why = choose(hidden, backend)
     log.debug("backend %s (%s) for %s", name, why, list(hidden.shape))

@@ -46,7 +46,7 @@ class Piece(NamedTuple):
     first: int
     start: int
     hidden: Tensor  # [b, c, d]
-    norm: Tensor  # [B, c]: of all rows, like the next
+    inverse: Tensor  # 1/‖h‖, [B, c]: of all rows, like the next
     ends: Ends | None = None  # for the gradient
 
     def take(self, pair: "Pair") -> Tensor:
@@ -163,8 +163,8 @@ def _masked(rows: Tokens, cols: Piece, pair: Pair) -> Tile:
 
 
 def inverse(norm: Tensor) -> Tensor:
-    """1/‖h‖, ``[..., 1]``."""
-    return 1 / norm[..., None].clamp_min(EPS)
+    """1/‖h‖ of tokens."""
+    return 1 / norm.clamp_min(EPS)
 
 
 def mixed(hidden: Tensor) -> bool:
@@ -210,7 +210,7 @@ class Plain:
         assert cols.ends is not None
         s, tile = self._similarities(cols, pair)
         g = gradient(s, tile, ends, cols.ends, self.form)
-        theirs, scale = cols.take(pair), inverse(cols.norm[tile.batch, tile.cols])
+        theirs, scale = cols.take(pair), cols.inverse[tile.batch, tile.cols, None]
         if mixed(theirs):
             return product(g.mul_(scale.mT).to(theirs.dtype), theirs)
         return torch.bmm(g, theirs.to(g.dtype) * scale)
@@ -218,8 +218,8 @@ class Plain:
     def _similarities(self, cols: Piece, pair: Pair) -> tuple[Tensor, Tile]:
         tile, tau = _masked(self.rows.tokens, cols, pair), self.form.temperature
         mine, theirs = self.rows.take(pair.batch, pair.row), cols.take(pair)
-        rows = inverse(self.rows.norm[tile.batch, tile.rows])
-        columns = inverse(cols.norm[tile.batch, tile.cols])
+        rows = inverse(self.rows.norm[tile.batch, tile.rows])[..., None]
+        columns = cols.inverse[tile.batch, tile.cols, None]
         if mixed(mine):
             return product(mine, theirs.mT).mul_(rows / tau).mul_(columns.mT), tile
         dtype = wide(mine.dtype)
@@ -289,5 +289,5 @@ def backward(
     for b, spans in enumerate(rows.tokens.spans):
         for span in spans:
             norm = rows.norm[b, span.start : span.stop]
-            e = rows.take(b, span)[0].to(norm.dtype) * inverse(norm)
+            e = rows.take(b, span)[0].to(norm.dtype) * inverse(norm)[:, None]
             yield b, span, through_norm(grad_e[b, span.start : span.stop], e, norm[:, None])

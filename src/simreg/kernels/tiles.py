@@ -59,11 +59,6 @@ def _cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _inverse(norm, tokens, valid, SMALLEST: tl.constexpr):
-    return 1 / tl.maximum(tl.load(norm + tokens, mask=tokens < valid, other=1), SMALLEST)
-
-
-@triton.jit
 def _similarities(products, row_inverse, col_inverse, inverse_temperature):
     """cos / τ, the same to the last bit for (r, c) and (c, r)."""
     return products * (row_inverse[:, None] * col_inverse[None, :]) * inverse_temperature
@@ -191,11 +186,10 @@ def _store_columns(
 
 @launched
 def sums(
-    h, index, count, norm, runs, lse, by_row, by_col,
+    h, index, count, inverse, runs, lse, by_row, by_col,
     batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
     MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, EVEN: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, SMALLEST: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of S on and above the diagonal, for row tiles of a panel, into slots.
 
@@ -227,7 +221,7 @@ def sums(
     )
     # One after the other they need fewer registers.
     parts = _eighths(products, TILE, TILE) if PARTS == 8 else _quarters(products, TILE, TILE)
-    row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
+    row_inverse = tl.load(inverse + base + rows, mask=rows < valid, other=1)
     row_lse = tl.load(lse + base + rows, mask=rows < valid, other=0) if MODE == POSITIVES else 0
     stride = batch_rows.to(tl.int64) * tiles * panel
     by_row += (local * tiles + j).to(tl.int64) * panel + rows - first_tile * TILE
@@ -239,7 +233,7 @@ def sums(
     WIDTH: tl.constexpr = TILE // PARTS
     for part in tl.static_range(PARTS):
         cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
-        col_inverse = _inverse(norm + base, cols, valid, SMALLEST)
+        col_inverse = tl.load(inverse + base + cols, mask=cols < valid, other=1)
         s = _similarities(parts[part], row_inverse, col_inverse, inverse_temperature)
         if not whole:
             s = tl.where(_within(runs, 0, per_run, rows, cols, valid), s, float("-inf"))
@@ -336,11 +330,11 @@ def _pair_gradients(
 
 @launched
 def gradients(
-    h, index, count, norm, runs, ends, powers, m, by_row, by_col,
+    h, index, count, inverse, runs, ends, powers, m, by_row, by_col,
     batches, length, dim, inverse_temperature, edge, first_row, first_tile, tiles, panel,
     MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, SYMMETRIC: tl.constexpr,
     RESCALED: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    PARTS: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
+    PARTS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of M = G / ‖h_col‖ for row tiles of a panel, and Σ_col M h_row · h_col in slots.
 
@@ -370,7 +364,7 @@ def gradients(
     )
     # One after the other they need fewer registers.
     parts = _eighths(products, TILE, TILE) if PARTS == 8 else _quarters(products, TILE, TILE)
-    row_inverse = _inverse(norm + base, rows, valid, SMALLEST)
+    row_inverse = tl.load(inverse + base + rows, mask=rows < valid, other=1)
     row_factor = row_inverse
     label_start = tl.load(runs + 2 * per_run + i * TILE)
     touching = j * TILE < tl.load(runs + 3 * per_run + last)
@@ -390,7 +384,7 @@ def gradients(
     for part in tl.static_range(PARTS):
         cols = j * TILE + part * WIDTH + tl.arange(0, WIDTH)
         products = parts[part]
-        col_inverse = _inverse(norm + base, cols, valid, SMALLEST)
+        col_inverse = tl.load(inverse + base + cols, mask=cols < valid, other=1)
         s = _similarities(products, row_inverse, col_inverse, inverse_temperature)
         g = _pair_gradients(
             s, runs, ends, per_run, rows, cols, valid, inverse_temperature, edge, whole,
@@ -415,7 +409,7 @@ def gradients(
 
 @launched
 def apply(
-    h, index, count, norm, runs, radial, powers, unit, m, out,
+    h, index, count, inverse, runs, radial, powers, unit, m, out,
     batches, length, dim, first_row, first_tile, tiles, panel,
     RESCALED: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     WIDE: tl.constexpr, SMALLEST: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -458,11 +452,10 @@ def apply(
     position = tl.load(index + rows, mask=rows < length, other=0)[:, None] * dim + d
     known = (rows < valid)[:, None] & (d < dim)[None, :]
     x = tl.load(h + position, mask=known, other=0).to(tl.float32)
-    length_of = tl.load(norm + base + rows, mask=rows < valid, other=1)
-    inverse = 1 / tl.maximum(length_of, SMALLEST)
-    along = tl.load(radial + base + rows, mask=rows < valid, other=0) * inverse * inverse
-    along = tl.where(length_of < SMALLEST, 0.0, along)
-    g = (total - along[:, None] * x) * inverse[:, None]
+    scale = tl.load(inverse + base + rows, mask=rows < valid, other=1)
+    along = tl.load(radial + base + rows, mask=rows < valid, other=0) * scale * scale
+    along = tl.where(scale < 1 / SMALLEST, along, 0.0)  # else of a vector that counts as zero
+    g = (total - along[:, None] * x) * scale[:, None]
     if RESCALED:
         g /= tl.load(unit + batch)
     g = _cast(tl.where(known, g, 0.0), out.dtype.element_ty, INTERPRETED)

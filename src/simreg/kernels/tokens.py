@@ -90,8 +90,11 @@ def find_runs(
 
 
 @launched
-def norms(h, index, count, norm, parts, length, dim, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
-    """‖h‖ of every token, 0 where ignored; a batch row in `parts` programs.
+def inverses(
+    h, index, count, inverse, parts, length, dim,
+    SMALLEST: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """1/‖h‖ of every token, 0 where it is not finite; a batch row in `parts` programs.
 
     In float64: an error would shift all similarities of a token at once, by up to 1/τ times it.
     """
@@ -105,7 +108,10 @@ def norms(h, index, count, norm, parts, length, dim, TOKENS: tl.constexpr, DEPTH
         d = k + tl.arange(0, DEPTH)
         x = tl.load(tokens[:, None] + d, mask=inside[:, None] & (d < dim), other=0).to(tl.float64)
         total += tl.sum(x * x, 1)
-    tl.store(norm + base + t, tl.sqrt(total).to(tl.float32), mask=t < length)
+    norm = tl.sqrt(total)
+    finite = norm.to(tl.float32) < float("inf")  # neither is NaN
+    found = tl.where(finite, 1 / tl.maximum(norm, SMALLEST), 0.0)
+    tl.store(inverse + base + t, found.to(tl.float32), mask=t < length)
 
 
 @triton.jit
@@ -192,7 +198,7 @@ def _sizes(runs, per_run, inside):
 
 @launched
 def results(
-    merged, gaps, index, runs, norm, lse, statistic, loss, pos_cos, neg_cos,
+    merged, gaps, index, runs, inverse, lse, statistic, loss, pos_cos, neg_cos,
     batches, length, parts, temperature, inverse_temperature, push,
     MODE: tl.constexpr, PUSH: tl.constexpr, BOUNDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +238,7 @@ def results(
         SUM: tl.constexpr = 4 if MODE == IN else 3
         excess = tl.load(merged + (2 * SUM + 1) * per_run, mask=inside, other=0)
         found += push * temperature * excess / tl.maximum(candidates, 1)
-    finite = tl.load(norm + t, mask=inside, other=0) < float("inf")  # of ignored tokens 0
+    finite = tl.load(inverse + t, mask=inside, other=0) > 0
     tl.store(loss + to, tl.where(finite, found, float("nan")), mask=inside)
     negatives = candidates - positives
     cosine = positive * temperature / some

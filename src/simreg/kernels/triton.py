@@ -28,7 +28,7 @@ SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
 WHOLE_ROWS = 256 * 2**20  # bytes of M at a time, if it need not come in panels
 TOKEN = 200  # bytes of statistics a token, in backward, at most
-INTERPRETED = not isinstance(tokens.norms, triton.JITFunction)
+INTERPRETED = not isinstance(tokens.inverses, triton.JITFunction)
 BOUNDED = 0.05
 """The temperature from which on exponentials of s − 1/τ keep clear of float32's limits."""
 MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
@@ -92,9 +92,9 @@ class Problem:
         labels: Tensor,
         segments: Tensor | None,
         index: Tensor,
-        norm: Tensor | None = None,
+        inverse: Tensor | None = None,
     ) -> None:
-        """`norm`: ``[B, L]`` sorted, computed if not given."""
+        """`inverse`: 1/‖h‖, ``[B, L]`` sorted, computed if not given."""
         # Rows that begin at multiples of 16 numbers can be copied 16 bytes at a time.
         spare = -hidden.shape[-1] % 16
         self.hidden = (F.pad(hidden, (0, spare)) if spare else hidden).contiguous()
@@ -104,7 +104,7 @@ class Problem:
         self.index = index
         self.parts: int = triton.cdiv(self.length, _TOKENS)
         self.runs, self.count = self._runs(labels, segments)
-        self.norm: Tensor = self._norms() if norm is None else norm
+        self.inverse: Tensor = self._inverses() if inverse is None else inverse
 
     def _runs(self, labels: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
         runs = self.index.new_empty((4, self.batch, self.length), dtype=torch.int32)
@@ -117,14 +117,14 @@ class Problem:
         )  # fmt: skip
         return runs, count
 
-    def _norms(self) -> Tensor:
-        norm = self.per_token()
+    def _inverses(self) -> Tensor:
+        inverse = self.per_token()
         parts = triton.cdiv(self.length, 16)
-        tokens.norms[(parts * self.batch,)](
-            self.hidden, self.index, self.count, norm, parts, self.length, self.dim,
-            TOKENS=16, DEPTH=128,
+        tokens.inverses[(parts * self.batch,)](
+            self.hidden, self.index, self.count, inverse, parts, self.length, self.dim,
+            SMALLEST=EPS, TOKENS=16, DEPTH=128,
         )  # fmt: skip
-        return norm
+        return inverse
 
     def per_token(self, *leading: int) -> Tensor:
         """Uninitialised float32 ``[*leading, B, L]``."""
@@ -159,11 +159,11 @@ class Problem:
         """Run `tiles.sums` or `tiles.gradients` on every pair of tiles of a launch."""
         b = self.blocks
         kernel[(launch.tiles * self.tiles, launch.rows)](
-            self.hidden, self.index, self.count, self.norm, self.runs, *tensors,
+            self.hidden, self.index, self.count, self.inverse, self.runs, *tensors,
             self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
             PUSH=form.push != 0, BOUNDED=_bounded(form), EVEN=self.dim % b.depth == 0,
-            TILE=b.tile, DEPTH=b.depth, PARTS=b.parts, SMALLEST=EPS, INTERPRETED=INTERPRETED,
+            TILE=b.tile, DEPTH=b.depth, PARTS=b.parts, INTERPRETED=INTERPRETED,
             num_warps=b.warps, num_stages=b.stages, **flags,
         )  # fmt: skip
 
@@ -197,7 +197,7 @@ def forward(
     own = 4 if form.variant == "in" else 3  # in the order of `tiles.sums`
     logs, labels_only = (0b1001, 0b1100) if own == 4 else (0b001, 0b100)
     sums, mode = own + bool(form.push), MODES[form.variant]
-    merged = gaps = _over_launches(problem, problem.norm, form, sums, mode, logs, labels_only)
+    merged = gaps = _over_launches(problem, problem.inverse, form, sums, mode, logs, labels_only)
     if form.variant == "decoupled":
         lse = _logarithm(merged[0], form)
         mode_of_gaps, form_of_gaps = tokens.POSITIVES.value, form._replace(push=0.0)
@@ -206,13 +206,13 @@ def forward(
         lse = problem.per_token()
     statistic, loss, pos_cos, neg_cos = (problem.per_token() for _ in range(4))
     tokens.results[(problem.parts * problem.batch,)](
-        merged, gaps, problem.index, problem.runs, problem.norm, lse, statistic,
+        merged, gaps, problem.index, problem.runs, problem.inverse, lse, statistic,
         loss, pos_cos, neg_cos,
         problem.batch, problem.length, problem.parts,
         form.temperature, 1 / form.temperature, form.push,
         MODE=mode, PUSH=form.push != 0, BOUNDED=_bounded(form), TOKENS=_TOKENS,
     )  # fmt: skip
-    return loss, pos_cos, neg_cos, problem.index, problem.norm, lse, statistic
+    return loss, pos_cos, neg_cos, problem.index, problem.inverse, lse, statistic
 
 
 def _over_launches(
@@ -251,8 +251,8 @@ def backward(
     form: Form,
 ) -> Tensor:
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
-    index, norm, lse, statistic = saved
-    problem = Problem(hidden, labels, segments, index, norm)
+    index, inverse, lse, statistic = saved
+    problem = Problem(hidden, labels, segments, index, inverse)
     stacked = problem.per_token(5 if form.push else 4)
     tokens.ends[(problem.parts * problem.batch,)](
         grad, index, problem.runs, lse, statistic, stacked,
@@ -261,10 +261,10 @@ def backward(
         MODE=MODES[form.variant], PUSH=form.push != 0, TOKENS=_TOKENS,
     )  # fmt: skip
     rescaled = hidden.dtype == torch.float16
-    powers = unit = norm  # which are not read
+    powers = unit = inverse  # which are not read
     if rescaled:
         weights = [stacked[1], *stacked[3:]]  # in the order of `Ends`
-        powers, unit = _scales(norm, weights)
+        powers, unit = _scales(inverse, weights)
         for weight in weights:
             weight *= unit[:, None]
     out = torch.empty_like(problem.hidden)
@@ -287,8 +287,8 @@ def backward(
         radial = problem.per_token(1, 2)
         problem.merge(slots, radial, launch, symmetric=symmetric)
         tiles.apply[(triton.cdiv(problem.dim, b.wide), launch.tiles, launch.rows)](
-            problem.hidden, index, problem.count, norm, problem.runs, radial[0, 1], powers, unit, m,
-            out, problem.batch, problem.length, problem.dim,
+            problem.hidden, index, problem.count, inverse, problem.runs, radial[0, 1], powers, unit,
+            m, out, problem.batch, problem.length, problem.dim,
             launch.first_row, launch.first_tile, problem.tiles, launch.tiles * b.tile,
             RESCALED=rescaled, EVEN=problem.dim % b.wide == 0,
             TILE=b.tile, DEPTH=b.step, WIDE=b.wide, SMALLEST=EPS, INTERPRETED=INTERPRETED,
@@ -297,18 +297,17 @@ def backward(
     return out[..., : hidden.shape[-1]].contiguous()
 
 
-def _scales(norm: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _scales(inverse: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """What brings M into the range of float16.
 
     Args:
-        norm: ``[B, L]``, sorted.
+        inverse: 1/‖h‖, ``[B, L]``, sorted.
         weights: each ``[B, L]``, of the terms of G.
 
     Returns:
         powers of two near 1/‖h‖, ``[B, L]``, to multiply H and not M with; ``unit`` ``[B]``, by
         which the largest entry of M becomes about 2¹².
     """
-    inverse = 1 / norm.clamp_min(EPS)
     powers = torch.ldexp(torch.ones_like(inverse), torch.frexp(inverse).exponent)
     weight = torch.stack(weights).abs().nan_to_num(0, 0, 0).amax((0, 2))
     return powers, 2**12 / weight.clamp_min(1e-30)

@@ -126,11 +126,12 @@ class Shards:
             ends: ``[size, B, width]`` each, for the gradient.
         """
         me, size = self.peers.rank, self.peers.size
+        inverse = rectangular.inverse(norm)
         for chunk in self._chunks(hidden):
             own = self._gather(hidden, chunk)
             transfers = [self._begin(own, chunk, step) for step in range(1, min(2, size))]
             if self._needs(me, chunk, me):
-                yield self._piece(own, norm, ends, me, chunk)
+                yield self._piece(own, inverse, ends, me, chunk)
             for step in range(1, size):
                 requests, arrived = transfers.pop()
                 for request in requests:
@@ -138,7 +139,7 @@ class Shards:
                 if step + 1 < size:
                     transfers.append(self._begin(own, chunk, step + 1))
                 if arrived is not None:
-                    yield self._piece(arrived, norm, ends, (me - step) % size, chunk)
+                    yield self._piece(arrived, inverse, ends, (me - step) % size, chunk)
 
     def _chunks(self, hidden: Tensor) -> Iterator[Chunk]:
         """The same on every rank: as many rows as fit into CHUNK, of whole tiles."""
@@ -198,11 +199,11 @@ class Shards:
         return out
 
     def _piece(
-        self, hidden: Tensor, norm: Tensor, ends: Ends | None, source: int, chunk: Chunk
+        self, hidden: Tensor, inverse: Tensor, ends: Ends | None, source: int, chunk: Chunk
     ) -> Piece:
         part = (source, slice(None), slice(chunk.start, chunk.start + hidden.shape[1]))
         of_piece = None if ends is None else ends.map(lambda value: value[part])
-        return Piece(self.tokens[source], chunk.first, chunk.start, hidden, norm[part], of_piece)
+        return Piece(self.tokens[source], chunk.first, chunk.start, hidden, inverse[part], of_piece)
 
 
 def _combine(scopes: Tensor) -> Tensor | None:
