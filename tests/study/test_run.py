@@ -2,6 +2,7 @@ import json
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,21 @@ def test_an_interrupted_study_continues(lab, study):
     lab.before = lambda config: None
     compare(study)
     assert len(lab.trained) == len(set(lab.trained)) == 4
+
+
+def test_processes_that_share_a_study_end_it_one_after_the_other(lab, study, monkeypatch):
+    inside = threading.Semaphore(1)
+
+    def alone(*arguments):
+        assert inside.acquire(blocking=False)
+        threading.Event().wait(0.3)
+        inside.release()
+
+    monkeypatch.setattr(run.zeroshot, "after_training", alone)
+    compare(study)
+    with ThreadPoolExecutor() as pool:
+        screens = [found[1] for found in pool.map(compare, [study] * 3)]
+    assert sum("waiting for another process that" in screen for screen in screens) >= 1
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])

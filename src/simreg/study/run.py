@@ -72,7 +72,7 @@ def compare(
     console = console or Console(highlight=False)
     out = Path(study.out)
     began = time.monotonic()
-    with _exclusive(out):
+    with _exclusive(out, console):
         study = _settled(study)
         _check_models(study)
         unsized = study.minutes is not None and not (out / STUDY_FILE).exists()
@@ -82,13 +82,14 @@ def compare(
         with storage_errors(out):
             plan.save(study, out / STUDY_FILE)
     failures = _run_missing(study, corpus, sizing.TimeLeft(study, step_time), console)
-    zeroshot.after_training(study, corpus, step_time, console)
-    runs = records.collect(study)
-    found = results.build(study, runs, step_time, _commands(out, command), failures)
-    found["zero_shot"] = zeroshot.recorded(study)
-    with storage_errors(out):
-        write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
-        report.write(out, runs, found)
+    with _exclusive(out, console):  # who shares the study finds the models evaluated
+        zeroshot.after_training(study, corpus, step_time, console)
+        runs = records.collect(study)
+        found = results.build(study, runs, step_time, _commands(out, command), failures)
+        found["zero_shot"] = zeroshot.recorded(study)
+        with storage_errors(out):
+            write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
+            report.write(out, runs, found)
     summary.show(found, console)
     zeroshot.show(found, console)
     console.print(f"\nreport  {out / 'report.html'}\nresults {out / 'results.json'}")
@@ -96,15 +97,19 @@ def compare(
 
 
 @contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """One process at a time settles the size of a study and times its steps."""
+def _exclusive(out: Path, console: Console) -> Iterator[None]:
+    """One process at a time settles the size of a study, times its steps, and ends it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write in the study folder {out}: {error.strerror}") from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("waiting for another process that measures or evaluates ...")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
