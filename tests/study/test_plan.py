@@ -91,6 +91,13 @@ def test_a_study_at_another_scale(tmp_path):
     assert (over.out, over.base.train.tokens) == ("mine", 5_000_000)
 
 
+def test_a_scale_named_by_a_number(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("scales: {16: {seeds: [7]}}\n")
+    found = plan.from_options(CompareOptions(str(file), scale="16"))
+    assert (found.seeds, Path(found.out).name) == ([7], "s-16")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

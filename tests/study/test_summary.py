@@ -198,6 +198,22 @@ def test_seeds_left_by_divergence_have_no_interval(five):
     assert entry["ce_difference"]["diverged"] == [2]
 
 
+def test_a_seed_whose_reference_diverged_leaves_no_interval(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    ended = [r for r in runs if r.cell != Cell("baseline", 1.0, 3)]
+    failures = {"baseline/1/seed-3": "NaN"}
+    found = results.build(study, ended, dict.fromkeys(study.others, TIMES), [], failures)
+    for kind in ("tokens_saved", "seconds_saved", "midrun_tokens_saved"):
+        saved = found["isoloss"]["fast"][kind]
+        assert (saved["n"], saved["missing"], saved["diverged"]) == (4, [3], [3])
+        assert saved["low"] is saved["high"] is saved["bootstrap"] is None
+    headline = summary.headlines(found)[0]
+    assert "(4 seeds that did not diverge, which are no sample of all: no interval; a" in headline
+    assert headline.endswith("1 of 5 runs of baseline diverged.")
+    assert "not finished" not in headline
+
+
 def test_a_diverged_seed_never_passes_mid_run(five):
     runs, found = five
     study = plan.from_dict({**found["study"], "out": "x"})

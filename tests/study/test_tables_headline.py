@@ -51,6 +51,15 @@ def test_a_headline_says_what_it_does_not_know(tmp_path, entry, seeds, saved):
     assert rows(tmp_path, "headline")[0][0][3:5] == [seeds, saved]
 
 
+def test_arms_that_start_from_other_weights_are_marked(tmp_path):
+    _, found = made(tmp_path, {"fast": 1.35, "wide": 1.5}, seeds=[0, 1], name="five")
+    found["arms"]["wide"]["unpaired"] = ["model.layers"]
+    write(tmp_path, found)
+    (fast, wide), notes = rows(tmp_path, "headline")
+    assert (fast[0], wide[0]) == ("five: fast", "five: wide †")
+    assert "† Another model or other batches than baseline" in notes
+
+
 def test_equal_time_has_a_column_where_a_study_has_it(tmp_path):
     _, plain = made(tmp_path / "plain", {"fast": 1.35}, seeds=[0, 1])
     _, found = made(tmp_path / "timed", {"fast": 1.35}, seeds=[0, 1], name="timed")

@@ -1,3 +1,5 @@
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,58 @@ def test_a_diverged_run_does_not_end_the_study(lab, study):
     assert (
         "simreg did not reach the final loss of baseline within 1 N in the only seed: no saving is "
         "claimed. 1 of 3 runs of simreg diverged." in " ".join(screen.split())
+    )
+
+
+def test_a_diverged_run_is_not_tried_until_it_passes(lab, study):
+    def diverge(config):
+        if config.simreg.weight and config.train.tokens == 1_000_000:
+            raise Diverged("NaN at step 7")
+
+    lab.before = diverge
+    first, _ = compare(study)
+    lab.before = lambda config: None
+    count = len(lab.trained)
+    again, screen = compare(study)
+    assert again["failures"] == first["failures"] == {"simreg/1/seed-0": "NaN at step 7"}
+    assert len(lab.trained) == count
+    folder = f"{study.out}/simreg/1/seed-0"
+    assert f"diverged before: NaN at step 7; delete {folder} to try again" in screen
+    (RunFolder(folder).root / "diverged.json").write_text("{")
+    with pytest.raises(UserError, match=r"diverged\.json is damaged"):
+        compare(study)
+    shutil.rmtree(folder)
+    assert compare(study)[0]["complete"]
+
+
+def test_a_study_over_but_for_what_diverged_is_drawn_without_its_text(lab, study, monkeypatch):
+    def diverge(config):
+        if config.simreg.weight and config.train.tokens == 1_000_000:
+            raise Diverged("NaN")
+
+    lab.before = diverge
+    compare(study)
+    monkeypatch.setattr(run.data, "prepare", lambda config: pytest.fail("read the text"))
+    compare(study)
+
+
+def test_a_study_stays_in_one_precision(lab, study):
+    compare(study)
+    for path in RunFolder(study.out).root.glob("*/*/*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "bf16"}))
+    results, _ = compare(study)  # nothing is missing
+    assert {each["precision"] for each in results["runs"]} == {"bf16"}
+    with pytest.raises(UserError, match="trained in bf16; what is missing would be in fp32"):
+        compare(replace(study, seeds=(0, 1)))
+
+
+def test_what_a_study_loses_is_told(lab, study, capsys):
+    compare(replace(study, seeds=(0, 1)))
+    assert "its results are without" not in capsys.readouterr().err
+    compare(study)
+    assert (
+        f"the study in {study.out} has been of 4 runs, such as baseline/1/seed-1 too: its results "
+        "are without now" in " ".join(capsys.readouterr().err.split())
     )
 
 

@@ -103,6 +103,11 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def precision(config: RunConfig) -> str:
+    """ "bf16" or "fp32": that of a run on this machine."""
+    return "bf16" if use_bf16(config.train.precision) else "fp32"
+
+
 def use_bf16(precision: str) -> bool:
     """Whether to run under bfloat16 autocast."""
     cuda = torch.cuda.is_available()

@@ -46,6 +46,7 @@ class RunFolder:
         self.tensorboard = self.root / "tensorboard"
         self.model = self.root / "model"
         self.result = self.root / "result.json"
+        self.failure = self.root / "diverged.json"
 
     def finished(self, config: RunConfig) -> dict[str, Any] | None:
         """The recorded result, if the run of this config is finished here."""
@@ -57,6 +58,20 @@ class RunFolder:
             if isinstance(result, dict) and "final_ce" in result:
                 return result
         raise UserError(f"{self.result} is damaged: delete it; the same command completes the run")
+
+    def diverged(self, config: RunConfig) -> str | None:
+        """What `record_divergence` was told, if the run of this config diverged here."""
+        if not self.failure.exists():
+            return None
+        self.check(config)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(self.failure.read_text(encoding="utf-8"))["message"])
+        raise UserError(f"{self.failure} is damaged: delete it; the same command repeats the run")
+
+    def record_divergence(self, message: str) -> None:
+        """Keep that the run diverged: one that is tried until it passes is another claim."""
+        record = json.dumps({"message": message}) + "\n"
+        checkpoints.write_atomically(self.failure, record)
 
     def check(self, config: RunConfig) -> None:
         """UserError if the folder holds a run of another config."""

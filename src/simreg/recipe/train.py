@@ -69,7 +69,11 @@ def _run(
     say = print if on_step is None and is_main_process() else _silent
     corpus.require_batch(config.train.batch_rows)
     # Asked now: by the end of a long run the checkout may have moved on.
-    origin = {"versions": provenance.versions(), "machine": provenance.machine()}
+    origin = {
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "precision": assemble.precision(config),
+    }
     checkpoint, manifest = _agreed(folder, corpus)
     if manifest.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise UserError(
@@ -155,10 +159,9 @@ def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     where = assemble.device().type + (f" × {processes}" if processes > 1 else "")
     of_active = "" if active == total else f" ({models.millions(active)} active)"
-    precision = "bf16" if assemble.use_bf16(config.train.precision) else "fp32"
     return (
         f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
-        f"{where} {precision}\n"
+        f"{where} {assemble.precision(config)}\n"
         f"{config.steps} steps of {per_step:,} tokens = {config.steps * per_step:,} tokens, "
         f"from a corpus of {corpus.tokens:,}"
     )

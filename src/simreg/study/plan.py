@@ -281,6 +281,7 @@ def _scaled(values: dict[str, Any], scale: str | None) -> dict[str, Any]:
     """A study file's values at one of its `scales`, in a folder named for it unless it says one."""
     values = dict(values)
     scales = _section({"scales": values.pop("scales", None)}, "scales", "scales")
+    scales = {str(name): own for name, own in scales.items()}  # YAML reads 1 as a number
     if scale is None:
         return values
     if scale not in scales:

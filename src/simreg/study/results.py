@@ -106,10 +106,12 @@ def _isoloss(
 ) -> dict[str, Any]:
     """Savings of an arm at equal loss, over the seeds that have all of their planned runs.
 
-    A seed with a diverged run did not reach the reference's loss, whatever its other runs did.
+    A seed with a diverged run did not reach the reference's loss, whatever its other runs did. One
+    whose reference diverged has no loss to reach: without it the rest is no sample of all.
     """
     full, budgets = table[study.reference][1.0], table[arm]
-    crossings, midrun, diverged = {}, {}, []
+    lost = _diverged(study, [(study.reference, 1.0)], failures)
+    crossings, midrun, diverged = {}, {}, [*lost]
     never = stats.Crossing("not_reached", None, None)
     for seed in full:
         cells = [Cell(arm, budget, seed) for budget in study.budgets_of(arm)]
@@ -127,7 +129,10 @@ def _isoloss(
     def saving(found: dict[int, stats.Crossing], cost: float | None = 1.0) -> dict[str, Any]:
         tokens = {seed: float(run.tokens) for seed, run in full.items()}
         missing = [seed for seed in study.seeds if seed not in found]
-        return {**stats.saving(found, tokens, cost), "missing": missing, "diverged": diverged}
+        saved = stats.saving(found, tokens, cost)
+        if lost:
+            saved |= {"low": None, "high": None, "bootstrap": None}
+        return {**saved, "missing": missing, "diverged": diverged}
 
     return {
         "tokens_saved": saving(crossings),
@@ -240,4 +245,8 @@ def _run(run: Run) -> dict[str, Any]:
         "epochs": run.result.get("corpus", {}).get("epochs"),
         "seconds": run.result["seconds"],
         "final_ce": run.final_ce,
+        "commit": run.result.get("versions", {}).get("commit"),
+        "device": run.result.get("machine", {}).get("device"),
+        "threads": run.result.get("machine", {}).get("threads"),
+        "precision": run.result.get("precision"),
     }

@@ -23,7 +23,7 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import RunConfig, TrainConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import Diverged, Locked, UserError
-from simreg.recipe.folder import FREE_FIELDS, RunFolder, storage_errors
+from simreg.recipe.folder import FREE_FIELDS, RunFolder, storage_errors, warn
 from simreg.recipe.progress import duration, log_line
 from simreg.study import plan, records, report, results, sizing, summary, zeroshot
 from simreg.study.plan import Cell, CompareOptions, Study
@@ -147,6 +147,10 @@ def _settled(study: Study) -> Study:
                 f"arm {arm!r} of the study in {study.out} is another one ({changes}): "
                 f"give the arm another name, or {advice}"
             )
+    planned = {cell.folder for cell in study.cells()}
+    if dropped := [c.folder for c in stored.cells() if c.folder not in planned]:
+        runs = f"{len(dropped)} runs, such as {dropped[0]}" if len(dropped) > 1 else dropped[0]
+        warn(f"the study in {study.out} has been of {runs} too: its results are without now")
     return study
 
 
@@ -175,12 +179,17 @@ def _finished(study: Study) -> dict[Cell, dict[str, Any]]:
     return {cell: result for cell, result in found.items() if result is not None}
 
 
+def _diverged(study: Study, cell: Cell) -> str | None:
+    config = study.config(cell)
+    return RunFolder(config.out).diverged(config)
+
+
 def _measure(
     study: Study, console: Console, *, unsized: bool
 ) -> tuple[Corpus | None, sizing.StepTimes]:
     """The corpus (None if nothing is left to train or time) and the arms' step times."""
     finished = {} if unsized else _finished(study)
-    done = len(finished) == len(study.cells())
+    done = all(cell in finished or _diverged(study, cell) for cell in study.cells())
     # A study that is over can be drawn again anywhere, with the times that are on record.
     known = sizing.cached_step_times(study, any_machine=done)
     untimed = [arm for arm in study.others if study.times(arm) and arm not in known]
@@ -194,6 +203,12 @@ def _measure(
                 f"the data have changed since {cell.folder} of the study in {study.out} was "
                 f"trained ({before} then, {corpus.fingerprint} now): restore them, or give another "
                 "--out"
+            )
+        now = assemble.precision(study.config(cell))
+        if (precision := result.get("precision", now)) != now:
+            raise UserError(
+                f"{cell.folder} of the study in {study.out} was trained in {precision}; what is "
+                f"missing would be in {now} on this machine: give another --out"
             )
     if untimed:
         console.print("timing the steps of each arm, interleaved with the reference's ...")
@@ -237,7 +252,7 @@ def _run_missing(
 ) -> dict[str, str]:
     """Train what is missing; a run that another process trains is looked at again at the end.
 
-    Returns the runs that diverged (path -> message): they must not end a whole study.
+    Returns the runs that diverged, now or before (path -> message): they must not end a study.
     """
     cells, finished = study.cells(), _finished(study)
     todo = [cell for cell in cells if cell not in finished]
@@ -258,12 +273,18 @@ def _run_missing(
                 title = f"{number} {_title(study, cell)}{_about(left.of([cell, *rest]))}"
                 console.print(title, style="bold", markup=False, soft_wrap=True)
             first = left.slowdown is None
+            if before := _diverged(study, cell):
+                failures[cell.folder] = before
+                again = f"delete {Path(study.out) / cell.folder} to try again"
+                console.print(f"diverged before: {before}; {again}", markup=False, soft_wrap=True)
+                continue
             try:
                 _train(study, cell, corpus, left, console)
             except Locked:
                 postponed.append(cell)
             except Diverged as error:
                 failures[cell.folder] = str(error)
+                RunFolder(study.config(cell).out).record_divergence(str(error))
                 console.print(f"diverged: {error}", markup=False, soft_wrap=True)
             if first and study.minutes is not None and (left.slowdown or 0) > SLOW:
                 slow = f"slower than timed by a factor of {left.slowdown:.1f}"
@@ -301,10 +322,10 @@ def _setting(config: RunConfig, corpus: Corpus) -> str:
     model = models.of_run(config, vocab_size=config.model.vocab_size or corpus.vocab_size)
     total, active = models.count_parameters(model)
     of_active = "" if active == total else f" ({models.millions(active)} active)"
-    precision = "bf16" if assemble.use_bf16(config.train.precision) else "fp32"
+    where = f"{assemble.device().type} {assemble.precision(config)}"
     return (
         f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
-        f"{assemble.device().type} {precision}, a corpus of {corpus.tokens:,} tokens"
+        f"{where}, a corpus of {corpus.tokens:,} tokens"
     )
 
 

@@ -25,17 +25,22 @@ def table(request: Request) -> str:
 
     The column of equal time is left out where no study has it.
     """
-    rows = []
+    rows, references = [], []
     for source in request.sources:
         results = source.content
         arms = _arms(request, results)
         for arm in arms:
             name = results["study"]["name"]
             label = f"{name}: {arm}" if len(arms) > 1 else name
+            if results["arms"][arm]["unpaired"]:
+                label = f"{label} {markdown.UNPAIRED}"
+                references.append(results["study"]["reference"])
             rows.append([label, *_row(results, arm)])
+    drawn = markdown.table(_HEAD, rows, left=2)
     if all(row[-1] == markdown.NONE for row in rows):
-        return markdown.table(_HEAD[:-1], [row[:-1] for row in rows], left=2)
-    return markdown.table(_HEAD, rows, left=2)
+        drawn = markdown.table(_HEAD[:-1], [row[:-1] for row in rows], left=2)
+    notes = [markdown.unpaired_note(name) for name in dict.fromkeys(references)]
+    return markdown.with_notes(drawn, notes)
 
 
 def sentences(request: Request) -> str:

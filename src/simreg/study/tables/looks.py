@@ -5,7 +5,7 @@ import numpy as np
 from simreg.recipe.errors import UserError
 from simreg.recipe.progress import read_metrics
 from simreg.study.tables import markdown
-from simreg.study.tables.ranking import UNPAIRED, Standing, gap_cell, how_to_read, standings
+from simreg.study.tables.ranking import Standing, gap_cell, how_to_read, standings
 from simreg.study.tables.request import Request, Source
 
 METRICS = {
@@ -80,7 +80,9 @@ def _correlations(
             and (value := mean_of(found[standing.arm], metric)) is not None
         ]
         each.append(f"{metric} {_pearson(points)} (n = {len(points)})")
-    left_out = f", without those marked {UNPAIRED}" if any(s.unpaired for s in ranked) else ""
+    left_out = (
+        f", without those marked {markdown.UNPAIRED}" if any(s.unpaired for s in ranked) else ""
+    )
     return (
         f"Pearson's r over arms{left_out}, of the change of CE with that of each: "
         f"{', '.join(each)}. The arms were chosen and are no sample: no intervals."

@@ -7,6 +7,7 @@ from typing import Any
 from simreg.study import summary
 
 NONE = "–"
+UNPAIRED = "†"
 _HYPHEN_MINUS = re.compile(r"(?<![\w.)-])-(?=\d)")
 
 
@@ -23,6 +24,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def unpaired_note(reference: str) -> str:
+    """What UNPAIRED says of an arm."""
+    return (
+        f"{UNPAIRED} Another model or other batches than {reference}: the same seed does not start "
+        "from the same weights."
+    )
 
 
 def with_notes(drawn: str, notes: Sequence[str]) -> str:

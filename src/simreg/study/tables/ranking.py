@@ -14,8 +14,6 @@ from simreg.study.tables import markdown
 from simreg.study.tables.headline import final_losses
 from simreg.study.tables.request import Request
 
-UNPAIRED = "†"
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -32,7 +30,7 @@ class Standing:
     @property
     def name(self) -> str:
         """With a mark if it is unpaired."""
-        return f"{self.arm} {UNPAIRED}" if self.unpaired else self.arm
+        return f"{self.arm} {markdown.UNPAIRED}" if self.unpaired else self.arm
 
 
 def table(request: Request) -> str:
@@ -143,8 +141,5 @@ def how_to_read(shown: list[Standing], against: str) -> list[str]:
     else:
         notes = ["One seed an arm: no intervals, no claim."]
     if any(each.unpaired for each in shown):
-        notes.append(
-            f"{UNPAIRED} Another model or other batches than {against}: the same seed does not "
-            "start from the same weights."
-        )
+        notes.append(markdown.unpaired_note(against))
     return notes
