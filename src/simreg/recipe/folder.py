@@ -36,7 +36,10 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `model/`, `result.json`."""
+    """`config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `model/`, `result.json`.
+
+    Of a study also `diverged.json`, where the run diverged.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(os.path.expanduser(root))
