@@ -364,7 +364,10 @@ def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.Mon
         "base_s": 4,
         "arm_s": 11,
         "n": 3,
+        "threads": torch.get_num_threads(),
+        "load": measured["load"],
     }
+    assert measured["load"] >= 0
 
 
 def test_an_impatient_timing_still_takes_eight_pairs(

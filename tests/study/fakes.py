@@ -18,6 +18,7 @@ ALPHA = 0.15
 LOSS_AT_1M = 4.8
 SPEED = 1.35
 TIMES = {"ratio": 1.05, "ratio_quartiles": [1.02, 1.08], "base_s": 0.4, "arm_s": 0.42, "n": 20}
+TIMES |= {"threads": 2, "load": 0.1}
 
 
 def final_loss(tokens: float, speed: float = 1.0, seed: int = 0) -> float:

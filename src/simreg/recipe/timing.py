@@ -1,6 +1,7 @@
 """How fast the optimizer steps of a run are, and how much time an objective costs."""
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -87,8 +88,10 @@ def step_time_ratio(
 
     Returns:
         {"ratio": median over the pairs, "ratio_quartiles": [first, third] over the pairs,
-        "base_s", "arm_s": median seconds a step, "n": pairs}
+        "base_s", "arm_s": median seconds a step, "n": pairs, "threads": of the processor, "load":
+        processes that wanted to run in the minute before}
     """
+    load = os.getloadavg()[0]
     first, second = (Stepper(config, corpus, WARM_UP + pairs) for config in (base, arm))
     swapped = itertools.cycle((False, True))
 
@@ -107,6 +110,8 @@ def step_time_ratio(
         "base_s": statistics.median(a for a, _ in times),
         "arm_s": statistics.median(b for _, b in times),
         "n": len(times),
+        "threads": torch.get_num_threads(),
+        "load": load,
     }
 
 
