@@ -211,15 +211,24 @@ def per_item(total: Tensor, count: Tensor, num_items: Tensor | float | None) -> 
     Raises:
         ValueError: for a `num_items` that is neither a number ≥ 0 nor a tensor with one.
     """
+    check_items(num_items)
     if num_items is None:
         return total / count
-    if isinstance(num_items, Tensor) and num_items.numel() == 1:
+    if isinstance(num_items, Tensor):
         items = num_items.reshape(())
         return total / items.masked_fill(items == 0, 1)
-    if isinstance(num_items, Real) and num_items >= 0:
-        return total / (float(num_items) or 1)
-    got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
-    raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
+    return total / (float(num_items) or 1)
+
+
+def check_items(num_items: Tensor | float | None) -> None:
+    """Refuse a divisor that is none; a tensor's value is not read, which would wait for a GPU."""
+    if isinstance(num_items, Tensor):
+        good, got = num_items.numel() == 1, str(list(num_items.shape))
+    else:
+        good = num_items is None or (isinstance(num_items, Real) and num_items >= 0)
+        got = repr(num_items)
+    if not good:
+        raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
 
 
 def per_token(
@@ -236,6 +245,7 @@ def per_token(
     The cosines are means over a token's positives and negatives, NaN where it has none.
     """
     check_options(form, chunk_size, backend)
+    check_ignore_index(ignore_index)
     check_tensors(hidden, labels, segments)
     check_transforms(hidden)
     valid, y = labels >= 0, labels
@@ -281,6 +291,12 @@ def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
     _check_backend(backend)
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Refuse what no label can be."""
+    if type(ignore_index) is not int:
+        raise ValueError(f"ignore_index: expected an int, got {ignore_index!r}")
 
 
 def _check_backend(backend: str) -> None:

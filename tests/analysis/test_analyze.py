@@ -258,10 +258,16 @@ def test_the_command(study, tmp_path, capsys, monkeypatch):
         (["--reference", "nobody"], "the arms are baseline, simreg"),
         (["--labels", "not one token at all"], "tokens of this tokenizer, not one"),
         (["--tokens", "0"], "must be 1 or more"),
+        (["--projection", "umap"], "umap is not installed"),
         (["--least", "100000"], "no label has 100000 tokens in the sample: lower --least"),
     ):
         assert cli.main(["analyze", str(study), "--out", str(out), *common, *wrong]) == 2
-        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        said = capsys.readouterr()
+        assert message in said.err.strip().splitlines()[-1]
+        assert "--projection" not in wrong or "for states" not in said.out
+    (out / "results.json").write_text('{"study": {}}')
+    assert cli.main(["analyze", str(study), "--out", str(out), *common]) == 2
+    assert "that `simreg analyze` did not write" in capsys.readouterr().err
 
 
 def test_only_seeds_that_all_arms_have_are_compared(study, capsys):

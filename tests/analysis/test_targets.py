@@ -37,8 +37,20 @@ def test_a_run_without_a_model_is_known_by_its_checkpoints(study, tmp_path):
         targets.find([str(run)], series=False)
 
 
-def test_a_hub_id_is_left_as_it_is():
+def test_a_hub_id_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(targets.hub, "folder", lambda name, patterns: None)
     assert targets.find(["owner/name"], series=False)[0].path == "owner/name"
+
+
+def test_a_name_that_is_nothing_is_said_to_be_so(monkeypatch):
+    def nothing(*arguments, **options):
+        raise OSError("offline\nfor long")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    message = "there is no folder nothere, and no such model could be had from the Hugging Face Hub"
+    with pytest.raises(UserError, match=message) as caught:
+        targets.find(["nothere"], series=False)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

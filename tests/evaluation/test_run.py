@@ -181,6 +181,7 @@ def test_changed_or_missing_text_is_refused(runs, evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ([], "name a model"),
         (["/absent/folder"], "there is no folder /absent/folder"),
         (["EMPTY"], "is neither a run's folder"),
         (["UNFINISHED"], "has no trained model: finish it"),
@@ -204,6 +205,18 @@ def test_mistakes_are_one_line(runs, model, evaluate, tmp_path, arguments, says)
     assert says in error
     assert error.startswith("simreg: error: ")
     assert error.count("\n") == 1
+
+
+def test_results_of_others_are_kept(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for text in ('{"study": {}}', "[1]", "mine"):
+        (out / "results.json").write_text(text)
+        assert cli.main(["eval", str(runs), "--out", str(out)]) == 2
+        assert "that `simreg eval` did not write and would replace" in capsys.readouterr().err
+        assert (out / "results.json").read_text() == text
+    assert cli.main(["eval", str(runs), "--out", str(out / "results.json" / "x")]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_arms_differ_in_seeds_alone(runs, tmp_path):

@@ -181,6 +181,10 @@ def _refusals(rank):
             sharded_simreg_loss(hidden, labels, reduction=reduction if rank else "mean", **whole)
     with pytest.raises(ValueError, match=f"{same}.*weight"):
         ShardedSimRegLoss(1.0 + rank, **whole)(hidden, labels)
+    with pytest.raises(ValueError, match=f"{same}.*num_items"):
+        ShardedSimRegLoss(**whole)(hidden, labels, num_items=10 + rank)
+    with pytest.raises(ValueError, match="num_items: expected" if rank else "refused on rank 1"):
+        ShardedSimRegLoss(**whole)(hidden, labels, num_items=-1 if rank else 8)
     given = {"positions": None if rank else torch.arange(8), "chunk_size": 4}
     with pytest.raises(ValueError, match=f"{same}.*positions"):
         sharded_simreg_loss(hidden, labels, **given, **whole)
@@ -256,7 +260,10 @@ def test_one_process_needs_no_group(flat):
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["labels", "positions", "variant", "chunk_size", "reduction"])
+NAMES = ["labels", "positions", "variant", "chunk_size", "reduction", "ignore_index"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_refuses_what_simreg_loss_refuses(name):
     arguments = {"hidden": torch.randn(1, 8, 4), "labels": torch.zeros(1, 8, dtype=torch.int64)}
     arguments[name] = 0.5

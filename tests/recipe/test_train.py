@@ -2,10 +2,13 @@
 
 import errno
 import fcntl
+import importlib.machinery
 import json
 import math
 import resource
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,7 +214,7 @@ def test_second_process_is_refused(make: Make) -> None:
 
 def test_folder_that_cannot_be_made(make: Make, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file in the way")
-    with pytest.raises(UserError, match=r"cannot write .*run"):
+    with pytest.raises(UserError, match=r"cannot write .*run.*choose another `out`$"):
         train(make())
 
 
@@ -225,7 +228,14 @@ def test_what_no_run_wrote_is_kept(make: Make) -> None:
         train(config)
     assert precious.read_text() == "precious"
     shutil.rmtree(out / "model")
-    for text in ("optim: {lr: 0.001}\n", "# mine\n" + run_config.to_yaml(config), "name: [", ""):
+    plain = "a: 1\n", "optim:\n  lr: 0.001\n", "- a\n"
+    for text in (
+        "optim: {lr: 0.001}\n",
+        "# mine\n" + run_config.to_yaml(config),
+        "name: [",
+        "",
+        *plain,
+    ):
         (out / "config.yaml").write_text(text)
         with pytest.raises(UserError, match=r"there is a .*config\.yaml already"):
             train(config)
@@ -240,13 +250,20 @@ def test_a_missing_file_elsewhere_is_not_about_the_folder(tmp_path: Path) -> Non
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(missing))
 
 
+def test_a_run_that_has_saved_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-0000007").mkdir(parents=True)
+    continues = r"`out`; the same command continues from the last"
+    with pytest.raises(UserError, match=continues), storage_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
+
+
 def test_full_disk_is_reported_and_the_run_goes_on_afterwards(make: Make) -> None:
     config = make()
     corpus = prepare(config.data)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond
     try:
-        with pytest.raises(UserError, match=r"cannot write .*step-0000007.*make room"):
+        with pytest.raises(UserError, match=r"cannot write .*step-0000007.*make room.*`out`$"):
             train(config, corpus=corpus)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -270,6 +287,24 @@ def test_mistakes_have_one_line(
     with pytest.raises(UserError, match=says) as error:
         train(make(**changes))
     assert "\n" not in str(error.value)
+
+
+def test_a_tracker_that_nobody_is_logged_in_to(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.api = types.SimpleNamespace(api_key=None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(assemble, "WandbCallback", lambda: "sent")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match="nobody is logged in: `wandb login`, or set WANDB_MODE"):
+        assemble.reporter("wandb", Path(), 0)
+    with pytest.raises(UserError, match="nobody is logged in"):
+        train(make(train={"report_to": "wandb"}))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert assemble.reporter("wandb", Path(), 0) == ["sent"]
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.api.api_key = "known"
+    assert assemble.reporter("wandb", Path(), 0) == ["sent"]
 
 
 def test_batch_is_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:

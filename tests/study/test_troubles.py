@@ -134,6 +134,20 @@ def test_a_study_stays_in_one_precision(lab, study):
         compare(replace(study, seeds=(0, 1)))
 
 
+def test_other_folders_are_left_alone(lab, study):
+    out = RunFolder(study.out).root
+    out.mkdir()
+    (out / "results.json").write_text('{"suite": "small"}')
+    with pytest.raises(UserError, match="that `simreg compare` did not write and would replace"):
+        compare(study)
+    assert (out / "results.json").read_text() == '{"suite": "small"}'
+    (out / "results.json").unlink()
+    (out / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="is the folder of a run"):
+        compare(study)
+    assert lab.trained == []
+
+
 def test_what_a_study_loses_is_told(lab, study, capsys):
     compare(replace(study, seeds=(0, 1)))
     assert "its results are without" not in capsys.readouterr().err

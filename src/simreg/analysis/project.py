@@ -31,6 +31,12 @@ def choose(labels: Tensor, decile: Tensor, name: Callable[[int], str], count: in
     return chosen
 
 
+def check(method: str) -> None:
+    """UserError for a method that is not installed."""
+    if method == "umap" and importlib.util.find_spec("umap") is None:
+        raise UserError("--projection umap, but umap is not installed: pip install umap-learn")
+
+
 def project(sample: Sample, chosen: list[int], method: str) -> dict[str, Any]:
     """`{method, points: {label id: [[x, y], ...]}, explained}` of unit embeddings.
 
@@ -41,8 +47,6 @@ def project(sample: Sample, chosen: list[int], method: str) -> dict[str, Any]:
     e = unit(sample.hidden[sample.index[torch.cat(places)]].double())
     explained: list[float] | None = None
     if method == "umap":
-        if importlib.util.find_spec("umap") is None:
-            raise UserError("--projection umap, but umap is not installed: pip install umap-learn")
         import umap
 
         flat = torch.as_tensor(umap.UMAP(metric="cosine", random_state=0).fit_transform(e.numpy()))

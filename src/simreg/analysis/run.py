@@ -22,7 +22,7 @@ from simreg.intervals import pairing
 from simreg.recipe import config, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import storage_errors, warn
+from simreg.recipe.folder import check_results, storage_errors, warn
 from simreg.recipe.progress import read_metrics
 
 
@@ -69,6 +69,7 @@ def main(options: AnalyzeOptions) -> None:
     """Run the command; UserError for what cannot be read or compared."""
     console = Console(highlight=False)
     out = options.out or _default_out(options.models)
+    check_results(out, "positive_rate", "simreg analyze")
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     results = analyze(options, console, command=shlex.join(["simreg", *sys.argv[1:]]))
@@ -82,6 +83,7 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
     """Everything of results.json (docs/analysis.md)."""
     if min(options.tokens, options.least, options.pairs) < 1:
         raise UserError("--tokens, --least and --pairs must be 1 or more")
+    project.check(options.projection)
     found = targets.find(options.models, series=options.series)
     reference = _reference(options, found)
     changes = {

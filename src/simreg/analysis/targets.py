@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from simreg.recipe import checkpoints, config
+from simreg.recipe import checkpoints, config, hub
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder, warn
@@ -73,8 +73,8 @@ def _expand(name: str, series: bool) -> list[Target]:
         raise UserError(
             f"{path} is no run (config.yaml), study ({STUDY_FILE}) or model (config.json)"
         )
-    if not path.exists() and (rest.count("/") > 1 or rest.startswith((".", "/", "~"))):
-        raise UserError(f"there is no folder {path}")
+    if not path.exists():
+        hub.folder(rest, ["config.json"])  # before its tokenizer is looked for
     return [Target(arm or path.name, str(path) if path.exists() else rest)]
 
 

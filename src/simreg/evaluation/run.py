@@ -20,7 +20,7 @@ from simreg.recipe import assemble, cache, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import storage_errors
+from simreg.recipe.folder import check_results, storage_errors
 
 SUITES = {"paper": harness.PAPER, "small": harness.SMALL, "offline": offline.OFFLINE}
 SCHEMA = 2
@@ -45,9 +45,23 @@ class Task(Protocol):
 def main(options: EvalOptions) -> None:
     """Run the command; UserError for what cannot be evaluated."""
     console = Console(highlight=False)
+    out = options.out or Path("runs/eval")
+    prepare(out)
     found = subjects.find(options.models)
     results = evaluate(found, options, console, command=shlex.join(["simreg", *sys.argv[1:]]))
-    write(results, options.out or Path("runs/eval"), console)
+    write(results, out, console)
+
+
+def prepare(out: Path) -> None:
+    """Make the folder; UserError, before any work, where results cannot be written."""
+    check_results(out, "suite", "simreg eval")
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def suite_of(options: EvalOptions) -> str:
+    """The suite's name, "tasks" for single ones."""
+    return "tasks" if options.tasks else options.suite
 
 
 def write(results: dict[str, Any], out: Path, console: Console) -> None:
@@ -55,7 +69,6 @@ def write(results: dict[str, Any], out: Path, console: Console) -> None:
     summary.show(results, console)
     path = out / "results.json"
     with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(results, indent=1) + "\n")
     console.print(f"\nresults {path}", soft_wrap=True)
 
@@ -93,10 +106,9 @@ def evaluate(
                 with bar.aside():
                     console.print(line, markup=False, soft_wrap=True)
             model.unload()
-    suite = "tasks" if options.tasks else options.suite
-    facts = {
+    facts: dict[str, Any] = {
         "schema": SCHEMA,
-        "suite": suite,
+        "suite": suite_of(options),
         "limit": options.limit,
         "command": command,
         "precision": "bf16" if assemble.use_bf16("auto") else "fp32",

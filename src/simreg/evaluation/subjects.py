@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from simreg.evaluation.scoring import Scorer, prefix_token
-from simreg.recipe import assemble, provenance
+from simreg.recipe import assemble, hub, provenance
 from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
@@ -82,7 +82,7 @@ def find(names: Sequence[str]) -> list[Subject]:
 def _resolve(name: str) -> Iterator[Subject]:
     path = Path(os.path.expanduser(name))
     if not path.exists():
-        yield Subject(name, _download(name), name)
+        yield Subject(name, hub.folder(name, _HUB_FILES), name)
     elif (path / "config.yaml").is_file():
         yield run(path)
     elif (path / "config.json").is_file():
@@ -118,21 +118,6 @@ def run(path: Path) -> Subject:
         )
     parts = [part for part in path.resolve().parts if not _SEED_FOLDER.fullmatch(part)]
     return Subject(str(path), folder.model, "/".join(parts[-2:]), config.train.seed, config, corpus)
-
-
-def _download(name: str) -> Path:
-    """A model of the Hub, in its cache."""
-    from huggingface_hub import snapshot_download
-
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"there is no folder {name}")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # many kinds: unknown id, no network, gated
-        raise UserError(
-            f"there is no folder {name}, and no such model could be had from the Hugging Face Hub: "
-            f"{one_line(error)[:200]}"
-        ) from None
 
 
 def _arms(subjects: list[Subject]) -> list[Subject]:

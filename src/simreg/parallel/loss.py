@@ -15,6 +15,8 @@ from simreg.loss import (
     INTEGERS,
     REDUCTIONS,
     SimRegLoss,
+    check_ignore_index,
+    check_items,
     check_options,
     check_tensors,
     check_transforms,
@@ -138,6 +140,7 @@ class ShardedSimRegLoss(SimRegLoss):
             self.group,
             self.replicas,
             f"weight {self.weight}",
+            num_items,
         )
         divisor = found.labelled.clamp_min(1) if num_items is None else num_items
         return weigh(self.weight, found.loss, found.pos_cos, found.neg_cos, found.valid, divisor)
@@ -165,14 +168,16 @@ def per_token(
     group: dist.ProcessGroup | None,
     replicas: dist.ProcessGroup | None,
     use: str = "none",
+    num_items: Tensor | float | None = None,
 ) -> Found:
     """As `simreg.loss.per_token`, of arguments as `sharded_simreg_loss` takes them.
 
-    `use` says what becomes of the losses: one of REDUCTIONS or other words, the same on all ranks.
+    `use` says what becomes of the losses: one of REDUCTIONS or other words, the same on all ranks,
+    as is the divisor `num_items` if it is a number (a tensor's value is not read).
     """
     how = placing(hidden, group, replicas)
     local = whole_along_d(hidden, how)
-    settings = form, chunk_size, ignore_index, use
+    settings = form, chunk_size, ignore_index, use, num_items
     own, error, device = Header(), None, _device(local, labels)
     try:
         labels, segments, positions = local_parts(hidden, local, labels, segments, positions, how)
@@ -219,12 +224,14 @@ def _checked(
     labels: Tensor,
     segments: Tensor | None,
     positions: Tensor | None,
-    settings: tuple[Form, int | None, int, str],
+    settings: tuple[Form, int | None, int, str, Tensor | float | None],
     copied: bool,
 ) -> Header:
     """What the other ranks must know of arguments that make sense here."""
-    form, chunk_size, ignore_index, use = settings
+    form, chunk_size, ignore_index, use, num_items = settings
     check_options(form, chunk_size, "auto")
+    check_ignore_index(ignore_index)
+    check_items(num_items)
     if use not in REDUCTIONS and not str(use).startswith("weight"):
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {use!r}")
     check_tensors(hidden, labels, segments)
@@ -243,6 +250,7 @@ def _checked(
         "chunk_size": chunk_size,
         "ignore_index": ignore_index,
         "reduction": use,
+        "num_items": "a tensor" if isinstance(num_items, Tensor) else num_items,
     }
     return Header(
         good=True,

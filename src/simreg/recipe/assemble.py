@@ -188,12 +188,26 @@ def _activation_checkpointing(on: bool) -> dict[str, Any]:
     return {name if name in fields else "gradient_checkpointing": on}
 
 
+def _require_login() -> None:
+    """UserError where Weights & Biases would ask who one is, or fail."""
+    import wandb
+
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not offline and wandb.api.api_key is None:
+        raise UserError(
+            "train.report_to=wandb, but nobody is logged in: `wandb login`, or set "
+            "WANDB_MODE=offline"
+        )
+
+
 def reporter(name: str, folder: Path, step: int) -> list[TrainerCallback]:
     """The callback that sends the logs to a tracker; a run resumed at `step` goes on from there."""
     if name == "none":
         return []
     if importlib.util.find_spec(name) is None:
         raise UserError(f"train.report_to={name}, but {name} is not installed: pip install {name}")
+    if name == "wandb":
+        _require_login()
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 

@@ -394,6 +394,14 @@ def as_written(path: Path) -> bool:
         return False
 
 
+def of_run(path: Path) -> bool:
+    """Whether a YAML file is as a run writes its `config.yaml`, with every section."""
+    if not as_written(path):
+        return False
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return isinstance(values, dict) and values.keys() >= to_dict(RunConfig()).keys()
+
+
 def to_yaml(config: RunConfig) -> str:
     """The text of `config.yaml`, which `load` reads."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

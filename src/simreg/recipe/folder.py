@@ -120,7 +120,7 @@ class RunFolder:
         advice = "no run of simreg wrote it, and this one would replace it: choose another `out`"
         if self.model.exists():
             raise UserError(f"there is a {self.model} already; {advice}")
-        if self.config.exists() and not run_config.as_written(self.config):
+        if self.config.exists() and not run_config.of_run(self.config):
             raise UserError(f"there is a {self.config} already; {advice}")
 
     def resume_point(self) -> tuple[Path | None, dict[str, Any]]:
@@ -145,10 +145,38 @@ def storage_errors(root: Path) -> Iterator[None]:
         if error.errno not in _STORAGE_ERRORS and not (error.errno == errno.ENOENT and inside):
             raise
         advice = "make room or choose" if error.errno in _NO_ROOM else "choose"
+        saved = "; the same command continues from the last checkpoint"
         raise UserError(
             f"cannot write {error.filename or f'in {root}'}: {error.strerror}; {advice} another "
-            "`out`; the same command continues from the last checkpoint"
+            f"`out`{saved if _has_checkpoints(root) else ''}"
         ) from None
+
+
+def _has_checkpoints(root: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(checkpoints.found(RunFolder(root).checkpoints))
+    return False
+
+
+def check_results(out: Path, key: str, writer: str) -> None:
+    """UserError before work whose `results.json` would replace one that another command wrote.
+
+    Args:
+        out: the folder.
+        key: what `results.json` of this command has and no other's.
+        writer: the command's name.
+    """
+    path = out / "results.json"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or key not in values:
+            raise UserError(
+                f"there is a {path} that `{writer}` did not write and would replace: give another "
+                "--out"
+            )
 
 
 def warn(message: str) -> None:

@@ -23,7 +23,7 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import RunConfig, TrainConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import Diverged, Locked, UserError
-from simreg.recipe.folder import FREE_FIELDS, RunFolder, storage_errors, warn
+from simreg.recipe.folder import FREE_FIELDS, RunFolder, check_results, storage_errors, warn
 from simreg.recipe.progress import duration, log_line
 from simreg.study import plan, records, report, results, sizing, summary, zeroshot
 from simreg.study.plan import Cell, CompareOptions, Study
@@ -72,6 +72,9 @@ def compare(
     console = console or Console(highlight=False)
     out = Path(study.out)
     began = time.monotonic()
+    check_results(out, "study", "simreg compare")
+    if RunFolder(out).config.exists():
+        raise UserError(f"{out} is the folder of a run: give another --out")
     with _exclusive(out, console):
         study = _settled(study)
         _check_models(study)

@@ -31,6 +31,8 @@ _KEPT = ("limit", "tasks", "reference", "arms", "differences")
 
 def main(options: EvalOptions) -> None:
     """`simreg eval`: of a study's folder its runs at N, for its report; else of any models."""
+    if not options.models:
+        raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
     folder = Path(options.models[0]).expanduser()
     if len(options.models) > 1 or not (folder / "study.yaml").is_file():
         run.main(options)
@@ -41,8 +43,10 @@ def main(options: EvalOptions) -> None:
     if not found:
         raise UserError(f"the study in {folder} has no trained models at its full budget")
     command = shlex.join(["simreg", *sys.argv[1:]])
+    out = options.out or folder / FOLDER / run.suite_of(options)
+    run.prepare(out)
     results = run.evaluate(found, options, console, command=command)
-    run.write(results, options.out or folder / FOLDER / results["suite"], console)
+    run.write(results, out, console)
     if options.out is None and (folder / "results.json").is_file():
         _redraw(study)
         console.print(f"report  {folder / 'report.html'}", soft_wrap=True)
