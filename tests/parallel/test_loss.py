@@ -185,6 +185,7 @@ def _refusals(rank):
         ShardedSimRegLoss(**whole)(hidden, labels, num_items=10 + rank)
     with pytest.raises(ValueError, match="num_items: expected" if rank else "refused on rank 1"):
         ShardedSimRegLoss(**whole)(hidden, labels, num_items=-1 if rank else 8)
+    ShardedSimRegLoss(**whole)(hidden, labels, num_items=8.0 if rank else 8)
     given = {"positions": None if rank else torch.arange(8), "chunk_size": 4}
     with pytest.raises(ValueError, match=f"{same}.*positions"):
         sharded_simreg_loss(hidden, labels, **given, **whole)

@@ -250,7 +250,7 @@ def _checked(
         "chunk_size": chunk_size,
         "ignore_index": ignore_index,
         "reduction": use,
-        "num_items": "a tensor" if isinstance(num_items, Tensor) else num_items,
+        "num_items": _told(num_items),
     }
     return Header(
         good=True,
@@ -258,6 +258,12 @@ def _checked(
         tokens=_checksum(labels) if copied else 0,
         rest=", ".join(f"{name} {value}" for name, value in common.items()),
     )
+
+
+def _told(num_items: Tensor | float | None) -> str:
+    if isinstance(num_items, Tensor):
+        return "in a tensor"
+    return str(num_items if num_items is None else float(num_items))
 
 
 def _checksum(labels: Tensor) -> int:

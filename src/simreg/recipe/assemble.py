@@ -104,7 +104,7 @@ def device() -> torch.device:
 
 
 def precision(config: RunConfig) -> str:
-    """ "bf16" or "fp32": that of a run on this machine."""
+    """Of a run on this machine: bf16 or fp32."""
     return "bf16" if use_bf16(config.train.precision) else "fp32"
 
 
