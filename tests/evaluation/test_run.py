@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from simreg import cli
 from simreg.evaluation import offline, subjects
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import config as recipe
+from simreg.recipe.errors import UserError
 from tests.evaluation import tiny
 from tests.recipe.tiny import PRESETS  # noqa: F401  the runs' presets
 
@@ -205,6 +207,18 @@ def test_mistakes_are_one_line(runs, model, evaluate, tmp_path, arguments, says)
     assert says in error
     assert error.startswith("simreg: error: ")
     assert error.count("\n") == 1
+
+
+def test_unfinished_runs_below_a_folder_are_left_out(runs, tmp_path, capsys):
+    shutil.copytree(runs / "plain" / "seed-1", tmp_path / "a" / "done")
+    (tmp_path / "a" / "begun").mkdir()
+    shutil.copy(runs / "plain" / "seed-1" / "config.yaml", tmp_path / "a" / "begun")
+    found = subjects.find([str(tmp_path / "a")])
+    assert [Path(subject.name).name for subject in found] == ["done"]
+    assert "begun has no trained model" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "a" / "done")
+    with pytest.raises(UserError, match=r"no run below .*a has a trained model"):
+        subjects.find([str(tmp_path / "a")])
 
 
 def test_results_of_others_are_kept(runs, tmp_path, capsys):

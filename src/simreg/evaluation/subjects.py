@@ -18,7 +18,7 @@ from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import one_line
-from simreg.recipe.folder import FREE_FIELDS, RunFolder
+from simreg.recipe.folder import FREE_FIELDS, RunFolder, warn
 
 _SEED_FOLDER = re.compile(r"seed-\d+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -69,7 +69,7 @@ class Subject:
 def find(names: Sequence[str]) -> list[Subject]:
     """The models that the names stand for, each once, arms in the order of their first mention.
 
-    A name is a run's folder, a folder with runs somewhere below, a folder in Hugging Face format or
+    A name is a run's folder, a folder with finished runs below, a folder in Hugging Face format or
     a model id of the Hub. UserError for what is none of these.
     """
     found: dict[Path, Subject] = {}
@@ -94,8 +94,20 @@ def _resolve(name: str) -> Iterator[Subject]:
                 f"{path} is neither a run's folder (config.yaml, model/) nor a model in Hugging "
                 "Face format (config.json)"
             )
-        for config in below:
-            yield run(config.parent)
+        yield from _trained(path, [config.parent for config in below])
+
+
+def _trained(folder: Path, paths: list[Path]) -> list[Subject]:
+    """The runs that are finished; UserError if none is."""
+    found = []
+    for path in paths:
+        try:
+            found.append(run(path))
+        except UserError as error:
+            warn(f"{error}; left out")
+    if not found:
+        raise UserError(f"no run below {folder} has a trained model")
+    return found
 
 
 def _natural(text: str) -> list[Any]:
