@@ -2,18 +2,30 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from simreg.recipe.config import DataConfig
+from simreg.recipe.config import DataConfig, RunConfig
 from tests.recipe import corpora, tiny
+from tests.recipe.tiny import Make
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, tokenised once for all tests of the session."""
     return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def make(tmp_path: Path, text: Path) -> Make:
+    """A config whose sections are given as keywords."""
+
+    def build(name: str = "run", **changes: Any) -> RunConfig:
+        return tiny.config(tmp_path / name, text, changes)
+
+    return build
 
 
 @pytest.fixture

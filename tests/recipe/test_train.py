@@ -1,15 +1,10 @@
 """`simreg train`: what it computes, records, prints, refuses."""
 
-import errno
-import fcntl
 import importlib.machinery
 import json
 import math
-import resource
-import shutil
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simreg.recipe import assemble, loop, models, progress, timing
-from simreg.recipe import config as run_config
-from simreg.recipe.config import RunConfig, from_dict, with_overrides
+from simreg.recipe import assemble, loop, progress, timing
+from simreg.recipe.config import RunConfig, from_dict
 from simreg.recipe.data import Corpus, prepare
-from simreg.recipe.errors import Diverged, Locked, UserError
-from simreg.recipe.folder import storage_errors
+from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.train import train
 from tests.recipe import tiny
-
-Make = Callable[..., RunConfig]
-
-
-@pytest.fixture
-def make(tmp_path: Path, text: Path) -> Make:
-    """A config whose sections are given as keywords."""
-
-    def build(name: str = "run", **changes: Any) -> RunConfig:
-        return tiny.config(tmp_path / name, text, changes)
-
-    return build
+from tests.recipe.tiny import Make
 
 
 def lines(config: RunConfig, kind: str) -> list[dict[str, Any]]:
@@ -189,86 +171,6 @@ def test_weights_that_are_nan_are_never_saved(make: Make, monkeypatch: pytest.Mo
         with pytest.raises(Diverged, match="weights became NaN or infinite by step 14"):
             train(config)
     assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["step-0000007"]
-
-
-def test_finished_run_is_recalled_without_training(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make()
-    result = train(config)
-    monkeypatch.setattr(models, "build", lambda *args, **kwargs: pytest.fail("trained again"))
-    assert train(config) == result
-    with pytest.raises(UserError, match=r"another config \(train\.seed is 0 there and 1 now\)"):
-        train(with_overrides(config, {"train": {"seed": 1}}))
-
-
-def test_second_process_is_refused(make: Make) -> None:
-    config = make()
-    Path(config.out).mkdir(parents=True)
-    with (Path(config.out) / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # any lock keeps a writer out
-        with pytest.raises(Locked, match="another process is training in"):
-            train(config)
-    assert train(config)["steps"] == tiny.STEPS
-
-
-def test_folder_that_cannot_be_made(make: Make, tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("a file in the way")
-    with pytest.raises(UserError, match=r"cannot write .*run.*choose another `out`$"):
-        train(make())
-
-
-def test_what_no_run_wrote_is_kept(make: Make) -> None:
-    config = make()
-    out = Path(config.out)
-    (out / "model").mkdir(parents=True)
-    precious = out / "model" / "net.py"
-    precious.write_text("precious")
-    with pytest.raises(UserError, match=r"there is a .*model already; no run of simreg wrote it"):
-        train(config)
-    assert precious.read_text() == "precious"
-    shutil.rmtree(out / "model")
-    plain = "a: 1\n", "optim:\n  lr: 0.001\n", "- a\n"
-    for text in (
-        "optim: {lr: 0.001}\n",
-        "# mine\n" + run_config.to_yaml(config),
-        "name: [",
-        "",
-        *plain,
-    ):
-        (out / "config.yaml").write_text(text)
-        with pytest.raises(UserError, match=r"there is a .*config\.yaml already"):
-            train(config)
-        assert (out / "config.yaml").read_text() == text
-    (out / "config.yaml").write_text(run_config.to_yaml(config))  # of a run that failed at once
-    assert train(config)["steps"] == tiny.STEPS
-
-
-def test_a_missing_file_elsewhere_is_not_about_the_folder(tmp_path: Path) -> None:
-    for missing, error in ((tmp_path / "run" / "x", UserError), ("/sbin/none", FileNotFoundError)):
-        with pytest.raises(error), storage_errors(tmp_path / "run"):
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(missing))
-
-
-def test_a_run_that_has_saved_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / "step-0000007").mkdir(parents=True)
-    continues = r"`out`; the same command continues from the last"
-    with pytest.raises(UserError, match=continues), storage_errors(tmp_path):
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
-
-
-def test_full_disk_is_reported_and_the_run_goes_on_afterwards(make: Make) -> None:
-    config = make()
-    corpus = prepare(config.data)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond
-    try:
-        with pytest.raises(UserError, match=r"cannot write .*step-0000007.*make room.*`out`$"):
-            train(config, corpus=corpus)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list((Path(config.out) / "checkpoints").iterdir())
-    assert train(config, corpus=corpus)["steps"] == tiny.STEPS
 
 
 @pytest.mark.parametrize(
@@ -480,41 +382,3 @@ class TestProgress:
         file.close()
         written = [json.loads(x) for x in path.read_text().splitlines()]
         assert written == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
-
-
-def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
-    with pytest.raises(UserError, match="no preset"):
-        train(make(model={"preset": "llama-tny"}))
-    assert train(make())["steps"] == tiny.STEPS
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"final_ce": '])
-def test_a_damaged_result_is_not_taken_for_one(make: Make, content: str) -> None:
-    config = make()
-    train(config)
-    (Path(config.out) / "result.json").write_text(content)
-    with pytest.raises(UserError, match=r"result.json is damaged: delete it"):
-        train(config)
-
-
-def test_damaged_metrics_are_named(make: Make) -> None:
-    config = make()
-    train(config)
-    (Path(config.out) / "result.json").unlink()
-    (Path(config.out) / "metrics.jsonl").write_text("{not json\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
-        train(config)
-
-
-@pytest.mark.parametrize("out", ["x" * 300, "~nosuchuser/run"])
-def test_odd_folder_names_end_in_one_line(
-    make: Make, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = with_overrides(make(), {"out": out})
-    if out.startswith("~"):
-        assert train(config)["steps"] == tiny.STEPS  # no such user: a folder like any other
-        assert (tmp_path / out / "result.json").exists()
-    else:
-        with pytest.raises(UserError, match="File name too long"):
-            train(config)

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from simreg.cli import main
 from simreg.recipe import loop, presets
 from simreg.recipe.config import RunConfig, from_dict, merge, to_yaml
 
+Make = Callable[..., RunConfig]
+"""Of the fixture `make`."""
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 LAST = f"checkpoints/step-{STEPS:07d}"

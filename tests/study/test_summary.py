@@ -42,12 +42,17 @@ def test_a_budget_that_no_seed_has_run_yet_is_missing_all_the_same(five):
     )
 
 
-def test_a_diverged_seed_counts_as_not_reached(five):
+def with_diverged(five, cell):
+    """The runs that are left when one diverged, and what they show."""
     runs, found = five
     study = plan.from_dict({**found["study"], "out": "x"})
-    ended = [r for r in runs if r.cell != Cell("fast", 0.6, 3)]
-    failures = {"fast/0.6/seed-3": "NaN"}
-    found = results.build(study, ended, dict.fromkeys(study.others, TIMES), [], failures)
+    ended = [r for r in runs if r.cell != cell]
+    times = dict.fromkeys(study.others, TIMES)
+    return ended, results.build(study, ended, times, [], {cell.folder: "NaN"})
+
+
+def test_a_diverged_seed_counts_as_not_reached(five):
+    ended, found = with_diverged(five, Cell("fast", 0.6, 3))
     for kind in ("tokens_saved", "seconds_saved"):
         saved = found["isoloss"]["fast"][kind]
         assert (saved["status"], saved["mean"]) == ("not_reached", None)
@@ -199,11 +204,7 @@ def test_seeds_left_by_divergence_have_no_interval(five):
 
 
 def test_a_seed_whose_reference_diverged_leaves_no_interval(five):
-    runs, found = five
-    study = plan.from_dict({**found["study"], "out": "x"})
-    ended = [r for r in runs if r.cell != Cell("baseline", 1.0, 3)]
-    failures = {"baseline/1/seed-3": "NaN"}
-    found = results.build(study, ended, dict.fromkeys(study.others, TIMES), [], failures)
+    _, found = with_diverged(five, Cell("baseline", 1.0, 3))
     for kind in ("tokens_saved", "seconds_saved", "midrun_tokens_saved"):
         saved = found["isoloss"]["fast"][kind]
         assert (saved["n"], saved["missing"], saved["diverged"]) == (4, [3], [3])
@@ -215,10 +216,7 @@ def test_a_seed_whose_reference_diverged_leaves_no_interval(five):
 
 
 def test_a_diverged_seed_never_passes_mid_run(five):
-    runs, found = five
-    study = plan.from_dict({**found["study"], "out": "x"})
-    ended = [r for r in runs if r.cell != Cell("fast", 0.6, 3)]
-    found = results.build(study, ended, {}, [], {"fast/0.6/seed-3": "NaN"})
+    _, found = with_diverged(five, Cell("fast", 0.6, 3))
     saved = found["isoloss"]["fast"]["midrun_tokens_saved"]
     assert (saved["status"], saved["not_reached"], saved["missing"]) == ("not_reached", 1, [])
 
