@@ -1,5 +1,6 @@
 """The command line: statuses, one-line errors, help."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,43 @@ def test_a_run_that_succeeds_ends_the_group_of_processes(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+ABORTS = """
+import atexit, os, sys
+from simreg import cli
+
+class Late:
+    abort = os.abort
+    def __del__(self):
+        self.abort()  # as a thread of gloo's, once the interpreter is being taken down
+
+late = Late()
+cli.main = lambda: atexit.register(print, "handlers have run") and {status}
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(("processes", "status", "expected"), [(2, 0, 0), (2, 2, 2), (1, 0, -6)])
+def test_one_of_several_processes_leaves_out_finalization(
+    processes: int, status: int, expected: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ABORTS.format(status=status)],
+        env=os.environ | {"WORLD_SIZE": str(processes), "PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == expected, done.stderr
+    assert done.stdout == "handlers have run\n"
+
+
+def test_several_processes_end_as_one_does_where_nothing_was_run() -> None:
+    command = [sys.executable, "-m", "simreg.cli", "no-such-verb"]
+    done = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True)
+    assert done.returncode == 2
+    assert b"no-such-verb" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_options_of_another_loss(tmp_path: Path, seen: list[RunConfig]) -> None:

@@ -1,10 +1,12 @@
 """The `simreg` command: parses, calls, and turns the user's mistakes into one line. No logic."""
 
 import argparse
+import atexit
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from simreg.recipe.errors import UserError
 
@@ -22,6 +24,27 @@ _HELP = {
     "bench": "time the loss and measure its memory, beside its peers",
     "plan": "compute what the loss costs on a model and a cluster",
 }
+
+
+def run() -> NoReturn:
+    """`main` as a process of its own.
+
+    One of several processes leaves out what Python does last, once all exit handlers have run:
+    threads of gloo outlive their group and may abort while the interpreter is taken down
+    (pytorch#179291), which makes a failure of a run that succeeded.
+    """
+    status: int | None = None
+
+    def leave() -> None:
+        if status is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit.register(leave)  # the first to be registered is the last to run
+    status = main()
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,4 +179,4 @@ _VERBS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
