@@ -1,6 +1,7 @@
 """Tokens spread over processes, against one process that holds whole rows."""
 
 import importlib
+import math
 import time
 
 import pytest
@@ -20,14 +21,23 @@ from tests.parallel import worlds
 LAYOUTS = ("even", "uneven", "head-tail", "mixed")
 
 
-def check(problem, parts, rank, consecutive=False, **groups):
-    """float64: within 1e-12 of the reference; else the rule of `fuzz`, in each rank's tokens."""
+def check(problem, parts, rank, consecutive=False, ways=(True, False), **groups):
+    """float64: within 1e-12 of the reference; else the rule of `fuzz`, in each rank's tokens.
+
+    `ways`: with whole rows for each rank if they suffice, and tile by tile.
+    """
     positions = None if consecutive else parts[rank]
-    ours = worlds.evaluate(worlds.take(problem, parts[rank]), positions, **groups)
     exact = fuzz.evaluate(problem, "reference", torch.float64)
-    truth = [value[:, parts[rank]] for value in exact]
-    if not ours[0].numel():
-        return
+    if len(problem.labels) < math.prod(dist.get_world_size(group) for group in groups.values()):
+        ways = (False,)
+    for whole_rows in ways:
+        ours = worlds.evaluate(worlds.take(problem, parts[rank]), positions, whole_rows, **groups)
+        if ours[0].numel():
+            judge(ours, exact, problem, parts[rank])
+
+
+def judge(ours, exact, problem, part):
+    truth = [value[:, part] for value in exact]
     if problem.hidden.dtype == torch.float64:
         per_weight = 1 / problem.form.temperature + problem.form.push
         pull = problem.weights.abs().max() * per_weight  # what a gradient is a sum of
@@ -38,7 +48,7 @@ def check(problem, parts, rank, consecutive=False, **groups):
                 msg=lambda text: f"{name}: {problem}\n{text}",  # noqa: B023
             )  # fmt: skip
         return
-    naive = [v[:, parts[rank]] for v in fuzz.evaluate(problem, "reference", problem.hidden.dtype)]
+    naive = [v[:, part] for v in fuzz.evaluate(problem, "reference", problem.hidden.dtype)]
     if naive[3].isinf().any():  # a gradient beyond float16
         return
     units = fuzz.units(problem, exact[3])
@@ -80,7 +90,7 @@ def test_products_of_bfloat16_are_as_accurate_as_the_naive_loss(monkeypatch, see
     monkeypatch.setattr(shards, "block", lambda device: worlds.BLOCK)
     problem = fuzz.random_problem(seed, worlds.BLOCK)
     problem = problem._replace(hidden=problem.hidden.bfloat16())
-    check(problem, [torch.arange(problem.labels.shape[1])], 0)
+    check(problem, [torch.arange(problem.labels.shape[1])], 0, ways=[False])
 
 
 @needs_triton
@@ -106,8 +116,9 @@ def _fused_problems(rank, seeds):
             problem = problem._replace(hidden=problem.hidden.bfloat16())
             length = problem.labels.shape[1]
             parts = worlds.deal(LAYOUTS[seed % 4], length, 2, seed)
-            check(problem, parts, rank, group=dist.group.WORLD)
-            check(problem, [torch.arange(length)] * 2, rank, replicas=dist.group.WORLD)
+            tiles = {"ways": [False]}
+            check(problem, parts, rank, group=dist.group.WORLD, **tiles)
+            check(problem, [torch.arange(length)] * 2, rank, replicas=dist.group.WORLD, **tiles)
 
 
 @needs_triton

@@ -13,7 +13,7 @@ from benchmarks import fuzz
 from simreg.kernels import rectangular
 from simreg.kernels.reference import EPS
 from simreg.parallel import loss as parallel_loss
-from simreg.parallel import shards
+from simreg.parallel import rows, shards
 from tests.processes import leave, spawn
 
 BLOCK = 16  # tokens of a tile
@@ -32,6 +32,7 @@ def _enter(rank, path, processes, worker, arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "block", lambda device: BLOCK)
         patch.setattr(shards, "CHUNK", 0)  # a tile travels at a time
+        patch.setattr(rows, "ROUND", 2**14)  # and a row or two are computed
         try:
             worker(rank, *arguments)
         except BaseException as error:  # pytest's own would end the process without a word
@@ -77,13 +78,13 @@ def take(problem: fuzz.Problem, positions: torch.Tensor) -> fuzz.Problem:
 
 
 def evaluate(
-    problem: fuzz.Problem, positions: torch.Tensor | None, **groups: Any
+    problem: fuzz.Problem, positions: torch.Tensor | None, whole_rows: bool, **groups: Any
 ) -> list[torch.Tensor]:
     """As `fuzz.evaluate`: loss, cosines and gradient times ‖h‖ of this rank's tokens."""
     hidden = problem.hidden.clone().requires_grad_()
     found = parallel_loss.per_token(
         hidden, problem.labels, problem.segments, positions, problem.form, problem.chunk_size, -100,
-        groups.get("group"), groups.get("replicas"),
+        groups.get("group"), groups.get("replicas"), whole_rows=whole_rows,
     )  # fmt: skip
     (found.loss * problem.weights.to(found.loss.dtype)).sum().backward()
     norm = problem.hidden.double().norm(dim=-1, keepdim=True).clamp_min(EPS)

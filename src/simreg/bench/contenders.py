@@ -15,7 +15,8 @@ from simreg.bench.recompute import chunked_recompute, pairs_at_a_time
 from simreg.kernels.order import Form
 from simreg.kernels.reference import reference
 from simreg.loss import BACKENDS
-from simreg.parallel import sharded_simreg_loss
+from simreg.parallel.loss import Found
+from simreg.parallel.loss import per_token as sharded
 
 BARE = "bare matmuls"
 NAIVE, COMPILED, RECOMPUTE = "naive", "compiled naive", "chunked recompute"
@@ -119,8 +120,11 @@ def _backend(backend: str, variant: str) -> Prepare:
 
 def _sharded(variant: str) -> Prepare:
     def prepare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+        options = Form(0.1, variant), shape.chunk, -100, None, None
+
         def loss() -> Tensor:
-            return sharded_simreg_loss(hidden, labels, variant=variant, chunk_size=shape.chunk)
+            found: Found = sharded(hidden, labels, None, None, *options, whole_rows=False)
+            return found.loss.sum() / found.labelled.clamp_min(1)
 
         return _step(hidden, loss)
 

@@ -5,12 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
-from simreg.kernels import rectangular
-from simreg.kernels.op import plainly
-from simreg.kernels.order import Ends, Form
-from simreg.kernels.order import ends as ends_of
+from simreg.kernels.order import Form
 from simreg.loss import (
     INTEGERS,
     REDUCTIONS,
@@ -24,6 +20,7 @@ from simreg.loss import (
 )
 from simreg.parallel.peers import Header, agree
 from simreg.parallel.placement import local_parts, placing, whole_along_d
+from simreg.parallel.rows import WholeRows
 from simreg.parallel.shards import Shards
 
 
@@ -169,11 +166,13 @@ def per_token(
     replicas: dist.ProcessGroup | None,
     use: str = "none",
     num_items: Tensor | float | None = None,
+    whole_rows: bool = True,
 ) -> Found:
     """As `simreg.loss.per_token`, of arguments as `sharded_simreg_loss` takes them.
 
     `use` says what becomes of the losses: one of REDUCTIONS or other words, the same on all ranks,
-    as is the divisor `num_items` if it is a number (a tensor's value is not read).
+    as is the divisor `num_items` if it is a number (a tensor's value is not read). `whole_rows`:
+    whether ranks may deal out whole rows if there are enough.
     """
     how = placing(hidden, group, replicas)
     local = whole_along_d(hidden, how)
@@ -207,10 +206,12 @@ def per_token(
     row = labels.masked_fill(~valid, -1), *scopes
     if hidden.ndim == 2:
         hidden, row = hidden[None], tuple(keys[None] for keys in row)
-    shards = Shards(row[0], list(row[1:]), lengths, how.peers, how.copies)
-    results = _Loss.apply(hidden, shards, form)  # type: ignore[no-untyped-call]
+    rows_suffice = whole_rows and WholeRows.suffice(len(hidden), how.peers, how.copies)
+    kind = WholeRows if rows_suffice else Shards
+    way = kind(row[0], list(row[1:]), lengths, how.peers, how.copies)
+    results = _Loss.apply(hidden, way, form)  # type: ignore[no-untyped-call]
     loss, pos_cos, neg_cos = (result.view(labels.shape) for result in results)
-    return Found(loss, pos_cos, neg_cos, valid, shards.count)
+    return Found(loss, pos_cos, neg_cos, valid, way.count)
 
 
 def _device(*tensors: object) -> torch.device:
@@ -292,26 +293,16 @@ class _Loss(torch.autograd.Function):
     """Per-token loss and mean cosines ``[B, l]`` of this rank's hidden states ``[B, l, d]``."""
 
     @staticmethod
-    def forward(ctx, hidden, shards, form):  # type: ignore[no-untyped-def]
-        with plainly(hidden):
-            norm = rectangular.norms(hidden, shards.own, shards.mine)
-            norms = shards.peers.gather(norm)
-            results = rectangular.forward(
-                shards.own_rows(hidden, norm),
-                lambda: shards.pieces(hidden, norms),
-                form,
-            )
-        *values, lse, statistic = shards.collect(torch.stack(results))
-        ctx.save_for_backward(hidden, norms, lse, statistic)
-        ctx.shards, ctx.form = shards, form
-        length = hidden.shape[1]
-        outputs = tuple(shards.own.unsort(value)[:, :length] for value in values)
+    def forward(ctx, hidden, way, form):  # type: ignore[no-untyped-def]
+        outputs, saved = way.forward(hidden, form)
+        ctx.save_for_backward(hidden, *saved)
+        ctx.way, ctx.form = way, form
         ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
-        gradient = _Gradient.apply(grad, *ctx.saved_tensors, ctx.shards, ctx.form)  # type: ignore[no-untyped-call]
+        gradient = _Gradient.apply(grad, ctx.way, ctx.form, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return gradient, None, None
 
 
@@ -319,18 +310,8 @@ class _Gradient(torch.autograd.Function):
     """dL/dhidden ``[B, l, d]`` from dL/dloss ``[B, l]``; a function of its own to refuse more."""
 
     @staticmethod
-    def forward(ctx, grad, hidden, norms, lse, statistic, shards, form):  # type: ignore[no-untyped-def]
-        grad = F.pad(grad, (0, shards.width - grad.shape[1]))
-        with plainly(hidden):
-            mine = ends_of(grad, shards.own, lse, statistic, form)
-            everyone = Ends(*shards.peers.gather(mine.stack()).unbind(1))
-            found = rectangular.backward(
-                shards.own_rows(hidden, norms[shards.peers.rank]),
-                mine.map(shards.deal),
-                shards.pieces(hidden, norms, everyone),
-                form,
-            )
-            return shards.scatter(found, hidden)
+    def forward(ctx, grad, way, form, hidden, *saved):  # type: ignore[no-untyped-def]
+        return way.backward(grad, hidden, saved, form)
 
     @staticmethod
     def backward(ctx, *unused):  # type: ignore[no-untyped-def]

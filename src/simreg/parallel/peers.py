@@ -38,6 +38,15 @@ class Peers(NamedTuple):
         _all_gather(out, tensor.flatten(), group=self.group)
         return out.view(self.size, *tensor.shape)
 
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """``[size, ...]``: what every rank has for this one, from what this one has for each."""
+        if self.group is None:
+            return tensor
+        out = torch.empty_like(tensor)
+        received, sent = (value.flatten().view(torch.uint8) for value in (out, tensor))
+        dist.all_to_all_single(received, sent, group=self.group)  # of bytes, as gloo knows them
+        return out
+
 
 class Header(NamedTuple):
     """What ranks tell each other before anything else."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simreg.kernels import rectangular
-from simreg.kernels.order import Ends, Order, describe, sort_tokens
+from simreg.kernels.op import plainly
+from simreg.kernels.order import Ends, Form, Order, describe, ends, sort_tokens
 from simreg.kernels.pairs import block
 from simreg.kernels.rectangular import Piece, Rows, Span
 from simreg.parallel.peers import Peers
@@ -53,7 +54,7 @@ class Shards:
         missing = (0, self.width - labels.shape[1])
         keys = [F.pad(labels, missing, value=-1), *(F.pad(scope, missing) for scope in scopes)]
         rows = peers.gather(torch.stack(keys)).permute(1, 2, 0, 3).flatten(2)
-        scope = _combine(rows[1:])
+        scope = combine(rows[1:])
         everyone = describe(sort_tokens(rows[0], scope), rows[0], scope)
         self.count = everyone.valid.sum()
 
@@ -73,6 +74,33 @@ class Shards:
             self.deal(values)[None] for values in (*self.mine[:3], self.own.valid)
         )
         self.rows = rectangular.split(place, segment, label, valid, self.turn)[0]
+
+    def forward(self, hidden: Tensor, form: Form) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Loss and mean cosines ``[B, l]`` of ``[B, l, d]``, and what `backward` must know."""
+        with plainly(hidden):
+            norm = rectangular.norms(hidden, self.own, self.mine)
+            norms = self.peers.gather(norm)
+            results = rectangular.forward(
+                self.own_rows(hidden, norm), lambda: self.pieces(hidden, norms), form
+            )
+        *values, lse, statistic = self.collect(torch.stack(results))
+        length = hidden.shape[1]
+        return [self.own.unsort(value)[:, :length] for value in values], [norms, lse, statistic]
+
+    def backward(self, grad: Tensor, hidden: Tensor, saved: list[Tensor], form: Form) -> Tensor:
+        """dL/dhidden ``[B, l, d]`` from dL/dloss ``[B, l]``."""
+        norms, lse, statistic = saved
+        grad = F.pad(grad, (0, self.width - grad.shape[1]))
+        with plainly(hidden):
+            mine = ends(grad, self.own, lse, statistic, form)
+            everyone = Ends(*self.peers.gather(mine.stack()).unbind(1))
+            found = rectangular.backward(
+                self.own_rows(hidden, norms[self.peers.rank]),
+                mine.map(self.deal),
+                self.pieces(hidden, norms, everyone),
+                form,
+            )
+            return self.scatter(found, hidden)
 
     def own_rows(self, hidden: Tensor, norm: Tensor) -> Rows:
         """What this copy computes, from ``[B, l, d]`` and the sorted norms of its tokens."""
@@ -206,7 +234,7 @@ class Shards:
         return Piece(self.tokens[source], chunk.first, chunk.start, hidden, inverse[part], of_piece)
 
 
-def _combine(scopes: Tensor) -> Tensor | None:
+def combine(scopes: Tensor) -> Tensor | None:
     """Ids ``[B, L]`` that are equal where all of ``[S, B, L]`` are; None if S is 0."""
     scope = None
     for other in scopes:

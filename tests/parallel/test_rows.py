@@ -1,0 +1,140 @@
+"""Rows dealt out whole: whose they are, what travels, how much is kept."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from simreg import simreg_loss
+from simreg.kernels import op
+from simreg.parallel import peers, rows, sharded_simreg_loss
+from tests.kernels.problems import problem
+from tests.parallel import worlds
+from tests.peak import Peak
+
+ROW = 37
+
+
+class Seen:
+    """What this rank computes, row by row, and the bytes that it receives."""
+
+    def __init__(self, patch):
+        self.forward, self.backward, self.exchanged, self.gathered = [], [], 0, 0
+        loss, gradient = op.loss, op.loss_backward
+        exchange, gather = dist.all_to_all_single, peers._all_gather
+
+        def seen_loss(hidden, *rest):
+            self.forward.append(hidden.shape)
+            return loss(hidden, *rest)
+
+        def seen_gradient(grad, hidden, *rest):
+            self.backward.append(hidden.shape)
+            return gradient(grad, hidden, *rest)
+
+        def seen_exchange(out, given, group):
+            size = dist.get_world_size(group)
+            self.exchanged += out.nbytes * (size - 1) // size
+            return exchange(out, given, group=group)
+
+        def seen_gather(out, given, group):
+            self.gathered += out.nbytes - given.nbytes
+            return gather(out, given, group=group)
+
+        patch.setattr(op, "loss", seen_loss)
+        patch.setattr(op, "loss_backward", seen_gradient)
+        patch.setattr(dist, "all_to_all_single", seen_exchange)
+        patch.setattr(peers, "_all_gather", seen_gather)
+
+
+def _grid(rank, shape, turn):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("cp", "tp"))
+    groups = {"group": mesh.get_group("cp"), "replicas": mesh.get_group("tp")}
+    workers, me = shape[0] * shape[1], mesh.get_local_rank("cp")
+    for batch in (workers, workers + 1, 2 * workers + 1):
+        hidden, labels, ids = problem(batch, ROW, 8, 5, segments=3)
+        part = worlds.deal("uneven" if batch % 2 else "mixed", ROW, shape[0], batch)
+        width = max(map(len, part))
+        rows.ROUND = turn * shape[0] * width * 8 * 8
+        options = {"chunk_size": 11, "variant": ("out", "in", "decoupled")[batch % 3], "push": 2.0}
+        mine, whole = (x.detach().clone().requires_grad_() for x in (hidden[:, part[me]], hidden))
+        scales = torch.randn(batch, ROW, dtype=torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            seen = Seen(patch)
+            loss = sharded_simreg_loss(
+                mine, labels[:, part[me]], segments=ids[:, part[me]], positions=part[me],
+                reduction="none", **options, **groups,
+            )  # fmt: skip
+            (loss * scales[:, part[me]]).sum().backward()
+        expected = simreg_loss(whole, labels, segments=ids, reduction="none", **options)
+        (expected * scales).sum().backward()
+        close = {"rtol": 1e-12, "atol": 1e-12}
+        torch.testing.assert_close(loss, expected[:, part[me]], **close)
+        torch.testing.assert_close(mine.grad, whole.grad[:, part[me]], **close)
+
+        share = -(-batch // workers)
+        counts = [min(turn, share - start) for start in range(0, share, turn)]
+        assert seen.forward == seen.backward == [(n, shape[0] * width, 8) for n in counts]
+        copies = [torch.empty_like(mine.grad) for _ in range(shape[1])]
+        dist.all_gather(copies, mine.grad, group=groups["replicas"])
+        assert all(torch.equal(copy, mine.grad) for copy in copies)
+
+
+@pytest.mark.parametrize(("shape", "turn"), [((2, 2), 1), ((2, 1), 2), ((1, 3), 1)])
+def test_each_rank_computes_its_rows_and_gets_everybodys_results(shape, turn):
+    worlds.run(_grid, shape[0] * shape[1], shape, turn)
+
+
+def _wire(rank, ranks, kind):
+    length, dim = 16, 32
+    hidden = torch.randn(ranks, length, dim, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.arange(length).expand(ranks, -1) % 7
+    rows.ROUND = 2**30
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Seen(patch)
+        loss = sharded_simreg_loss(hidden, labels, **{kind: dist.group.WORLD})
+        header, others = (ranks - 1) * peers.HEADER_BYTES, (ranks - 1) * length
+        if kind == "group":
+            assert seen.exchanged == others * (8 + 2 * dim + 3 * 4)  # labels, rows; the results
+            assert seen.gathered == header + (ranks - 1) * 8  # how many are labelled
+            loss.backward()
+            assert seen.exchanged == others * (8 + 3 * 4 + 4 + 3 * 2 * dim)  # and gradients
+        else:
+            assert seen.gathered == header + others * 3 * 4
+            loss.backward()
+            assert seen.gathered == header + others * (3 * 4 + 2 * dim)
+            assert seen.exchanged == 0
+
+
+@pytest.mark.parametrize("kind", ["group", "replicas"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_bytes_on_the_wire(ranks, kind):
+    worlds.run(_wire, ranks, ranks, kind)
+
+
+@pytest.mark.parametrize(
+    ("batch", "peers", "copies", "expected"),
+    [(1, 1, 1, True), (1, 2, 1, False), (2, 1, 2, True), (3, 2, 2, False), (4, 2, 2, True)],
+)
+def test_a_row_for_every_rank(batch, peers, copies, expected):
+    of = SimpleNamespace
+    assert rows.WholeRows.suffice(batch, of(size=peers), of(size=copies)) is expected
+
+
+def _memory(rank, kind, sizes):
+    batch, length, dim = 4, 512, 256
+    rows.ROUND = 1  # a row at a time, here half as large as `hidden`
+    hidden = torch.randn(batch, length, dim).bfloat16().requires_grad_()
+    labels = (torch.arange(length) * 7919 % 50).expand(batch, -1).contiguous()
+    with Peak(hidden, labels) as forward:
+        loss = sharded_simreg_loss(hidden, labels, **{kind: dist.group.WORLD})
+    with Peak(hidden, labels) as backward:
+        loss.backward()
+    assert forward.peak <= sizes[0] * hidden.nbytes
+    assert backward.peak <= sizes[1] * hidden.nbytes
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("group", (1.8, 3.2)), ("replicas", (0.7, 2.0))])
+def test_memory_is_that_of_a_few_rows(kind, sizes):
+    worlds.run(_memory, 2, kind, sizes)
