@@ -1,4 +1,4 @@
-"""Rows dealt out whole: whose they are, what travels, how much is kept."""
+"""Whole rows: whose they are, what travels, how much is kept."""
 
 from types import SimpleNamespace
 
@@ -12,18 +12,18 @@ from simreg.kernels import op
 from simreg.parallel import peers, rows, sharded_simreg_loss
 from tests.kernels.problems import problem
 from tests.parallel import worlds
+from tests.parallel.test_shards import Wire
 from tests.peak import Peak
 
 ROW = 37
 
 
 class Seen:
-    """What this rank computes, row by row, and the bytes that it receives."""
+    """The rows that this rank computes."""
 
     def __init__(self, patch):
-        self.forward, self.backward, self.exchanged, self.gathered = [], [], 0, 0
+        self.forward, self.backward = [], []
         loss, gradient = op.loss, op.loss_backward
-        exchange, gather = dist.all_to_all_single, peers._all_gather
 
         def seen_loss(hidden, *rest):
             self.forward.append(hidden.shape)
@@ -33,19 +33,8 @@ class Seen:
             self.backward.append(hidden.shape)
             return gradient(grad, hidden, *rest)
 
-        def seen_exchange(out, given, group):
-            size = dist.get_world_size(group)
-            self.exchanged += out.nbytes * (size - 1) // size
-            return exchange(out, given, group=group)
-
-        def seen_gather(out, given, group):
-            self.gathered += out.nbytes - given.nbytes
-            return gather(out, given, group=group)
-
         patch.setattr(op, "loss", seen_loss)
         patch.setattr(op, "loss_backward", seen_gradient)
-        patch.setattr(dist, "all_to_all_single", seen_exchange)
-        patch.setattr(peers, "_all_gather", seen_gather)
 
 
 def _grid(rank, shape, turn):
@@ -92,19 +81,19 @@ def _wire(rank, ranks, kind):
     labels = torch.arange(length).expand(ranks, -1) % 7
     rows.ROUND = 2**30
     with pytest.MonkeyPatch.context() as patch:
-        seen = Seen(patch)
+        wire = Wire(patch)
         loss = sharded_simreg_loss(hidden, labels, **{kind: dist.group.WORLD})
         header, others = (ranks - 1) * peers.HEADER_BYTES, (ranks - 1) * length
         if kind == "group":
-            assert seen.exchanged == others * (8 + 2 * dim + 3 * 4)  # labels, rows; the results
-            assert seen.gathered == header + (ranks - 1) * 8  # how many are labelled
+            assert wire.embeddings == others * (8 + 2 * dim + 3 * 4)  # labels, rows; the results
+            assert wire.rest == header + (ranks - 1) * 8  # how many are labelled
             loss.backward()
-            assert seen.exchanged == others * (8 + 3 * 4 + 4 + 3 * 2 * dim)  # and gradients
+            assert wire.embeddings == others * (8 + 3 * 4 + 4 + 3 * 2 * dim)  # and gradients
         else:
-            assert seen.gathered == header + others * 3 * 4
+            assert wire.rest == header + others * 3 * 4
             loss.backward()
-            assert seen.gathered == header + others * (3 * 4 + 2 * dim)
-            assert seen.exchanged == 0
+            assert wire.rest == header + others * (3 * 4 + 2 * dim)
+            assert wire.embeddings == 0
 
 
 @pytest.mark.parametrize("kind", ["group", "replicas"])

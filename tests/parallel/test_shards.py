@@ -13,12 +13,13 @@ LENGTH, DIM = 64, 32  # of a shard: four tiles
 
 
 class Wire:
-    """Bytes that this rank receives, and in which order it sends, receives and computes."""
+    """Bytes that this rank receives, and in which order it sends, receives and computes tiles."""
 
     def __init__(self, patch):
         self.embeddings = self.rest = 0
         self.events = []
         begin, gather, tiles = dist.batch_isend_irecv, peers._all_gather, rectangular.tiles
+        exchange = dist.all_to_all_single
 
         def counted_begin(operations):
             for operation in operations:
@@ -26,6 +27,11 @@ class Wire:
                     self.embeddings += operation.tensor.nbytes
             self.events.append("send")
             return begin(operations)
+
+        def counted_exchange(out, tensor, group):
+            size = dist.get_world_size(group)
+            self.embeddings += out.nbytes * (size - 1) // size
+            return exchange(out, tensor, group=group)
 
         def counted_gather(out, tensor, group):
             self.rest += out.nbytes - tensor.nbytes
@@ -36,6 +42,7 @@ class Wire:
             return tiles(rows, cols)
 
         patch.setattr(dist, "batch_isend_irecv", counted_begin)
+        patch.setattr(dist, "all_to_all_single", counted_exchange)
         patch.setattr(peers, "_all_gather", counted_gather)
         patch.setattr(rectangular, "tiles", counted_tiles)
 

@@ -71,6 +71,21 @@ def test_sharing_and_repeating_the_work_of_tp() -> None:
     assert costs.loss_traffic(job, repeated) == (0, 0)
 
 
+def test_a_row_for_every_rank() -> None:
+    job = Job(L8B, length=4096, rows=8, gpus=8, tp=2, cp=4)
+    alone = Job(L8B, length=4096)
+    assert costs.loss_flops(job, Setting()) == costs.loss_flops(alone, Setting())
+    hidden, others = 4096 * 2, 4096 * 3 / 4  # bytes of a token; tokens of a row on other ranks
+    copies = job.tokens / 2  # that the other rank of TP computed
+    forward, backward = costs.loss_traffic(job, Setting())
+    assert forward == others * (8 + hidden + 12) + copies * 12
+    assert backward == others * (4 + 2 * hidden) + copies * hidden
+    row = 4096 * hidden
+    assert costs.loss_memory(job, Setting()) == job.hidden_bytes + 4 * row + 64 * MIB
+    fewer = replace(job, rows=7)
+    assert costs.loss_flops(fewer, Setting()).total == 6 * 7 * 1024 * 4096 * 4096 / 2
+
+
 def test_context_parallelism() -> None:
     job = Job(L8B, length=32_768, gpus=4, cp=4)
     assert job.tokens == 8192

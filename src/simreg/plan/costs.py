@@ -6,7 +6,7 @@ pipeline parallelism: of the last stage, whose time is what the loss prolongs). 
 matrix products, two for each multiply-add, as `torch.utils.flop_counter` counts them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from simreg.plan.models import Model
@@ -22,9 +22,13 @@ SYMMETRIC_TOKEN = 200
 """Bytes of statistics a token that `kernels.triton` sets aside."""
 IN_FLIGHT = 16 * MIB
 """Embeddings that `parallel` sends at a time, or a tile of one row; four such parts at once."""
+ROUND = 64 * MIB
+"""Embeddings of the whole rows that a rank of `parallel` computes at a time, or one row."""
 KEYS, NORMS, STATISTICS, RESULTS = 8, 4, 16, 20
 """Bytes a token that ranks tell each other: its label (and its segment, and its chunk); its norm;
 what backward must know of it; what ranks that share the work found for it."""
+FOUND, PULL = 12, 4
+"""The same of whole rows: loss and cosines; what pulls at the loss."""
 KNOWN = 300
 """Bytes that `parallel` needs, at most, for each token of the whole row: keys and statistics."""
 
@@ -87,6 +91,13 @@ class Setting:
     def sharded(self, job: Job) -> bool:
         """Whether `parallel.sharded_simreg_loss` computes it, and not `simreg_loss`."""
         return job.cp > 1 or (job.tp > 1 and self.split)
+
+    def dealt(self, job: Job) -> Job | None:
+        """The whole rows that a rank computes, if `parallel` has one for every rank."""
+        workers = job.cp * self.sharers(job)
+        if not self.sharded(job) or job.rows < workers:
+            return None
+        return replace(job, rows=-(-job.rows // workers), tp=1, cp=1)
 
     def sharers(self, job: Job) -> int:
         """Ranks that do the work of the same tokens together."""
@@ -169,14 +180,16 @@ def covered(job: Job, setting: Setting, tile: int) -> int:
 def loss_flops(job: Job, setting: Setting) -> Passes:
     """Of the loss. "decoupled" goes a second time over the tiles that hold positives."""
     d = job.model.hidden
+    if own := setting.dealt(job):
+        return loss_flops(own, setting)
     if setting.sharded(job):
         span = covered(job, setting, WIDE_TILE)
         once = sharded_flops(job.tokens, span, d, sharers=setting.sharers(job))
         again = sharded_positive_share(min(span, job.local), WIDE_TILE)
     else:
         span, symmetric = covered(job, setting, TILE), symmetric_backward(job, setting)
-        once = symmetric_flops(job.tokens, span, d, symmetric_backward=symmetric)
-        again = positive_share(span)
+        once = symmetric_flops(job.tokens, span, d, tile=TILE, symmetric_backward=symmetric)
+        again = positive_share(span, TILE)
     if setting.variant != "decoupled":
         return once
     return once._replace(forward=once.forward * (1 + again))
@@ -198,6 +211,9 @@ def loss_memory(job: Job, setting: Setting) -> float:
     gradient = job.hidden_bytes
     if not setting.sharded(job):
         return gradient + job.hidden_bytes + SCRATCH  # of triton, at most
+    if own := setting.dealt(job):
+        turn = min(own.hidden_bytes, max(ROUND, own.hidden_bytes // own.rows))
+        return gradient + max(4, 2 + setting.sharers(job)) * turn + SCRATCH
     d, t = job.model.hidden, WIDE_TILE
     accumulator = 4 * job.tokens / setting.sharers(job) * d
     part = min(job.hidden_bytes, max(IN_FLIGHT, t * d * job.itemsize))
@@ -239,11 +255,17 @@ def loss_traffic(job: Job, setting: Setting) -> Passes:
     """Bytes that a rank receives for the loss."""
     if not setting.sharded(job):
         return Passes(0, 0)
+    keys = KEYS * (1 + (job.document is not None) + (setting.chunk is not None))
+    rest = 1 - 1 / setting.sharers(job)  # that the sharers of the work have to tell each other
+    if own := setting.dealt(job):
+        row = job.model.hidden * job.itemsize
+        others = own.rows * (job.length - job.local)
+        shared = Passes(FOUND * job.tokens * rest, job.hidden_bytes * rest)
+        forward = others * (keys + row + FOUND) + shared.forward
+        return Passes(forward, others * (PULL + 2 * row) + shared.backward)
     hidden = arriving(job, setting) * job.rows * job.model.hidden * job.itemsize
     visits = 2 if setting.variant == "decoupled" else 1
     others = (job.cp - 1) * job.tokens
-    keys = KEYS * (1 + (job.document is not None) + (setting.chunk is not None))
-    rest = 1 - 1 / setting.sharers(job)  # that the sharers of the work have to tell each other
     forward = visits * hidden + (keys + NORMS) * others + RESULTS * job.tokens * rest
     return Passes(forward, hidden + STATISTICS * others + job.hidden_bytes * rest)
 
