@@ -46,7 +46,7 @@ def test_a_run_that_succeeds_ends_the_group_of_processes(
 
 
 ABORTS = """
-import atexit, os, sys
+import atexit, os, sys, threading, time
 from simreg import cli
 
 class Late:
@@ -55,7 +55,14 @@ class Late:
         self.abort()  # as a thread of gloo's, once the interpreter is being taken down
 
 late = Late()
-cli.main = lambda: atexit.register(print, "handlers have run") and {status}
+atexit.register(print, "early handler")
+
+def main():
+    atexit.register(print, "late handler")
+    threading.Thread(target=lambda: time.sleep(0.5) or print("thread")).start()
+    return {status}
+
+cli.main = main
 cli.run()
 """
 
@@ -71,7 +78,17 @@ def test_one_of_several_processes_leaves_out_finalization(
         text=True,
     )
     assert done.returncode == expected, done.stderr
-    assert done.stdout == "handlers have run\n"
+    assert done.stdout == "thread\nlate handler\nearly handler\n"
+
+
+def test_a_closed_output_is_no_failure_of_one_of_several_processes() -> None:
+    code = "from simreg import cli; cli.main = lambda: 0; cli.run()"
+    for closed in (">&-", "2>&-", "| true"):
+        command = f'set -o pipefail; "{sys.executable}" -c "{code}" {closed}'
+        done = subprocess.run(
+            ["bash", "-c", command], env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True
+        )
+        assert done.returncode == 0, (closed, done.stderr)
 
 
 def test_several_processes_end_as_one_does_where_nothing_was_run() -> None:

@@ -2,9 +2,11 @@
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -29,21 +31,20 @@ _HELP = {
 def run() -> NoReturn:
     """`main` as a process of its own.
 
-    One of several processes leaves out what Python does last, once all exit handlers have run:
-    threads of gloo outlive their group and may abort while the interpreter is taken down
-    (pytorch#179291), which makes a failure of a run that succeeded.
+    One of several processes waits for its threads, runs the exit handlers and leaves out what
+    Python does then: threads of gloo outlive their group and may abort while the interpreter is
+    taken down (pytorch#179291), which makes a failure of a run that succeeded.
     """
-    status: int | None = None
-
-    def leave() -> None:
-        if status is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        atexit.register(leave)  # the first to be registered is the last to run
     status = main()
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed
+                stream.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -74,7 +75,7 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 class _Version(argparse.Action):
-    """`--version`, without importing torch to answer."""
+    """`--version`, looked up when it is asked for."""
 
     def __init__(self, option_strings: list[str], dest: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
