@@ -111,6 +111,49 @@ def test_a_row_for_every_rank(batch, peers, copies, expected):
     assert rows.WholeRows.suffice(batch, of(size=peers), of(size=copies)) is expected
 
 
+def _at_home(rank):
+    """Chunks that end with the shards: nothing to exchange but the number of labels."""
+    hidden, labels, ids = problem(3, 32, 8, 5, segments=2)
+    part = slice(None), slice(16 * rank, 16 * rank + 16)
+    for batch, chunk, exchanged in [(3, 8, False), (1, 16, False), (3, 32, True), (3, 12, True)]:
+        whole = hidden[:batch].clone().requires_grad_()
+        expected = simreg_loss(whole, labels[:batch], segments=ids[:batch], chunk_size=chunk)
+        expected.backward()
+        mine = hidden[:batch][part].clone().requires_grad_()
+        keys = labels[:batch][part], ids[:batch][part]
+        with pytest.MonkeyPatch.context() as patch:
+            wire = Wire(patch)
+            loss = sharded_simreg_loss(
+                mine, keys[0], segments=keys[1], chunk_size=chunk, group=dist.group.WORLD
+            )
+            loss.backward()
+        assert (wire.embeddings > 0) == exchanged
+        assert wire.rest == peers.HEADER_BYTES + 8
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mine.grad, whole.grad[part], rtol=1e-12, atol=1e-12)
+        given = {"positions": torch.arange(32)[part[1]], "chunk_size": chunk, "segments": keys[1]}
+        again = sharded_simreg_loss(mine, keys[0], group=dist.group.WORLD, **given)
+        dist.all_reduce(again)
+        torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_chunks_that_end_with_a_shard_stay_at_home():
+    worlds.run(_at_home, 2)
+
+
+def _no_grid(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    replicas = mesh.get_group("tp") if rank < 2 else None
+    hidden, labels, _ = problem(4, 8, 4, 3)
+    with pytest.raises(ValueError, match=r"replicas (1|2) on|refused on rank"):
+        sharded_simreg_loss(hidden, labels, group=mesh.get_group("cp"), replicas=replicas)
+
+
+def test_ranks_that_are_no_grid_are_refused_on_all():
+    worlds.run(_no_grid, 4)
+
+
 def _memory(rank, kind, sizes):
     batch, length, dim = 4, 512, 256
     rows.ROUND = 1  # a row at a time, here half as large as `hidden`

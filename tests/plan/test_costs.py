@@ -81,9 +81,45 @@ def test_a_row_for_every_rank() -> None:
     assert forward == others * (8 + hidden + 12) + copies * 12
     assert backward == others * (4 + 2 * hidden) + copies * hidden
     row = 4096 * hidden
-    assert costs.loss_memory(job, Setting()) == job.hidden_bytes + 4 * row + 64 * MIB
+    assert costs.loss_memory(job, Setting()) == job.hidden_bytes + 5 * row + 64 * MIB
+    many = replace(job, rows=8 * 9)  # four rows of 32 MiB at a time
+    assert costs.loss_memory(many, Setting()) == many.hidden_bytes + 5 * 4 * row + 64 * MIB
     fewer = replace(job, rows=7)
     assert costs.loss_flops(fewer, Setting()).total == 6 * 7 * 1024 * 4096 * 4096 / 2
+    share = costs.shares(job, Setting(), tflops=1, link=1)
+    own, model = costs.loss_flops(job, Setting()).total / 1e12, costs.model_flops(job) / 1e12
+    assert share.time == pytest.approx((own + (forward + backward) / 1e9) / model)
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "chunk", "symmetric"),
+    [
+        (8192, 16, None, True),
+        (16384, 8, None, False),
+        (16384, 64, None, False),
+        (16384, 8, 8192, False),
+    ],
+)
+def test_a_turn_of_whole_rows_has_room_for_its_own_m(
+    length: int, rows: int, chunk: int | None, symmetric: bool
+) -> None:
+    """Chunks are segments of whole rows, whose M is as large with them as without."""
+    job = Job(L8B, length=length, rows=rows, gpus=8, tp=2, cp=4)
+    span = chunk or length
+    expected = costs.symmetric_flops(job.tokens, span, 4096, symmetric_backward=symmetric)
+    assert costs.loss_flops(job, Setting(chunk=chunk)).total == expected.total / 2
+
+
+def test_chunks_that_end_with_a_shard_stay_at_home() -> None:
+    job = Job(L8B, length=32_768, rows=2, gpus=8, tp=2, cp=4)
+    setting = Setting(chunk=4096)
+    assert costs.loss_traffic(job, setting) == (12 * 8192, 8192 * 4096 * 2)  # from the other of TP
+    alone = Job(L8B, length=8192)
+    expected = costs.symmetric_flops(8192, 4096, 4096, symmetric_backward=False)
+    assert costs.loss_flops(job, setting) == expected
+    assert costs.loss_memory(job, setting) == job.hidden_bytes + 5 * alone.hidden_bytes + 64 * MIB
+    one = replace(job, rows=1)
+    assert costs.loss_traffic(one, setting) == (20 * 8192 / 2, 8192 * 4096 * 2 / 2)
 
 
 def test_context_parallelism() -> None:

@@ -57,6 +57,8 @@ def _measured(job: Job, setting: Setting, tp: int):
             received.append(wire.embeddings + wire.rest - before)
     others = (job.cp - 1) + (tp - 1 if setting.split else 0)
     received[0] -= HEADER_BYTES * others  # agreement on shapes, whatever their size
+    if setting.at_home(job) or setting.dealt(job) is not None:
+        received[0] -= 8 * (job.cp - 1)  # how many labels there are
     return flops, received
 
 
@@ -86,7 +88,10 @@ def _loss_backward(grad, hidden, labels, segments, index, norm, lse, statistic, 
     return blockwise.backward(grad, hidden, labels, segments, saved, Form(*options[:-1]))
 
 
-WHOLE = ("out", "in, two ranks", "decoupled", "chunks of two shards", "shared by TP", "TP alone")
+WHOLE = (
+    "out", "in, two ranks", "decoupled", "chunks of two shards", "chunks of half a shard",
+    "shared by TP", "TP alone",
+)  # fmt: skip
 
 
 def _compare(rank: int) -> None:
@@ -94,12 +99,17 @@ def _compare(rank: int) -> None:
     costs.TILE = costs.WIDE_TILE = worlds.BLOCK
     costs.IN_FLIGHT, blockwise.block = 0, lambda device: worlds.BLOCK
     jobs = [(name, *case, 1) for name, case in CASES.items()]
-    jobs += [(f"{name}, whole rows", *CASES[name], 8) for name in WHOLE]
+    jobs += [
+        (f"{name}, {rows} whole rows", *CASES[name], rows) for name in WHOLE for rows in (5, 8)
+    ]
     for name, cp, tp, setting, batch in jobs:
         if cp * tp != dist.get_world_size():
             continue
         job = Job(MODEL, cp * LENGTH, batch, gpus=cp * tp, cp=cp, tp=tp)
         flops, received = _measured(job, setting, tp)
+        most = torch.tensor(flops)  # a last rank may have fewer rows
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        flops = most.tolist()
         # How many tiles hold positives is a matter of chance, with so few tokens.
         near = 0.15 if setting.variant == "decoupled" else 0.05
         formula = costs.loss_flops(job, setting)
@@ -123,18 +133,22 @@ def _documents(rank: int, document: int) -> None:
     assert sum(costs.loss_traffic(job, Setting())) * inner == pytest.approx(sum(received), rel=0.2)
 
 
-def _memory_of_rows(rank: int, kind: str) -> None:
-    rows.ROUND = costs.ROUND = costs.SCRATCH = 0  # of Triton's, which does not run here
-    job = Job(replace(MODEL, hidden=256), 512, rows=4, gpus=2, itemsize=4, **{kind: 2})
-    hidden = torch.randn(4, job.local, 256, requires_grad=True)
-    labels = torch.randint(0, 50, hidden.shape[:2])
-    groups = {"cp": "group", "tp": "replicas"}
-    loss = sharded_simreg_loss(hidden, labels, **{groups[kind]: dist.group.WORLD})
-    with Peak(hidden, labels) as backward:
-        loss.backward()
-    formula = costs.loss_memory(job, Setting())
-    # The formula is Triton's; blockwise keeps the embeddings of a turn once more.
-    assert 0.6 * formula < backward.peak <= 1.2 * formula
+def _memory_of_rows(rank: int) -> None:
+    """What travels, with a kernel that takes no more than its result."""
+    op.loss_backward = lambda grad, hidden, *rest: torch.zeros_like(hidden)
+    costs.SCRATCH = 0
+    for cp, tp, turn in [(2, 2, 1), (2, 2, 2), (1, 4, 2)]:
+        job = Job(replace(MODEL, hidden=256), 512, rows=16, gpus=4, cp=cp, tp=tp)
+        rows.ROUND = costs.ROUND = turn * 512 * 256 * 2
+        groups = init_device_mesh("cpu", (cp, tp), mesh_dim_names=("cp", "tp"))
+        options = {"group": groups.get_group("cp"), "replicas": groups.get_group("tp")}
+        hidden = torch.randn(16, job.local, 256).bfloat16().requires_grad_()
+        loss = sharded_simreg_loss(hidden, torch.ones(hidden.shape[:2]).long(), **options)
+        with Peak(hidden) as backward:
+            loss.backward()
+        formula = costs.loss_memory(job, Setting())
+        late = rows.ROUND  # which gloo's threads may hold a little longer
+        assert 0.75 * formula < backward.peak <= 1.03 * (formula + late), (cp, tp, turn)
 
 
 def _memory(rank: int, dtype: torch.dtype) -> None:
@@ -162,14 +176,13 @@ def _two_ranks(rank: int) -> None:
     _compare(rank)
     for dtype in (torch.float32, torch.bfloat16):
         _memory(rank, dtype)
-    for kind in ("cp", "tp"):
-        _memory_of_rows(rank, kind)
 
 
 def _four_ranks(rank: int) -> None:
     _compare(rank)
     for document in (27, 50):
         _documents(rank, document)
+    _memory_of_rows(rank)
 
 
 # Most of the time goes into starting processes, so all that needs two, or four, shares them.

@@ -18,7 +18,7 @@ from simreg.loss import (
     check_transforms,
     weigh,
 )
-from simreg.parallel.peers import Header, agree
+from simreg.parallel.peers import Header, Peers, agree
 from simreg.parallel.placement import local_parts, placing, whole_along_d
 from simreg.parallel.rows import WholeRows
 from simreg.parallel.shards import Shards
@@ -43,8 +43,9 @@ def sharded_simreg_loss(
     """`simreg.simreg_loss` of rows whose tokens are spread over a process group.
 
     Every rank of the groups must call, and call backward; the loss and the gradients are those of
-    one process that holds whole rows. Embeddings travel to the ranks that need them, in chunks,
-    while others are computed with (see docs/parallel.md for bytes and memory).
+    one process that holds whole rows. Where there is a row for every rank, each computes whole
+    rows; else embeddings travel to the ranks that need them, in chunks, while others are computed
+    with (see docs/parallel.md for bytes and memory).
 
     Args:
         hidden: ``[B, l, d]`` or ``[l, d]``: this rank's tokens of the same B rows; l may differ
@@ -182,6 +183,7 @@ def per_token(
         labels, segments, positions = local_parts(hidden, local, labels, segments, positions, how)
         copied = how.copies.group is not None
         own = _checked(local, labels, segments, positions, settings, copied)
+        own = own._replace(rest=f"group {how.peers.size}, replicas {how.copies.size}, {own.rest}")
     except (ValueError, RuntimeError) as refused:
         error = refused
     try:
@@ -197,8 +199,10 @@ def per_token(
         nothing = hidden.sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
         return Found(nothing, nothing.detach(), nothing.detach(), valid, valid.sum())
     scopes = [] if segments is None else [segments.long()]
+    at_home = False  # whether chunks end with the shards, so that ranks have nothing to exchange
     if chunk_size is not None:
         if positions is None:
+            at_home = len(set(lengths)) == 1 and lengths[0] % chunk_size == 0
             first = sum(lengths[: how.peers.rank])
             positions = torch.arange(first, first + labels.shape[-1], device=device)
         chunks = positions.long().div(chunk_size, rounding_mode="floor")
@@ -206,12 +210,13 @@ def per_token(
     row = labels.masked_fill(~valid, -1), *scopes
     if hidden.ndim == 2:
         hidden, row = hidden[None], tuple(keys[None] for keys in row)
-    rows_suffice = whole_rows and WholeRows.suffice(len(hidden), how.peers, how.copies)
-    kind = WholeRows if rows_suffice else Shards
-    way = kind(row[0], list(row[1:]), lengths, how.peers, how.copies)
+    peers = Peers(None) if at_home else how.peers
+    kind = WholeRows if whole_rows and WholeRows.suffice(len(hidden), peers, how.copies) else Shards
+    way = kind(row[0], list(row[1:]), lengths, peers, how.copies)
     results = _Loss.apply(hidden, way, form)  # type: ignore[no-untyped-call]
     loss, pos_cos, neg_cos = (result.view(labels.shape) for result in results)
-    return Found(loss, pos_cos, neg_cos, valid, way.count)
+    labelled = how.peers.gather(way.count).sum() if at_home else way.count
+    return Found(loss, pos_cos, neg_cos, valid, labelled)
 
 
 def _device(*tensors: object) -> torch.device:

@@ -68,7 +68,7 @@ class Header(NamedTuple):
         return cls(bool(good), length, tokens, bytes(text).decode(errors="replace").rstrip())
 
 
-_FIELDS, _TEXT = 3, 253
+_FIELDS, _TEXT = 3, 381
 HEADER_BYTES = 8 * (_FIELDS + _TEXT)
 
 

@@ -14,7 +14,7 @@ from simreg.kernels.order import Form
 from simreg.parallel.peers import Peers
 from simreg.parallel.shards import combine
 
-ROUND = 64 * 2**20
+ROUND = 128 * 2**20
 """Bytes of embeddings of the rows that a rank computes at a time; one row at least."""
 
 

@@ -22,7 +22,7 @@ SYMMETRIC_TOKEN = 200
 """Bytes of statistics a token that `kernels.triton` sets aside."""
 IN_FLIGHT = 16 * MIB
 """Embeddings that `parallel` sends at a time, or a tile of one row; four such parts at once."""
-ROUND = 64 * MIB
+ROUND = 128 * MIB
 """Embeddings of the whole rows that a rank of `parallel` computes at a time, or one row."""
 KEYS, NORMS, STATISTICS, RESULTS = 8, 4, 16, 20
 """Bytes a token that ranks tell each other: its label (and its segment, and its chunk); its norm;
@@ -92,12 +92,22 @@ class Setting:
         """Whether `parallel.sharded_simreg_loss` computes it, and not `simreg_loss`."""
         return job.cp > 1 or (job.tp > 1 and self.split)
 
+    def at_home(self, job: Job) -> bool:
+        """Whether chunks end with the shards, so that the ranks of CP have nothing to exchange."""
+        return self.chunk is not None and job.local % self.chunk == 0
+
     def dealt(self, job: Job) -> Job | None:
-        """The whole rows that a rank computes, if `parallel` has one for every rank."""
+        """What a rank computes, if `parallel` has a whole row for every rank."""
+        if self.at_home(job):
+            job = replace(job, length=job.local, cp=1, gpus=job.gpus // job.cp)
         workers = job.cp * self.sharers(job)
-        if not self.sharded(job) or job.rows < workers:
+        if job.rows < workers:
             return None
         return replace(job, rows=-(-job.rows // workers), tp=1, cp=1)
+
+    def turn(self, own: Job) -> Job:
+        """As much of it as it computes at a time."""
+        return replace(own, rows=max(1, min(own.rows, ROUND * own.rows // own.hidden_bytes)))
 
     def sharers(self, job: Job) -> int:
         """Ranks that do the work of the same tokens together."""
@@ -180,9 +190,13 @@ def covered(job: Job, setting: Setting, tile: int) -> int:
 def loss_flops(job: Job, setting: Setting) -> Passes:
     """Of the loss. "decoupled" goes a second time over the tiles that hold positives."""
     d = job.model.hidden
-    if own := setting.dealt(job):
-        return loss_flops(own, setting)
-    if setting.sharded(job):
+    own = setting.dealt(job) if setting.sharded(job) else None
+    if own is not None:  # whose chunks are segments
+        span = covered(own, setting, TILE)
+        symmetric = symmetric_backward(setting.turn(own), replace(setting, chunk=None))
+        once = symmetric_flops(own.tokens, span, d, tile=TILE, symmetric_backward=symmetric)
+        again = positive_share(span, TILE)
+    elif setting.sharded(job):
         span = covered(job, setting, WIDE_TILE)
         once = sharded_flops(job.tokens, span, d, sharers=setting.sharers(job))
         again = sharded_positive_share(min(span, job.local), WIDE_TILE)
@@ -212,8 +226,7 @@ def loss_memory(job: Job, setting: Setting) -> float:
     if not setting.sharded(job):
         return gradient + job.hidden_bytes + SCRATCH  # of triton, at most
     if own := setting.dealt(job):
-        turn = min(own.hidden_bytes, max(ROUND, own.hidden_bytes // own.rows))
-        return gradient + max(4, 2 + setting.sharers(job)) * turn + SCRATCH
+        return gradient + (3 + setting.sharers(job)) * setting.turn(own).hidden_bytes + SCRATCH
     d, t = job.model.hidden, WIDE_TILE
     accumulator = 4 * job.tokens / setting.sharers(job) * d
     part = min(job.hidden_bytes, max(IN_FLIGHT, t * d * job.itemsize))
@@ -259,15 +272,15 @@ def loss_traffic(job: Job, setting: Setting) -> Passes:
     rest = 1 - 1 / setting.sharers(job)  # that the sharers of the work have to tell each other
     if own := setting.dealt(job):
         row = job.model.hidden * job.itemsize
-        others = own.rows * (job.length - job.local)
-        shared = Passes(FOUND * job.tokens * rest, job.hidden_bytes * rest)
-        forward = others * (keys + row + FOUND) + shared.forward
-        return Passes(forward, others * (PULL + 2 * row) + shared.backward)
+        others = own.rows * (own.length - job.local)
+        shared = (setting.sharers(job) - 1) * own.tokens
+        forward = others * (keys + row + FOUND) + shared * FOUND
+        return Passes(forward, others * (PULL + 2 * row) + shared * row)
     hidden = arriving(job, setting) * job.rows * job.model.hidden * job.itemsize
     visits = 2 if setting.variant == "decoupled" else 1
-    others = (job.cp - 1) * job.tokens
-    forward = visits * hidden + (keys + NORMS) * others + RESULTS * job.tokens * rest
-    return Passes(forward, hidden + STATISTICS * others + job.hidden_bytes * rest)
+    others = 0 if setting.at_home(job) else (job.cp - 1) * job.tokens
+    given = visits * hidden + (keys + NORMS) * others + RESULTS * job.tokens * rest
+    return Passes(given, hidden + STATISTICS * others + job.hidden_bytes * rest)
 
 
 class ModelTraffic(NamedTuple):
@@ -300,15 +313,18 @@ class Shares(NamedTuple):
     memory: float
     received: float
     time: float
-    """The larger of the loss's FLOPs at the rate given and its bytes over the link given, as a
-    fraction of the time of the model's FLOPs at that rate: all traffic of the model is free."""
+    """The larger of the loss's FLOPs at the rate given and its bytes over the link given, or with
+    whole rows their sum, as a fraction of the time of the model's FLOPs at that rate: all traffic
+    of the model is free."""
 
 
 def shares(job: Job, setting: Setting, *, tflops: float, link: float) -> Shares:
     """Of a setting, on ranks that do `tflops` 10¹² FLOP/s and receive `link` 10⁹ bytes/s."""
     flops, whole = loss_flops(job, setting).total, model_flops(job)
     received, beside = loss_traffic(job, setting).total, sum(model_traffic(job))
-    seconds = max(flops / (tflops * 1e12), received / (link * 1e9))
+    computing, waiting = flops / (tflops * 1e12), received / (link * 1e9)
+    whole_rows = setting.sharded(job) and setting.dealt(job) is not None
+    seconds = computing + waiting if whole_rows else max(computing, waiting)
     return Shares(
         flops=flops / whole,
         memory=loss_memory(job, setting) / model_memory(job),
