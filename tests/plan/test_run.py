@@ -44,7 +44,8 @@ def test_the_example_of_the_docs_is_what_the_command_prints(
 def test_advice_is_the_widest_span_within_the_bound(variant: str, tp: int) -> None:
     job = Job(find("llama-130m"), length=65_536, gpus=4 * tp, tp=tp, cp=4)
     every = options(job, variant, **RATE)
-    assert len(every) == (1 + 5) * (2 if tp > 1 else 1) * (2 if variant == "decoupled" else 1)
+    # Chunks below 2,048 are no cheaper to share over ranks that have no row each.
+    assert len(every) == (9 if tp == 1 else 9 + 6) * (2 if variant == "decoupled" else 1)
     for bound in (0.01, 0.02, 0.04, 1.0):
         best = within(every, bound)
         assert best is not None
