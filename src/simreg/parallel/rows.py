@@ -90,7 +90,7 @@ class WholeRows:
     def _return(self, found: Tensor, out: Tensor, turn: slice) -> None:
         """Writes ``[n, P·width, ...]`` of every rank's turn into ``[B, l, ...]`` of each."""
         size = len(found), self.peers.size, self.width
-        parts = found.view(*size, *found.shape[2:]).transpose(0, 1).contiguous()
+        parts = found.reshape(*size, *found.shape[2:]).transpose(0, 1).contiguous()
         for copy, given in enumerate(self.copies.gather(self.peers.exchange(parts))):
             for peer, values in enumerate(given):
                 rows = out[self._rows(peer, copy, turn, len(out))]
