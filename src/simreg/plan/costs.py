@@ -98,6 +98,8 @@ class Setting:
 
     def dealt(self, job: Job) -> Job | None:
         """What a rank computes, if `parallel` has a whole row for every rank."""
+        if not self.sharded(job):
+            return None
         if self.at_home(job):
             job = replace(job, length=job.local, cp=1, gpus=job.gpus // job.cp)
         workers = job.cp * self.sharers(job)
@@ -190,19 +192,17 @@ def covered(job: Job, setting: Setting, tile: int) -> int:
 def loss_flops(job: Job, setting: Setting) -> Passes:
     """Of the loss. "decoupled" goes a second time over the tiles that hold positives."""
     d = job.model.hidden
-    own = setting.dealt(job) if setting.sharded(job) else None
-    if own is not None:  # whose chunks are segments
-        span = covered(own, setting, TILE)
-        symmetric = symmetric_backward(setting.turn(own), replace(setting, chunk=None))
-        once = symmetric_flops(own.tokens, span, d, tile=TILE, symmetric_backward=symmetric)
-        again = positive_share(span, TILE)
-    elif setting.sharded(job):
+    own = setting.dealt(job)
+    if setting.sharded(job) and own is None:
         span = covered(job, setting, WIDE_TILE)
         once = sharded_flops(job.tokens, span, d, sharers=setting.sharers(job))
         again = sharded_positive_share(min(span, job.local), WIDE_TILE)
     else:
-        span, symmetric = covered(job, setting, TILE), symmetric_backward(job, setting)
-        once = symmetric_flops(job.tokens, span, d, tile=TILE, symmetric_backward=symmetric)
+        alone, turn, within = job, job, setting
+        if own is not None:  # whose chunks are segments
+            alone, turn, within = own, setting.turn(own), replace(setting, chunk=None)
+        span, symmetric = covered(alone, setting, TILE), symmetric_backward(turn, within)
+        once = symmetric_flops(alone.tokens, span, d, tile=TILE, symmetric_backward=symmetric)
         again = positive_share(span, TILE)
     if setting.variant != "decoupled":
         return once
@@ -323,7 +323,7 @@ def shares(job: Job, setting: Setting, *, tflops: float, link: float) -> Shares:
     flops, whole = loss_flops(job, setting).total, model_flops(job)
     received, beside = loss_traffic(job, setting).total, sum(model_traffic(job))
     computing, waiting = flops / (tflops * 1e12), received / (link * 1e9)
-    whole_rows = setting.sharded(job) and setting.dealt(job) is not None
+    whole_rows = setting.dealt(job) is not None
     seconds = computing + waiting if whole_rows else max(computing, waiting)
     return Shares(
         flops=flops / whole,
