@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simreg import simreg_loss
 from simreg.bench import contenders as module
-from simreg.bench.contenders import BARE, COMPILED, METRIC_LEARNING, contenders
+from simreg.bench.contenders import BARE, CAPTURED, COMPILED, METRIC_LEARNING, contenders
 from simreg.bench.problem import Shape
 from simreg.bench.recompute import chunked_recompute
 from simreg.loss import BACKENDS, VARIANTS
@@ -53,6 +53,27 @@ def test_equals_the_reference_in_value_and_gradient(contender, chunk, monkeypatc
     tolerance = 1e-5 if contender.name == METRIC_LEARNING else 1e-10  # it adds 1e-6 to counts
     torch.testing.assert_close(found, value, rtol=tolerance, atol=0)
     torch.testing.assert_close(hidden.grad, grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_from_a_graph(variant):
+    cuda = torch.device("cuda")
+    shape = Shape(batch=3, length=40, dim=16, dtype="bfloat16", chunk=20)
+    hidden, labels = problem(shape)
+    hidden = hidden.detach().to(cuda, torch.bfloat16).requires_grad_()
+    by_name = {c.name: c for c in contenders(cuda, [variant])}
+    steps = {
+        name: by_name[name].prepare(hidden, labels.to(cuda), shape) for name in ("triton", CAPTURED)
+    }
+    for name in ("triton", CAPTURED, "triton", CAPTURED):  # neither disturbs the other
+        hidden.grad = None
+        found = steps[name](), hidden.grad
+        if name == "triton":
+            eager = found
+    assert torch.equal(found[0], eager[0])
+    assert torch.equal(found[1], eager[1])
 
 
 @pytest.mark.parametrize("pairs", [1, 17, 60, 17**2, 2 * 17**2, 10**6])

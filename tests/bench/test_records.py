@@ -35,6 +35,15 @@ def test_a_record_of_each_in_order(monkeypatch):
     assert found[BARE]["over_bare"] == 1.0
 
 
+def test_what_is_replayed_has_no_peak_of_its_own(monkeypatch):
+    monkeypatch.setattr(records, "peak_extra_bytes", lambda *args: 7)
+    replayed = dataclasses.replace(BASIC[2], replayed=True)
+    found = measured([*BASIC[:2], replayed], memory=True)
+    assert found["naive"]["peak_extra_bytes"] == 7
+    assert found["blockwise"]["peak_extra_bytes"] is None
+    assert found["blockwise"]["median_s"] > 0
+
+
 def test_what_would_not_fit_is_not_run(monkeypatch):
     naive = BASIC[1]
     monkeypatch.setattr(records.measure, "free_memory", lambda device: naive.working(SHAPE))

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from benchmarks import loss
 from simreg import cli
 from simreg.bench import records, run
-from simreg.bench.contenders import BARE, contenders
+from simreg.bench.contenders import BARE, CAPTURED, contenders
 
 FIELDS = {
     *("length", "dim", "batch", "dtype", "chunk", "variant", "name", "median_s", "quartiles_s"),
@@ -138,4 +138,4 @@ def test_on_cuda(tmp_path, dtype):
     gradient = 2 * 512 * 64 * getattr(torch, dtype).itemsize
     for name in found.keys() - missing:
         assert found[name]["median_s"] > 0
-        assert found[name]["peak_extra_bytes"] >= gradient
+        assert (found[name]["peak_extra_bytes"] or 0) >= (0 if name == CAPTURED else gradient)

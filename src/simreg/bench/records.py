@@ -94,7 +94,9 @@ def _summary(taken: list[float], bare: list[float] | None) -> dict[str, Any]:
 
 
 def _peak(contender: Contender, shape: Shape, device: torch.device) -> int | None:
-    """None if it fails: the times, which are there already, are worth having without it."""
+    """None if it has none, or fails: the times, which are there, are worth having without it."""
+    if contender.replayed:
+        return None
     try:
         return peak_extra_bytes(contender, shape, device)
     except RuntimeError:
