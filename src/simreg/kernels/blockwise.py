@@ -45,20 +45,14 @@ def _tile(
     def equal(rank: Tensor) -> Tensor:
         return rank[batch, rows, None] == rank[batch, None, cols]
 
-    candidate = equal(order.segment) if masked else None
     positive = equal(order.label) if positives else None
+    outside = ~equal(order.segment) if masked else None
     if rows == cols:
-        if candidate is None:
-            candidate = torch.ones_like(positive)  # type: ignore[arg-type]
-        candidate.diagonal(dim1=-2, dim2=-1).fill_(False)
+        if outside is None:
+            outside = torch.zeros_like(positive)  # type: ignore[arg-type]
+        outside.diagonal(dim1=-2, dim2=-1).fill_(True)
         positive.diagonal(dim1=-2, dim2=-1).fill_(False)  # type: ignore[union-attr]
-    return Tile(batch, rows, cols, candidate, positive)
-
-
-def _sides(tile: Tile) -> list[tuple[slice, int]]:
-    """Token slice and dimension to sum over: the rows and, off the diagonal, the columns."""
-    both = [(tile.rows, -1), (tile.cols, -2)]
-    return both[:1] if tile.rows == tile.cols else both
+    return Tile(batch, rows, cols, outside, positive, symmetric=rows != cols)
 
 
 def _flat(index: Tensor) -> Tensor:
@@ -89,18 +83,14 @@ def forward(
     e, norm = _embed(hidden, order)
     running = Running(norm, form)
     for tile in tiles(order, block(hidden.device)):
-        s = _similarity(e, tile, form.temperature)
-        for span, dim in _sides(tile):
-            running.add(s, tile, span, dim)
+        running.add(_similarity(e, tile, form.temperature), tile)
     sums = running.sums()
     if form.variant == "decoupled":
         gaps = Gaps(sums.lse)
         for tile in tiles(order, block(hidden.device)):
             if tile.positive is None:
                 continue
-            s = _similarity(e, tile, form.temperature)
-            for span, dim in _sides(tile):
-                gaps.add(s, tile, span, dim)
+            gaps.add(_similarity(e, tile, form.temperature), tile)
         sums = sums._replace(softplus=gaps.softplus, slope=gaps.slope)
     *results, statistic = losses(sums, order, norm, form)
     return (*map(order.unsort, results), order.position, norm, sums.lse, statistic)

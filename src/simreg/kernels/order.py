@@ -78,6 +78,11 @@ class Form(NamedTuple):
     push_above: float = 0.5
 
     @property
+    def bounded(self) -> bool:
+        """Whether exponentials of s − 1/τ ≤ 0 keep clear of float32's limits."""
+        return self.temperature >= 0.05
+
+    @property
     def edge(self) -> float:
         """`push_above` on the scale of similarities."""
         return self.push_above / self.temperature

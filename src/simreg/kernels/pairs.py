@@ -1,6 +1,7 @@
 """A tile of pairs of tokens in plain PyTorch: what it adds to each token's sums, its gradient."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,25 +11,39 @@ from simreg.kernels.order import Ends, Form, Sums
 from simreg.kernels.reference import EPS
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Tile:
     """The pairs (rows × cols) of some batch rows, and which of them count."""
 
     batch: slice
     rows: slice
     cols: slice
-    candidate: Tensor | None  # None: every pair is one
+    outside: Tensor | None  # pairs that are no candidates; None: all are
     positive: Tensor | None  # None: no pair is one
+    symmetric: bool = False
+    """Whether it serves the tokens of its columns too."""
 
-    @property
-    def negative(self) -> Tensor | None:
-        """The candidates that are not positives; None: every pair is one."""
-        if self.positive is None:
-            return self.candidate
-        return ~self.positive if self.candidate is None else self.candidate & ~self.positive
+    @cached_property
+    def unlike(self) -> Tensor:
+        """The pairs that are not positives, if any pair is one."""
+        assert self.positive is not None
+        return ~self.positive
 
-    def denominator(self, variant: str) -> Tensor | None:
-        """The pairs in the denominator; None: every pair."""
-        return self.negative if variant == "decoupled" else self.candidate
+    @cached_property
+    def unfit(self) -> Tensor | None:
+        """The pairs that are not negatives; None: all are."""
+        if self.positive is None or self.outside is None:
+            return self.outside if self.positive is None else self.positive
+        return self.outside | self.positive
+
+    def sides(self) -> list[tuple[slice, int]]:
+        """Token slice and dimension to sum over: the rows and, if it serves them, the columns."""
+        return [(self.rows, -1), (self.cols, -2)][: 1 + self.symmetric]
+
+    def add(self, into: Tensor, pairs: Tensor) -> None:
+        """Sum a value of each pair for the tokens ``[B, L]`` that the tile serves."""
+        for span, dim in self.sides():
+            into[self.batch, span] += pairs.sum(dim)
 
 
 def block(device: torch.device) -> int:
@@ -41,24 +56,34 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class _LogSumExp:
-    """A logsumexp over columns that arrive tile by tile; exact at any temperature."""
+class _Exponentials:
+    """A logsumexp over pairs that arrive tile by tile."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.top = torch.full_like(like, -torch.inf)
+    def __init__(self, like: Tensor, form: Form) -> None:
+        self.shift = 1 / form.temperature if form.bounded else None
         self.total = torch.zeros_like(like)
+        if self.shift is None:
+            self.top = torch.full_like(like, -torch.inf)
 
-    def add(self, batch: slice, span: slice, s: Tensor, mask: Tensor | None, dim: int) -> None:
-        if mask is not None:
-            s = s.masked_fill(~mask, -torch.inf)
-        top, total = self.top[batch, span], self.total[batch, span]
-        new = torch.maximum(top, s.amax(dim))
-        finite = new.masked_fill(new == -torch.inf, 0)
-        total.mul_((top - finite).exp_()).add_((s - finite.unsqueeze(dim)).exp_().sum(dim))
-        top.copy_(new)
+    def add(self, tile: Tile, s: Tensor, e: Tensor | None, excluded: Tensor | None) -> None:
+        """`s` or, if it is there, `e` = exp(s − 1/τ); s is −∞ where a pair is no candidate."""
+        if e is not None:
+            tile.add(self.total, e if excluded is None else e.masked_fill(excluded, 0))
+            return
+        if excluded is not None:
+            s = s.masked_fill(excluded, -torch.inf)
+        for span, dim in tile.sides():
+            top, total = self.top[tile.batch, span], self.total[tile.batch, span]
+            new = torch.maximum(top, s.amax(dim))
+            finite = new.masked_fill(new == -torch.inf, 0)
+            total.mul_((top - finite).exp_()).add_((s - finite.unsqueeze(dim)).exp_().sum(dim))
+            top.copy_(new)
 
     def value(self) -> Tensor:
-        return logarithm(self.top, self.total)
+        """−∞ without any pair."""
+        if self.shift is None:
+            return logarithm(self.top, self.total)
+        return self.total.log() + self.shift
 
 
 def logarithm(top: Tensor, total: Tensor) -> Tensor:
@@ -74,19 +99,22 @@ class Running:
         self.form = form
         self.excess = torch.zeros_like(like) if form.push else None
         self.positive, self.negative = torch.zeros_like(like), torch.zeros_like(like)
-        self.denominator, self.numerator = _LogSumExp(like), _LogSumExp(like)
+        self.denominator, self.numerator = _Exponentials(like, form), _Exponentials(like, form)
 
-    def add(self, s: Tensor, tile: Tile, span: slice, dim: int) -> None:
-        """Add similarities ``[B', rows, cols]`` to the tokens of `span`, summed over `dim`."""
-        self.denominator.add(tile.batch, span, s, tile.denominator(self.form.variant), dim)
-        self.negative[tile.batch, span] += _sum(s, tile.negative, dim)
-        if self.excess is not None:
-            above = (s - self.form.edge).relu_()
-            self.excess[tile.batch, span] += _sum(above, tile.candidate, dim)
+    def add(self, s: Tensor, tile: Tile) -> None:
+        """Add similarities ``[B', rows, cols]``, which are changed."""
+        tile.add(self.negative, _only(s, tile.unfit))
         if tile.positive is not None:
-            self.positive[tile.batch, span] += _sum(s, tile.positive, dim)
-            if self.form.variant == "in":
-                self.numerator.add(tile.batch, span, s, tile.positive, dim)
+            tile.add(self.positive, _only(s, tile.unlike))
+        if tile.outside is not None:
+            s.masked_fill_(tile.outside, -torch.inf)
+        e = (s - 1 / self.form.temperature).exp_() if self.form.bounded else None
+        decoupled = self.form.variant == "decoupled"
+        self.denominator.add(tile, s, e, tile.positive if decoupled else None)
+        if tile.positive is not None and self.form.variant == "in":
+            self.numerator.add(tile, s, e, tile.unlike)
+        if self.excess is not None:
+            tile.add(self.excess, s.sub_(self.form.edge).relu_())
 
     def sums(self) -> Sums:
         """What was added; "decoupled" lacks what `Gaps` sums."""
@@ -103,52 +131,62 @@ class Gaps:
         self.both = lse.new_zeros(2, *lse.shape)
         self.softplus, self.slope = self.both
 
-    def add(self, s: Tensor, tile: Tile, span: slice, dim: int) -> None:
+    def add(self, s: Tensor, tile: Tile) -> None:
         """As `Running.add`, of a tile that has positives."""
-        assert tile.positive is not None
-        gap = self.lse[tile.batch, span].unsqueeze(dim) - s
-        softplus = (-F.logsigmoid(-gap)).masked_fill_(~tile.positive, 0)
-        self.softplus[tile.batch, span] += softplus.sum(dim)
-        self.slope[tile.batch, span] += gap.sigmoid_().masked_fill_(~tile.positive, 0).sum(dim)
+        for span, dim in tile.sides():
+            gap = self.lse[tile.batch, span].unsqueeze(dim) - s
+            softplus = (-F.logsigmoid(-gap)).masked_fill_(tile.unlike, 0)
+            self.softplus[tile.batch, span] += softplus.sum(dim)
+            self.slope[tile.batch, span] += gap.sigmoid_().masked_fill_(tile.unlike, 0).sum(dim)
 
 
-def _sum(s: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    return (s if mask is None else s.masked_fill(~mask, 0)).sum(dim)
+def _only(s: Tensor, excluded: Tensor | None) -> Tensor:
+    return s if excluded is None else s.masked_fill(excluded, 0)
 
 
 def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tensor:
     """G = D + Dᵀ of design §2: the derivative by s_ij, through both of its ends.
 
     Args:
-        s: ``[B', rows, cols]``.
+        s: ``[B', rows, cols]``, which is changed.
         tile: which pairs count.
         rows, cols: ends of all tokens on each side, from which the tile takes its own.
         form: which loss.
     """
-    softmax, pull = torch.zeros_like(s), torch.zeros_like(s)
-    hinge = torch.zeros_like(s) if form.push else None
-    for ends, span, dim in ((rows, tile.rows, -1), (cols, tile.cols, -2)):
-        end = ends.map(lambda value: value[tile.batch, span].unsqueeze(dim))  # noqa: B023
-        softmax.addcmul_((s - end.lse).exp_(), end.softmax)
-        if hinge is not None and end.hinge is not None:
-            hinge += end.hinge
-        if tile.positive is None:
-            continue
-        if form.variant == "out":
-            pull += end.pull
-        elif form.variant == "in":
-            pull.addcmul_((s - end.numerator).exp_(), end.pull)
-        else:
-            pull.addcmul_((end.lse - s).sigmoid_(), end.pull)
-    mask = tile.denominator(form.variant)
-    if mask is not None:
-        softmax.masked_fill_(~mask, 0)
+    left, right = (
+        ends.map(lambda value: value[tile.batch, span].unsqueeze(dim))  # noqa: B023
+        for ends, span, dim in ((rows, tile.rows, -1), (cols, tile.cols, -2))
+    )
+    if tile.outside is not None:
+        s.masked_fill_(tile.outside, -torch.inf)
+    e = (s - 1 / form.temperature).exp_() if form.bounded else None
+    g = _softmax(s, e, form, (left.lse, left.softmax), (right.lse, right.softmax))
     if tile.positive is not None:
-        softmax -= pull.masked_fill_(~tile.positive, 0)
-    if hinge is not None:
-        hinge.masked_fill_(s <= form.edge, 0)
-        softmax += hinge if tile.candidate is None else hinge.masked_fill_(~tile.candidate, 0)
-    return softmax
+        if form.variant == "out":
+            pull = left.pull + right.pull
+        elif form.variant == "in":
+            ends = (left.numerator, left.pull), (right.numerator, right.pull)
+            pull = _softmax(s, e, form, *ends)
+        else:
+            g.masked_fill_(tile.positive, 0)
+            pull = (left.lse - s).sigmoid_().mul_(left.pull)
+            pull.addcmul_((right.lse - s).sigmoid_(), right.pull)
+        g -= pull.masked_fill_(tile.unlike, 0)
+    if left.hinge is not None and right.hinge is not None:
+        g += torch.where(s > form.edge, left.hinge + right.hinge, 0)
+    return g
+
+
+def _softmax(s: Tensor, e: Tensor | None, form: Form, *ends: tuple[Tensor, Tensor]) -> Tensor:
+    """Σ over both ends (lse, weight) of weight · exp(s − lse), 0 where s is −∞."""
+    # Where there is no pair to sum over the weight is 0, and lse −∞.
+    (left, of_left), (right, of_right) = (
+        (lse.masked_fill(lse == -torch.inf, 0), weight) for lse, weight in ends
+    )
+    if e is None:
+        return ((s - left).exp_().mul_(of_left)).addcmul_((s - right).exp_(), of_right)
+    shift = 1 / form.temperature
+    return ((shift - left).exp_().mul_(of_left) + (shift - right).exp_().mul_(of_right)).mul_(e)
 
 
 def through_norm(grad_e: Tensor, e: Tensor, norm: Tensor) -> Tensor:

@@ -153,13 +153,13 @@ def _masked(rows: Tokens, cols: Piece, pair: Pair) -> Tile:
         return (left[:, None] == right)[None]
 
     theirs = cols.tokens
-    candidate = equal(rows.segment, theirs.segment) if pair.segmented else None
+    outside = ~equal(rows.segment, theirs.segment) if pair.segmented else None
     positive = equal(rows.label, theirs.label) if pair.touching else None
     if pair.own:
-        other = ~equal(rows.place, theirs.place)
-        candidate = other if candidate is None else candidate & other
-        positive = None if positive is None else positive & other
-    return Tile(slice(b, b + 1), slice(row.start, row.stop), pair.cols, candidate, positive)
+        itself = equal(rows.place, theirs.place)
+        outside = itself if outside is None else outside | itself
+        positive = None if positive is None else positive & ~itself
+    return Tile(slice(b, b + 1), slice(row.start, row.stop), pair.cols, outside, positive)
 
 
 def inverse(norm: Tensor) -> Tensor:
@@ -194,12 +194,12 @@ class Plain:
     def add(self, cols: Piece, pair: Pair) -> None:
         """A tile to the sums of its rows."""
         s, tile = self._similarities(cols, pair)
-        self.running.add(s, tile, tile.rows, -1)
+        self.running.add(s, tile)
 
     def add_gaps(self, cols: Piece, pair: Pair, gaps: Gaps) -> None:
         """A tile with positives to what "decoupled" sums when the rest is known."""
         s, tile = self._similarities(cols, pair)
-        gaps.add(s, tile, tile.rows, -1)
+        gaps.add(s, tile)
 
     def sums(self) -> Sums:
         """What was added."""

@@ -29,8 +29,6 @@ SCRATCH = 64 * 2**20  # bytes
 WHOLE_ROWS = 256 * 2**20  # bytes of M at a time, if it need not come in panels
 TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.inverses, triton.JITFunction)
-BOUNDED = 0.05
-"""The temperature from which on exponentials of s − 1/τ keep clear of float32's limits."""
 MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
 _TOKENS = 128  # to a program that looks at each token alone
 capability = cache(torch.cuda.get_device_capability)
@@ -162,7 +160,7 @@ class Problem:
             self.hidden, self.index, self.count, self.inverse, self.runs, *tensors,
             self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
-            PUSH=form.push != 0, BOUNDED=_bounded(form), EVEN=self.dim % b.depth == 0,
+            PUSH=form.push != 0, BOUNDED=form.bounded, EVEN=self.dim % b.depth == 0,
             TILE=b.tile, DEPTH=b.depth, PARTS=b.parts, INTERPRETED=INTERPRETED,
             num_warps=b.warps, num_stages=b.stages, **flags,
         )  # fmt: skip
@@ -210,7 +208,7 @@ def forward(
         loss, pos_cos, neg_cos,
         problem.batch, problem.length, problem.parts,
         form.temperature, 1 / form.temperature, form.push,
-        MODE=mode, PUSH=form.push != 0, BOUNDED=_bounded(form), TOKENS=_TOKENS,
+        MODE=mode, PUSH=form.push != 0, BOUNDED=form.bounded, TOKENS=_TOKENS,
     )  # fmt: skip
     return loss, pos_cos, neg_cos, problem.index, problem.inverse, lse, statistic
 
@@ -219,7 +217,7 @@ def _over_launches(
     problem: Problem, lse: Tensor, form: Form, sums: int, mode: int, logs: int, labels: int
 ) -> Tensor:
     merged = problem.per_token(sums, 2)
-    logs = 0 if _bounded(form) else logs
+    logs = 0 if form.bounded else logs
     slots = None
     for launch in problem.launches(problem.slot_bytes(sums), SLOTS):
         del slots  # before the next are allocated
@@ -229,15 +227,10 @@ def _over_launches(
     return merged
 
 
-def _bounded(form: Form) -> bool:
-    """Whether exponentials are of s − 1/τ (see `tiles`)."""
-    return form.temperature >= BOUNDED
-
-
 def _logarithm(merged: Tensor, form: Form) -> Tensor:
     """Of sums ``[2, B, L]`` as `tokens.merge` leaves them."""
     top, total = merged.unbind()
-    if _bounded(form):
+    if form.bounded:
         return total.log() + 1 / form.temperature
     return logarithm(top, total)
 
