@@ -39,9 +39,9 @@ def test_plain_loop_has_the_gradients_of_the_sum(micro_batches: int) -> None:
     with model.norm.register_forward_hook(lambda module, args, out: hidden.append(out)):
         logits = model(rows[:, :-1])
     ce = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    expected = ce + 0.3 * simreg_loss(hidden[0], rows[:, 1:])
+    expected = ce + 0.3 * simreg_loss(hidden[0], rows[:, 1:], push=2)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    reg = attach(model, SimRegLoss(weight=0.3), module=model.norm)
+    reg = attach(model, SimRegLoss(weight=0.3, push=2), module=model.norm)
     assert example.backward(model, reg, rows, micro_batches) == pytest.approx(expected.item())
     torch.testing.assert_close([p.grad for p in model.parameters()], list(gradients))
 

@@ -280,13 +280,12 @@ def test_module_is_the_weighted_function():
     torch.manual_seed(7)
     hidden, labels = torch.randn(2, 30, 6), torch.randint(0, 9, (2, 30))
     labels[0, :9] = -100
-    loss, metrics = SimRegLoss(0.25, temperature=0.2, chunk_size=10)(hidden, labels)
-    mean = simreg_loss(hidden, labels, temperature=0.2, chunk_size=10)
+    module = SimRegLoss(0.25, temperature=0.2, chunk_size=10)
+    loss, metrics = module(hidden, labels)
+    mean = simreg_loss(hidden, labels, temperature=0.2, chunk_size=10, push=3.333)
     torch.testing.assert_close(loss, 0.25 * mean)
     torch.testing.assert_close(metrics["loss"], mean)
-    doubled, _ = SimRegLoss(0.25, temperature=0.2, chunk_size=10)(
-        hidden, labels, num_items=2 * (labels >= 0).sum()
-    )
+    doubled, _ = module(hidden, labels, num_items=2 * (labels >= 0).sum())
     torch.testing.assert_close(doubled, loss / 2)
     silent, metrics = SimRegLoss(0.0)(hidden.requires_grad_(), labels)
     assert silent == 0
@@ -316,7 +315,7 @@ def test_push_is_that_of_simctg(backend):
     labels[0, :9] = -100
     options = {"weight": 0.3, "chunk_size": None, "backend": backend}
     push, _ = SimCTG(weight=0.6, margin=0.4)(hidden, labels, segments)
-    plain, _ = SimRegLoss(**options)(hidden, labels, segments)
+    plain, _ = SimRegLoss(**options, push=0)(hidden, labels, segments)
     pushed, metrics = SimRegLoss(**options, push=2, push_above=0.6)(hidden, labels, segments)
     assert push > 0.01
     torch.testing.assert_close(pushed, plain + push)

@@ -16,16 +16,19 @@ BACKENDS = ("auto", "triton", "blockwise", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHT, TEMPERATURE, PUSH, PUSH_ABOVE = 0.3, 0.1, 3.333, 0.5
+"""What `SimRegLoss`, the recipe and the integrations take unless told otherwise; docs/results.md,
+"Which defaults, and why?", names the study behind each."""
 
 
 def simreg_loss(
     hidden: Tensor,
     labels: Tensor,
     *,
-    temperature: float = 0.1,
+    temperature: float = TEMPERATURE,
     variant: str = "out",
     push: float = 0.0,
-    push_above: float = 0.5,
+    push_above: float = PUSH_ABOVE,
     segments: Tensor | None = None,
     chunk_size: int | None = None,
     ignore_index: int = -100,
@@ -109,19 +112,19 @@ class SimRegLoss(nn.Module):
     Args:
         weight: λ ≥ 0. At 0 the loss is 0 without gradient, and the metrics are still computed.
         temperature, variant, chunk_size, ignore_index, backend, push, push_above: as in
-            `simreg_loss`. The push is weighted by λ too.
+            `simreg_loss`, except that `push` is 3.333 by default. It is weighted by λ too.
     """
 
     def __init__(
         self,
-        weight: float = 0.3,
-        temperature: float = 0.1,
+        weight: float = WEIGHT,
+        temperature: float = TEMPERATURE,
         variant: str = "out",
         chunk_size: int | None = None,
         ignore_index: int = -100,
         backend: str = "auto",
-        push: float = 0.0,
-        push_above: float = 0.5,
+        push: float = PUSH,
+        push_above: float = PUSH_ABOVE,
     ) -> None:
         super().__init__()
         if not (isinstance(weight, int | float) and 0 <= weight < math.inf):

@@ -17,15 +17,15 @@ def problem():
 @torch.no_grad()
 def test_it_is_the_ratio_of_the_two_gradients():
     hidden, labels, head, bias = problem()
-    found = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.4, 0.2))
+    found = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.4, 0.2, push=2))
     with torch.enable_grad():
         h = hidden.double().requires_grad_()
         logits = h @ head.double().T + bias.double()
         ce = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
-        reg = 0.4 * simreg_loss(h, labels, temperature=0.2, reduction="sum")
+        reg = 0.4 * simreg_loss(h, labels, temperature=0.2, push=2, reduction="sum")
         one, other = (torch.autograd.grad(x, h)[0].norm() for x in (reg, ce))
     assert found == pytest.approx(float(one / other), rel=1e-5)
-    twice = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.8, 0.2))
+    twice = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.8, 0.2, push=2))
     assert twice == pytest.approx(2 * found, rel=1e-5)
 
 
@@ -35,4 +35,4 @@ def test_without_a_pull_there_is_none():
     different = torch.arange(18).view(2, 9) % 7
     different[1] = -100  # and a row in which each label is there once
     different[0] = torch.tensor([0, 1, 2, 3, 4, 5, 6, -100, -100])
-    assert gradient_ratio(hidden, different, head, None, SimRegLoss(1.0)) is None
+    assert gradient_ratio(hidden, different, head, None, SimRegLoss(1.0, push=0)) is None

@@ -53,7 +53,7 @@ def step(model, fused):
     ids, labels = batch(rows=4, length=24)
     targets = shift_left(labels)
     items = targets.ne(-100).sum()
-    reg = attach(model, SimRegLoss(weight=1.0)) if fused else None
+    reg = attach(model, SimRegLoss(weight=1.0, push=2)) if fused else None
     calls = []
     model.get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
     losses = []
@@ -61,7 +61,7 @@ def step(model, fused):
         options = {} if fused else {"output_hidden_states": True}
         out = model(ids[rows], labels=labels[rows], num_items_in_batch=items, **options)
         if reg is None:
-            total = simreg_loss(out.hidden_states[-1], targets[rows], reduction="sum")
+            total = simreg_loss(out.hidden_states[-1], targets[rows], push=2, reduction="sum")
             simreg = total / items
         else:
             simreg = reg(labels[rows], num_items=items)

@@ -99,7 +99,7 @@ def by_hand(documents: bool = False, weight: float = WEIGHT) -> tuple[list[Tenso
     hidden = model.get_decoder()(labels).last_hidden_state
     targets = shift_left(labels)
     ce = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
-    added = simreg_loss(hidden, targets, segments=segments)
+    added = simreg_loss(hidden, targets, segments=segments, push=2)
     (ce + weight * added).backward()
     return [p.grad for p in model.parameters()], added.detach()
 
@@ -107,7 +107,7 @@ def by_hand(documents: bool = False, weight: float = WEIGHT) -> tuple[list[Tenso
 @pytest.mark.parametrize("form", ["tensor", "mapping"])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_gradients_are_those_of_the_sum(form: str, accumulate: int) -> None:
-    callback = SimRegCallback(SimRegLoss(WEIGHT))
+    callback = SimRegCallback(SimRegLoss(WEIGHT, push=2))
     gradients, run = fit(
         callback, Module(form), batch=ROWS // accumulate, accumulate_grad_batches=accumulate
     )
@@ -128,7 +128,7 @@ def test_fields_by_key_and_by_function() -> None:
         "module": lambda module: module.model.model.norm,
     }
     for options in (keys, functions):
-        gradients, _ = fit(SimRegCallback(SimRegLoss(WEIGHT), **options), Module())
+        gradients, _ = fit(SimRegCallback(SimRegLoss(WEIGHT, push=2), **options), Module())
         torch.testing.assert_close(gradients, [expected])
 
 
@@ -138,7 +138,7 @@ def left_alone(module: Module) -> bool:
 
 
 def test_fit_again_adds_once_and_leaves_nothing() -> None:
-    callback, module = SimRegCallback(SimRegLoss(WEIGHT)), Module()
+    callback, module = SimRegCallback(SimRegLoss(WEIGHT, push=2)), Module()
     for _ in range(2):
         gradients, _ = fit(callback, module)
         torch.testing.assert_close(gradients, [by_hand()[0]])
@@ -147,7 +147,7 @@ def test_fit_again_adds_once_and_leaves_nothing() -> None:
 
 def test_validation_within_fit_is_without_it() -> None:
     module = Module()
-    run = trainer(SimRegCallback(SimRegLoss(WEIGHT)))
+    run = trainer(SimRegCallback(SimRegLoss(WEIGHT, push=2)))
     run.fit(module, DataLoader(make_rows(), ROWS), DataLoader(make_rows(), ROWS))
     labels = torch.stack([row["labels"] for row in make_rows()])
     ce = make_model()(labels, labels=labels).loss
@@ -189,7 +189,7 @@ def _ddp(rank: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2"}
     strategy = DDPStrategy(process_group_backend="gloo")
-    callback = SimRegCallback(SimRegLoss(WEIGHT))
+    callback = SimRegCallback(SimRegLoss(WEIGHT, push=2))
     options = {"strategy": strategy, "devices": 2, "plugins": [TorchElasticEnvironment()]}
     gradients, _ = fit(callback, Module(), batch=ROWS // 2, **options)
     assert dist.get_world_size() == 2

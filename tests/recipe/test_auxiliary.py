@@ -157,6 +157,8 @@ def test_a_learned_temperature_is_timed_too(tmp_path: Path, text: Path) -> None:
 def test_weight_over_a_run(schedule: str, weights: list[float]) -> None:
     config = SimRegConfig(weight=2, schedule=schedule, schedule_fraction=0.5)
     assert [config.weight_at(done) for done in (0, 0.25, 0.5, 0.75, 1)] == weights
+    unsaid = SimRegConfig(weight=2, schedule=schedule)
+    assert unsaid.weight_at(0.25) == (1.5 if schedule == "decay" else weights[1])
     none = SimRegConfig(weight=2, schedule=schedule, schedule_fraction=0)
     assert none.weight_at(0) == (0 if schedule == "stop" else 2)
 

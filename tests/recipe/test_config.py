@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from simreg import SimRegLoss
+from simreg.parallel import ShardedSimRegLoss
 from simreg.recipe import config
 from simreg.recipe.errors import UserError
 from simreg.study import plan
@@ -104,6 +106,13 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_empty_file_is_the_default(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").touch()
     assert config.load(tmp_path / "c.yaml") == config.RunConfig()
+
+
+def test_defaults_of_the_loss_are_the_same_everywhere() -> None:
+    ours, sharded, recipe = SimRegLoss(), ShardedSimRegLoss(), config.SimRegConfig()
+    assert ours.form == sharded.form
+    for name in ("weight", "chunk_size", *ours.form._fields):
+        assert getattr(ours, name) == getattr(sharded, name) == getattr(recipe, name)
 
 
 def test_overrides_reach_inside_and_leave_the_rest() -> None:

@@ -247,6 +247,7 @@ def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypat
         "z-none": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 0}}},
     }
     values = {
+        "base": {"simreg": {"push": 0.0}},
         "arms": arms,
         "out": str(tmp_path),
         "timed": ["simreg-strong", "in", "z-weak", "push"],

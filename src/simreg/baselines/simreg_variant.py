@@ -16,7 +16,7 @@ CENTRES = ("none", "row", "batch")
 
 
 class SimRegVariant(Rival):
-    """weight · SimReg, changed in one respect or several; unchanged by default.
+    """weight · SimReg without a push, changed in one respect or several; unchanged by default.
 
     Args:
         weight, temperature, variant, chunk_size: as in `SimRegLoss`.

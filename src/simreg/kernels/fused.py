@@ -84,7 +84,7 @@ class Fused:
             b * theirs.place.shape[1] + col.start,
             b * cols.inverse.stride(0) + pair.cols.start,  # as in the ends of the piece
             products.shape[2],
-            1 / self.form.temperature,
+            self.form.largest,
             self.form.edge,
             *map(int, (pair.segmented, pair.touching, pair.own)),
         )

@@ -69,6 +69,10 @@ def _sizes(run: Tensor) -> Tensor:
     return torch.zeros_like(run).scatter_add_(1, run, torch.ones_like(run)).gather(1, run)
 
 
+BOUNDED = 0.05
+"""The temperature from which on e^(−2/τ) is far from what float32 cannot hold."""
+
+
 class Form(NamedTuple):
     """Which loss: the options of `simreg_loss` that say so."""
 
@@ -78,9 +82,14 @@ class Form(NamedTuple):
     push_above: float = 0.5
 
     @property
+    def largest(self) -> float:
+        """1/τ, which no similarity exceeds."""
+        return 1 / self.temperature
+
+    @property
     def bounded(self) -> bool:
-        """Whether exponentials of s − 1/τ ≤ 0 keep clear of float32's limits."""
-        return self.temperature >= 0.05
+        """Whether exponentials of s − 1/τ keep clear of float32's limits."""
+        return self.temperature >= BOUNDED
 
     @property
     def edge(self) -> float:

@@ -24,13 +24,13 @@ class Tile:
     """Whether it serves the tokens of its columns too."""
 
     @cached_property
-    def unlike(self) -> Tensor:
+    def not_positive(self) -> Tensor:
         """The pairs that are not positives, if any pair is one."""
         assert self.positive is not None
         return ~self.positive
 
     @cached_property
-    def unfit(self) -> Tensor | None:
+    def not_negative(self) -> Tensor | None:
         """The pairs that are not negatives; None: all are."""
         if self.positive is None or self.outside is None:
             return self.outside if self.positive is None else self.positive
@@ -60,7 +60,7 @@ class _Exponentials:
     """A logsumexp over pairs that arrive tile by tile."""
 
     def __init__(self, like: Tensor, form: Form) -> None:
-        self.shift = 1 / form.temperature if form.bounded else None
+        self.shift = form.largest if form.bounded else None
         self.total = torch.zeros_like(like)
         if self.shift is None:
             self.top = torch.full_like(like, -torch.inf)
@@ -103,16 +103,16 @@ class Running:
 
     def add(self, s: Tensor, tile: Tile) -> None:
         """Add similarities ``[B', rows, cols]``, which are changed."""
-        tile.add(self.negative, _only(s, tile.unfit))
+        tile.add(self.negative, _only(s, tile.not_negative))
         if tile.positive is not None:
-            tile.add(self.positive, _only(s, tile.unlike))
+            tile.add(self.positive, _only(s, tile.not_positive))
         if tile.outside is not None:
             s.masked_fill_(tile.outside, -torch.inf)
-        e = (s - 1 / self.form.temperature).exp_() if self.form.bounded else None
+        e = (s - self.form.largest).exp_() if self.form.bounded else None
         decoupled = self.form.variant == "decoupled"
         self.denominator.add(tile, s, e, tile.positive if decoupled else None)
         if tile.positive is not None and self.form.variant == "in":
-            self.numerator.add(tile, s, e, tile.unlike)
+            self.numerator.add(tile, s, e, tile.not_positive)
         if self.excess is not None:
             tile.add(self.excess, s.sub_(self.form.edge).relu_())
 
@@ -135,9 +135,11 @@ class Gaps:
         """As `Running.add`, of a tile that has positives."""
         for span, dim in tile.sides():
             gap = self.lse[tile.batch, span].unsqueeze(dim) - s
-            softplus = (-F.logsigmoid(-gap)).masked_fill_(tile.unlike, 0)
+            softplus = (-F.logsigmoid(-gap)).masked_fill_(tile.not_positive, 0)
             self.softplus[tile.batch, span] += softplus.sum(dim)
-            self.slope[tile.batch, span] += gap.sigmoid_().masked_fill_(tile.unlike, 0).sum(dim)
+            self.slope[tile.batch, span] += (
+                gap.sigmoid_().masked_fill_(tile.not_positive, 0).sum(dim)
+            )
 
 
 def _only(s: Tensor, excluded: Tensor | None) -> Tensor:
@@ -159,22 +161,25 @@ def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tenso
     )
     if tile.outside is not None:
         s.masked_fill_(tile.outside, -torch.inf)
-    e = (s - 1 / form.temperature).exp_() if form.bounded else None
+    e = (s - form.largest).exp_() if form.bounded else None
     g = _softmax(s, e, form, (left.lse, left.softmax), (right.lse, right.softmax))
     if tile.positive is not None:
-        if form.variant == "out":
-            pull = left.pull + right.pull
-        elif form.variant == "in":
-            ends = (left.numerator, left.pull), (right.numerator, right.pull)
-            pull = _softmax(s, e, form, *ends)
-        else:
+        if form.variant == "decoupled":
             g.masked_fill_(tile.positive, 0)
-            pull = (left.lse - s).sigmoid_().mul_(left.pull)
-            pull.addcmul_((right.lse - s).sigmoid_(), right.pull)
-        g -= pull.masked_fill_(tile.unlike, 0)
+        g -= _pull(s, e, form, left, right).masked_fill_(tile.not_positive, 0)
     if left.hinge is not None and right.hinge is not None:
-        g += torch.where(s > form.edge, left.hinge + right.hinge, 0)
+        e = None  # its memory is that of the next
+        g += (left.hinge + right.hinge).masked_fill_(s <= form.edge, 0)
     return g
+
+
+def _pull(s: Tensor, e: Tensor | None, form: Form, left: Ends, right: Ends) -> Tensor:
+    if form.variant == "out":
+        return left.pull + right.pull
+    if form.variant == "in":
+        return _softmax(s, e, form, (left.numerator, left.pull), (right.numerator, right.pull))
+    pull = (left.lse - s).sigmoid_().mul_(left.pull)
+    return pull.addcmul_((right.lse - s).sigmoid_(), right.pull)
 
 
 def _softmax(s: Tensor, e: Tensor | None, form: Form, *ends: tuple[Tensor, Tensor]) -> Tensor:
@@ -185,8 +190,11 @@ def _softmax(s: Tensor, e: Tensor | None, form: Form, *ends: tuple[Tensor, Tenso
     )
     if e is None:
         return ((s - left).exp_().mul_(of_left)).addcmul_((s - right).exp_(), of_right)
-    shift = 1 / form.temperature
-    return ((shift - left).exp_().mul_(of_left) + (shift - right).exp_().mul_(of_right)).mul_(e)
+    of_left, of_right = (
+        (form.largest - left).exp_() * of_left,
+        (form.largest - right).exp_() * of_right,
+    )
+    return (of_left + of_right).mul_(e)
 
 
 def through_norm(grad_e: Tensor, e: Tensor, norm: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class Problem:
         b = self.blocks
         kernel[(launch.tiles * self.tiles, launch.rows)](
             self.hidden, self.index, self.count, self.inverse, self.runs, *tensors,
-            self.batch, self.length, self.dim, 1 / form.temperature, form.edge,
+            self.batch, self.length, self.dim, form.largest, form.edge,
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
             PUSH=form.push != 0, BOUNDED=form.bounded, EVEN=self.dim % b.depth == 0,
             TILE=b.tile, DEPTH=b.depth, PARTS=b.parts, INTERPRETED=INTERPRETED,
@@ -207,7 +207,7 @@ def forward(
         merged, gaps, problem.index, problem.runs, problem.inverse, lse, statistic,
         loss, pos_cos, neg_cos,
         problem.batch, problem.length, problem.parts,
-        form.temperature, 1 / form.temperature, form.push,
+        form.temperature, form.largest, form.push,
         MODE=mode, PUSH=form.push != 0, BOUNDED=form.bounded, TOKENS=_TOKENS,
     )  # fmt: skip
     return loss, pos_cos, neg_cos, problem.index, problem.inverse, lse, statistic
@@ -231,7 +231,7 @@ def _logarithm(merged: Tensor, form: Form) -> Tensor:
     """Of sums ``[2, B, L]`` as `tokens.merge` leaves them."""
     top, total = merged.unbind()
     if form.bounded:
-        return total.log() + 1 / form.temperature
+        return total.log() + form.largest
     return logarithm(top, total)
 
 
@@ -250,7 +250,7 @@ def backward(
     tokens.ends[(problem.parts * problem.batch,)](
         grad, index, problem.runs, lse, statistic, stacked,
         problem.batch, problem.length, problem.parts, *grad.stride(),
-        1 / form.temperature, form.push,
+        form.largest, form.push,
         MODE=MODES[form.variant], PUSH=form.push != 0, TOKENS=_TOKENS,
     )  # fmt: skip
     rescaled = hidden.dtype == torch.float16

@@ -9,7 +9,11 @@ from torch import Tensor
 from simreg.kernels.order import Form
 from simreg.loss import (
     INTEGERS,
+    PUSH,
+    PUSH_ABOVE,
     REDUCTIONS,
+    TEMPERATURE,
+    WEIGHT,
     SimRegLoss,
     check_ignore_index,
     check_items,
@@ -32,10 +36,10 @@ def sharded_simreg_loss(
     replicas: dist.ProcessGroup | None = None,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
-    temperature: float = 0.1,
+    temperature: float = TEMPERATURE,
     variant: str = "out",
     push: float = 0.0,
-    push_above: float = 0.5,
+    push_above: float = PUSH_ABOVE,
     chunk_size: int | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -93,14 +97,14 @@ class ShardedSimRegLoss(SimRegLoss):
 
     def __init__(
         self,
-        weight: float = 0.3,
-        temperature: float = 0.1,
+        weight: float = WEIGHT,
+        temperature: float = TEMPERATURE,
         variant: str = "out",
         chunk_size: int | None = None,
         ignore_index: int = -100,
         *,
-        push: float = 0.0,
-        push_above: float = 0.5,
+        push: float = PUSH,
+        push_above: float = PUSH_ABOVE,
         group: dist.ProcessGroup | None = None,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:

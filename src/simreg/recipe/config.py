@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from simreg.baselines import registry
+from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
 from simreg.recipe.errors import UserError
 
 T = TypeVar("T")
@@ -169,30 +170,38 @@ class OptimConfig:
 class SimRegConfig:
     """The regularizer; `weight` 0 is plain cross-entropy."""
 
-    weight: NonNegative = 0.3
-    """λ, the weight beside cross-entropy."""
-    temperature: Positive = 0.1
+    weight: NonNegative = WEIGHT
+    """λ, the weight beside cross-entropy; its largest, as `schedule` has it."""
+    temperature: Positive = TEMPERATURE
     """τ, the divisor of cosines."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Which of the three formulas (docs/loss.md)."""
     chunk_size: Count | None = None
     """Compare only tokens in the same chunk of this many positions; None: the whole row."""
-    push: NonNegative = 0.0
+    push: NonNegative = PUSH
     """Weight, beside SimReg and times λ (so nothing at λ = 0), of a push between all tokens that
     are too alike (docs/loss.md)."""
-    push_above: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    push_above: Annotated[float, Field(ge=-1, le=1)] = PUSH_ABOVE
     """The cosine above which they are."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
-    schedule: Literal["constant", "warmup", "decay", "stop"] = "constant"
+    schedule: Literal["constant", "warmup", "decay", "stop"] = "decay"
     """How λ changes over the run: not at all, up from 0 over the first `schedule_fraction` of the
-    steps, down to 0 over the last, or 0 after it."""
-    schedule_fraction: Fraction = 0.5
-    """Share of the steps that `schedule` speaks of."""
+    steps, down to 0 over the last, or 0 after it (docs/results.md, "Which defaults, and why?")."""
+    schedule_fraction: Fraction | None = None
+    """Share of the steps that `schedule` speaks of; None: all of them for `decay`, half of them for
+    the others."""
+
+    @property
+    def share(self) -> float:
+        """`schedule_fraction`, or what stands for None."""
+        if self.schedule_fraction is None:
+            return 1.0 if self.schedule == "decay" else 0.5
+        return self.schedule_fraction
 
     def weight_at(self, done: float) -> float:
         """λ when `done` (0 to 1) of the steps are done."""
-        part = self.schedule_fraction
+        part = self.share
         if self.schedule == "stop":
             return self.weight if done < part else 0.0
         if self.schedule == "constant" or part == 0:

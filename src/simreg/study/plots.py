@@ -219,7 +219,7 @@ def _mark_crossings(
 
 
 _METRICS = (
-    ("simreg", "SimReg loss, unweighted (nats per token)"),
+    ("simreg", "SimReg loss, unweighted, with its push"),
     ("pos_fraction", "fraction of tokens with a positive"),
     ("pos_cos", "mean cosine, same label"),
     ("neg_cos", "mean cosine, different label"),

@@ -14,7 +14,7 @@ from torchtitan.config import CompileConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 
 from simreg.integrations.torchtitan.rows import Rows, documents_of
-from simreg.loss import SimRegLoss, per_token
+from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, per_token
 from simreg.parallel import loss as parallel
 
 
@@ -33,10 +33,10 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
     class Config(ChunkedLossWrapper.Config):
         """Those of `ChunkedLossWrapper`, and SimReg's."""
 
-        weight: float = 0.3
+        weight: float = WEIGHT
         """λ of SimReg; 0 leaves cross-entropy, and the metrics are still computed."""
 
-        temperature: float = 0.1
+        temperature: float = TEMPERATURE
         """τ of SimReg."""
 
         variant: Literal["out", "in", "decoupled"] = "out"
@@ -46,10 +46,10 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         """Compare only tokens within so many positions of the row (num_chunks is another thing:
         the chunks in which cross-entropy is computed)."""
 
-        push: float = 0.0
+        push: float = PUSH
         """Weight of the push beside SimReg; both times λ."""
 
-        push_above: float = 0.5
+        push_above: float = PUSH_ABOVE
         """Cosine above which pairs are pushed apart."""
 
         scope: Literal["row", "document"] = "row"
