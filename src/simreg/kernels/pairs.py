@@ -60,10 +60,8 @@ class _Exponentials:
     """A logsumexp over pairs that arrive tile by tile."""
 
     def __init__(self, like: Tensor, form: Form) -> None:
-        self.shift = form.largest if form.bounded else None
         self.total = torch.zeros_like(like)
-        if self.shift is None:
-            self.top = torch.full_like(like, -torch.inf)
+        self.top = form.largest if form.bounded else torch.full_like(like, -torch.inf)
 
     def add(self, tile: Tile, s: Tensor, e: Tensor | None, excluded: Tensor | None) -> None:
         """`s` or, if it is there, `e` = exp(s − 1/τ); s is −∞ where a pair is no candidate."""
@@ -72,6 +70,7 @@ class _Exponentials:
             return
         if excluded is not None:
             s = s.masked_fill(excluded, -torch.inf)
+        assert isinstance(self.top, Tensor)
         for span, dim in tile.sides():
             top, total = self.top[tile.batch, span], self.total[tile.batch, span]
             new = torch.maximum(top, s.amax(dim))
@@ -81,13 +80,11 @@ class _Exponentials:
 
     def value(self) -> Tensor:
         """−∞ without any pair."""
-        if self.shift is None:
-            return logarithm(self.top, self.total)
-        return self.total.log() + self.shift
+        return logarithm(self.top, self.total)
 
 
-def logarithm(top: Tensor, total: Tensor) -> Tensor:
-    """Of a sum of exponentials below the largest exponent; −inf without any."""
+def logarithm(top: Tensor | float, total: Tensor) -> Tensor:
+    """Of a sum of exponentials below `top`; −∞ without any."""
     return total.log() + top
 
 

@@ -230,9 +230,7 @@ def _over_launches(
 def _logarithm(merged: Tensor, form: Form) -> Tensor:
     """Of sums ``[2, B, L]`` as `tokens.merge` leaves them."""
     top, total = merged.unbind()
-    if form.bounded:
-        return total.log() + form.largest
-    return logarithm(top, total)
+    return logarithm(form.largest if form.bounded else top, total)
 
 
 def backward(
