@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from simreg.study.tables import cost, evaluated, headline, looks, ranking, sweep
+from simreg.study.tables import cost, evaluated, headline, looks, pairs, ranking, sweep
 from simreg.study.tables.request import Request
 
 
@@ -27,6 +27,7 @@ KINDS = {
     "seeds": Kind(headline.seeds, _STUDY, ("arms",)),
     "ranking": Kind(ranking.table, _STUDY, ("against", "arms", "top")),
     "looks": Kind(looks.table, _STUDY, ("against", "arms")),
+    "pairs": Kind(pairs.table, _STUDY, ("pairs",), several=True),
     "sweep": Kind(sweep.table, _STUDY, ("arms", "metric"), several=True),
     "zero-shot": Kind(evaluated.zero_shot, ("suite", "tasks", "arms", "differences"), several=True),
     "geometry": Kind(
