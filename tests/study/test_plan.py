@@ -24,6 +24,11 @@ def test_the_demo():
     assert study.config(study.cells()[1]).simreg.weight > 0
 
 
+def test_other_text_than_the_demos_has_a_folder_of_its_own():
+    assert plan.from_options(CompareOptions(data=["a.txt"])).out == "runs/compare"
+    assert plan.from_options(CompareOptions(data=["a.txt"], out="b")).out == "b"
+
+
 def test_config_of_a_run():
     study = plan.from_dict({"base": {"train": {"tokens": 100_000}}, "seeds": [3], "out": "x"})
     config = study.config(Cell("simreg", 0.6, 3))

@@ -20,6 +20,7 @@ def test_a_headline_has_intervals_where_there_are_some(tmp_path):
             "five",
             "llama-tiny, 1.84 M",
             "1 M",
+            "245",
             "5",
             "25.0 % [20.0, 30.0]",
             "−2.0 % [−5.0, 1.0]",
@@ -48,7 +49,7 @@ def test_a_headline_says_what_it_does_not_know(tmp_path, entry, seeds, saved):
     limits = {"low": None, "high": None}
     found["isoloss"]["fast"]["tokens_saved"] |= limits | entry
     write(tmp_path, found)
-    assert rows(tmp_path, "headline")[0][0][3:5] == [seeds, saved]
+    assert rows(tmp_path, "headline")[0][0][4:6] == [seeds, saved]
 
 
 def test_arms_that_start_from_other_weights_are_marked(tmp_path):
@@ -78,8 +79,8 @@ def test_one_seed_claims_nothing(tmp_path):
     _, found = made(tmp_path, {"fast": 1.35}, seeds=[0])
     write(tmp_path, found)
     (row,) = rows(tmp_path, "headline")[0]
-    assert row[3] == "one seed, claims nothing"
-    assert all("[" not in cell for cell in (row[4], row[5], row[7]))
+    assert row[4] == "one seed, claims nothing"
+    assert all("[" not in cell for cell in (row[5], row[6], row[8]))
 
 
 def test_a_row_for_each_study_or_arm(tmp_path):
@@ -89,8 +90,8 @@ def test_a_row_for_each_study_or_arm(tmp_path):
     lines = [line.strip("| ").split(" | ") for line in drawn.splitlines()[2:]]
     assert [line[0] for line in lines] == ["t", "s"]
     # No budgets below N: no saving, but a difference of seeds 1 and 2.
-    assert lines[0][1:5] == ["llama-tiny, 2 M, 1 M active", "1 M", "2, a claim takes 5", "–"]
-    assert lines[0][7].startswith("−0.0300 [")
+    assert lines[0][1:6] == ["llama-tiny, 2 M, 1 M active", "1 M", "244", "2, a claim takes 5", "–"]
+    assert lines[0][8].startswith("−0.0300 [")
     assert [row[0] for row in rows(tmp_path, "headline", "arms=good,best")[0]] == [
         "s: good",
         "s: best",

@@ -304,7 +304,8 @@ def from_options(options: CompareOptions) -> Study:
     """The study that the command line asks for."""
     if options.tokens is not None and options.minutes is not None:
         raise UserError("--tokens and --minutes both size the study: give one of them")
-    values: dict[str, Any] = {"name": "demo"}
+    # The demo's folder is the demo's: on other text it would be refused there.
+    values: dict[str, Any] = {"name": "demo" if options.data is None else "compare"}
     if options.study is not None:
         values = {"name": Path(options.study).stem, **recipe.read_yaml(options.study)}
     values = _scaled(values, options.scale)

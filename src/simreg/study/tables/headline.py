@@ -11,6 +11,7 @@ _HEAD = (
     "study",
     "model",
     "tokens N",
+    "steps",
     "seeds",
     "tokens saved",
     "time saved",
@@ -94,11 +95,13 @@ def _arms(request: Request, results: dict[str, Any]) -> list[str]:
 
 def _row(results: dict[str, Any], arm: str) -> list[str]:
     saved = results["isoloss"].get(arm, {})
-    difference = results["arms"][arm]["budgets"].get("1", {}).get("ce_minus_reference")
+    full = results["arms"][arm]["budgets"].get("1", {})
+    difference, steps = full.get("ce_minus_reference"), full.get("steps")
     base, planned = results["study"]["base"], len(results["seeds"])
     return [
         _model(base["model"].get("preset"), results["arms"][arm]["params"]),
         summary.count(base["train"]["tokens"]),
+        markdown.number(steps, ",d"),
         _seeds(saved.get("tokens_saved"), difference, planned),
         _saving(saved.get("tokens_saved")),
         _saving(saved.get("seconds_saved")),
