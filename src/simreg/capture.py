@@ -42,7 +42,8 @@ def attach(
     any module with a `get_decoder()`. For other models, `module` names the submodule whose output
     is the input of the LM head (its final norm, say): a tensor `[B, L, d]`, a tuple that starts
     with it, or an output with a `last_hidden_state`. Attach before the first call of a compiled
-    model, since a compiled graph does not see hooks that come later. Several handles on one model,
+    model, since a compiled graph does not see hooks that come later; where another model of its
+    class was compiled without, call `torch.compiler.reset()` first. Several handles on one model,
     even of one objective, are independent of each other. A head with layers of its own before the
     last one (BERT's) is taken as a whole: hidden states are what enters it.
 
@@ -103,9 +104,10 @@ class Attached:
         self._layers = len(layers)
         self._running = False  # the decoder, in a forward pass with gradients
         self._attached = True
-        self._hooks = [module.register_forward_hook(self._capture)]
-        if layers:
-            self._hooks.append(module.register_forward_pre_hook(self._begin))
+        self._hooks = [
+            module.register_forward_pre_hook(self._begin),
+            module.register_forward_hook(self._capture),
+        ]
         for i, layer in enumerate(layers):
             self._hooks.append(layer.register_forward_hook(partial(self._capture_layer, i)))
         if causal is not None:
@@ -178,6 +180,8 @@ class Attached:
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._running = self._attached and torch.is_grad_enabled()
+        if self._running:  # what an abandoned step left would hold its graph through this one
+            self.forget()
 
     def _capture_layer(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
         # Activation checkpointing runs layers again in the backward pass: the decoder does not
@@ -190,7 +194,6 @@ class Attached:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
         if self._attached and torch.is_grad_enabled():
             self._hidden = _as_the_head_reads(_last_hidden(output))
-            self._logits = None  # those of an earlier pass
         self._running = False
 
     def _capture_logits(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -205,7 +208,8 @@ class Attached:
             raise RuntimeError(
                 "no hidden states to regularize: run a forward pass of the attached model, with "
                 "gradients, before each call (a call consumes them; a compiled model must be "
-                "attached before its first call)"
+                "attached before its first call, and after torch.compiler.reset() if one of its "
+                "class was compiled without an objective)"
             )
         # Taken, not read: labels never meet the hidden states of another batch.
         hidden, read = self._hidden, self._read(self._hidden)

@@ -156,8 +156,9 @@ class SimRegLoss(nn.Module):
 
         Args:
             hidden, labels, segments: as in `simreg_loss` (labels already shifted).
-            num_items: the divisor of the summed loss; None: the valid labels of this call. Give the
-                global count under gradient accumulation or data parallelism.
+            num_items: the divisor of the summed loss; None: the valid labels of this call. Under
+                gradient accumulation give the count of the whole batch; where gradients are
+                averaged over ranks (DDP, FSDP), that of all ranks over the number of ranks.
 
         Returns:
             The scalar λ Σ_i ℓ_i / num_items, and detached scalars: ``loss`` (Σ_i ℓ_i over the valid

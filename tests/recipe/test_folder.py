@@ -13,7 +13,7 @@ from simreg.recipe import models
 from simreg.recipe.config import with_overrides
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import Locked, UserError
-from simreg.recipe.folder import storage_errors
+from simreg.recipe.folder import RunFolder, storage_errors
 from simreg.recipe.train import train
 from tests.recipe import tiny
 from tests.recipe.tiny import Make
@@ -102,7 +102,30 @@ def test_full_disk_is_reported_and_the_run_goes_on_afterwards(make: Make) -> Non
 def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     with pytest.raises(UserError, match="no preset"):
         train(make(model={"preset": "llama-tny"}))
+    (Path(make().out) / "metrics.jsonl").touch()  # as where the device was full in step 1
     assert train(make())["steps"] == tiny.STEPS
+
+
+def test_a_run_of_before_the_push_is_none_with_it(make: Make) -> None:
+    config = make(simreg={"push": 0.0, "schedule": "constant"})
+    folder = RunFolder(config.out)
+    folder.root.mkdir(parents=True)
+    folder.metrics.write_text('{"step": 1}\n')
+    lines = run_config.to_yaml(config).splitlines()
+    folder.config.write_text("\n".join(line for line in lines if " push: " not in line))
+    folder.check(config)
+    with pytest.raises(UserError, match=r"simreg\.push is 0\.0 there and 3\.333 now"):
+        folder.check(with_overrides(config, {"simreg": {"push": 3.333}}))
+
+
+def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:
+    config = make()
+    folder = RunFolder(config.out)
+    left, other = folder.checkpoints / ".step-0000003.partial", folder.checkpoints / "notes"
+    left.mkdir(parents=True)
+    other.mkdir()
+    with folder.claimed(config):
+        assert [*folder.checkpoints.iterdir()] == [other]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"final_ce": '])

@@ -118,12 +118,19 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, text: Path) -> Non
         train(config)
 
 
-def test_free_fields_may_change_on_resume_and_others_not(tmp_path: Path, text: Path) -> None:
+def test_free_fields_may_change_on_resume_and_others_not(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny.config(tmp_path, text)
     interrupt_at(9, config, tmp_path)
+    manifest = tmp_path / "run/checkpoints/step-0000009/manifest.json"
+    assert json.loads(manifest.read_text())["precision"] == "fp32"
+    manifest.write_text(manifest.read_text().replace("fp32", "bf16"))
     with pytest.raises(UserError, match=r"optim\.lr is 0\.003 there and 0\.001 now"):
         train(with_overrides(config, {"optim": {"lr": 1e-3}}))
-    result = train(with_overrides(config, {"train": {"log_every": 5, "keep_checkpoints": 3}}))
+    free = {"log_every": 5, "keep_checkpoints": 3, "gradient_checkpointing": True}
+    result = train(with_overrides(config, {"train": free}))
+    assert "train.precision was bf16 so far and is fp32 from here on" in capsys.readouterr().err
     assert result["steps"] == tiny.STEPS
     steps = [line["step"] for line in tiny.metrics(config.out) if line["kind"] == "train"]
     assert steps == [3, 6, 7, 9, 10, 14, 15, 20]

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def test_result_is_the_exported_models_own(make: Make, preset: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == model.config.vocab_size == corpus.vocab_size
     assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.use_cache
+    assert model.generation_config.use_cache
     assert result["final_ce"] == pytest.approx(mean_ce(model, corpus), abs=1e-5)
     assert result["final_ce"] < math.log(corpus.vocab_size) - 0.5  # it has learnt
     assert result["tokens"] == tiny.STEPS * 4 * 32
@@ -326,6 +329,16 @@ def test_a_timed_step_is_a_real_one(make: Make) -> None:
     after = stepper.model.parameters()
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert timing.throughput(config, corpus, steps=3) > 0
+
+
+def test_an_arm_is_timed_after_the_compiled_baseline(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)  # the default
+    base = make(simreg={"weight": 0}, train={"compile": True})
+    arm = make(train={"compile": True})
+    assert timing.step_time_ratio(base, arm, prepare(base.data), pairs=2)["n"] == 2
 
 
 class TestProgress:

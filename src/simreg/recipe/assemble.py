@@ -108,6 +108,17 @@ def precision(config: RunConfig) -> str:
     return "bf16" if use_bf16(config.train.precision) else "fp32"
 
 
+def compiles(config: RunConfig) -> bool:
+    """Whether to compile the model; graphs then ask whether it has the hooks they were made with.
+
+    By default they serve every model of its class, so that an arm that follows the baseline in a
+    process would get the baseline's, without the hook.
+    """
+    if config.train.compile:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+    return config.train.compile
+
+
 def use_bf16(precision: str) -> bool:
     """Whether to run under bfloat16 autocast."""
     cuda = torch.cuda.is_available()
@@ -145,7 +156,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         seed=train.seed,
         use_cpu=on_cpu,
         bf16=use_bf16(train.precision),
-        torch_compile=train.compile,
+        torch_compile=compiles(config),
         **_activation_checkpointing(train.gradient_checkpointing),
         train_sampling_strategy="sequential",  # the data set comes in its order
         remove_unused_columns=False,

@@ -77,6 +77,12 @@ def prune(folder: Path, step: int, keep: int) -> None:
             shutil.rmtree(path)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of checkpoints; nobody may be writing one."""
+    for partial in folder.glob(aside(folder / "step-*").name):
+        shutil.rmtree(partial)
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` if the block succeeds, else disappears."""

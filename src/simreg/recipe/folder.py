@@ -23,6 +23,7 @@ FREE_FIELDS = (
     "out",
     "data.cache_dir",
     "train.accumulate",
+    "train.gradient_checkpointing",
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
@@ -30,6 +31,8 @@ FREE_FIELDS = (
     "train.report_to",
     "train.timeout",
 )
+# Runs write all fields; those of a version that did not know one of these did as here.
+_BEFORE = {"simreg": {"push": 0.0, "schedule": "constant", "schedule_fraction": 0.5}}
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -78,10 +81,10 @@ class RunFolder:
 
     def check(self, config: RunConfig) -> None:
         """UserError if the folder holds a run of another config."""
-        begun = self.metrics.exists() or checkpoints.found(self.checkpoints)
-        if not self.config.exists() or not (begun or self.result.exists()):
+        if not self.config.exists() or not self._begun():
             return  # a command that failed before its first step claims nothing
-        there, here = (_flat(run_config.to_dict(c)) for c in (run_config.load(self.config), config))
+        saved = run_config.from_dict(run_config.merge(_BEFORE, run_config.read_yaml(self.config)))
+        there, here = (_flat(run_config.to_dict(each)) for each in (saved, config))
         differing = [
             f"{name} is {there[name]} there and {here[name]} now"
             for name in here
@@ -110,18 +113,24 @@ class RunFolder:
                 ) from None
             self.check(config)
             self._keep_what_is_not_ours()
+            checkpoints.sweep(self.checkpoints)
             checkpoints.write_atomically(self.config, run_config.to_yaml(config))
             yield
 
     def _keep_what_is_not_ours(self) -> None:
         """UserError before a run begins where something would be overwritten that no run wrote."""
-        if self.metrics.exists() or self.result.exists() or checkpoints.found(self.checkpoints):
+        if self._begun():
             return
         advice = "no run of simreg wrote it, and this one would replace it: choose another `out`"
         if self.model.exists():
             raise UserError(f"there is a {self.model} already; {advice}")
         if self.config.exists() and not run_config.of_run(self.config):
             raise UserError(f"there is a {self.config} already; {advice}")
+
+    def _begun(self) -> bool:
+        """Whether there is anything that a run has computed."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return logged or self.result.exists() or bool(checkpoints.found(self.checkpoints))
 
     def resume_point(self) -> tuple[Path | None, dict[str, Any]]:
         """The newest intact checkpoint and its manifest, or (None, {}) to start afresh."""

@@ -112,6 +112,7 @@ class RunTrainer(SimRegTrainer):
                 "corpus": self.corpus,
                 "processes": self.args.world_size,
                 "accumulate": self.config.train.accumulate,
+                "precision": assemble.precision(self.config),
             }
             checkpoints.seal(aside, facts)
         checkpoints.prune(self.folder.checkpoints, step, self.config.train.keep_checkpoints)

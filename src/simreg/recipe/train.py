@@ -106,6 +106,8 @@ def _run(
         say(f"resuming after step {manifest['step']}")
         if split := _split_anew(config, manifest, arguments.world_size, objective):
             warn(split)
+        if (before := manifest.get("precision", origin["precision"])) != origin["precision"]:
+            warn(f"train.precision was {before} so far and is {origin['precision']} from here on")
     with _metrics(trainer, manifest.get("step", 0)), interruptible(trainer), _out_of_memory():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -238,6 +240,8 @@ def _export(
 ) -> None:
     """The model as a normal Hugging Face folder; then the result, which marks the run finished."""
     with checkpoints.new_folder(folder.model) as aside:
+        # Off for training alone: whoever generates with the model wants it.
+        model.config.use_cache = model.generation_config.use_cache = True
         with published(model):
             model.save_pretrained(aside)
         corpus.tokenizer.save_pretrained(aside)
