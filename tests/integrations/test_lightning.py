@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import warnings
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -143,6 +144,28 @@ def test_fit_again_adds_once_and_leaves_nothing() -> None:
         gradients, _ = fit(callback, module)
         torch.testing.assert_close(gradients, [by_hand()[0]])
         assert left_alone(module)
+
+
+def test_two_callbacks_add_twice_and_leave_nothing() -> None:
+    module = Module()
+    halves = [SimRegCallback(SimRegLoss(WEIGHT / 2, push=2)) for _ in range(2)]
+    recorder = Recorder()
+    trainer(*halves, recorder).fit(module, DataLoader(make_rows(), ROWS))
+    torch.testing.assert_close(recorder.gradients, [by_hand()[0]])
+    assert left_alone(module)
+
+
+class Decorated(Module):
+    """Its step is behind a wrapper, and does not take `batch_idx`."""
+
+    @wraps(Module.training_step)
+    def training_step(self, *given: Any) -> Any:
+        return Module.training_step(self, *given)
+
+
+def test_a_decorated_step_gets_what_it_takes() -> None:
+    gradients, _ = fit(SimRegCallback(SimRegLoss(WEIGHT, push=2)), Decorated())
+    torch.testing.assert_close(gradients, [by_hand()[0]])
 
 
 def test_validation_within_fit_is_without_it() -> None:

@@ -78,9 +78,18 @@ def test_what_is_not_supported_is_refused(tmp_path):
     model.peft_config = {"default": object()}
     with pytest.raises(ValueError, match="PEFT is not supported with"):
         run(tmp_path, model, nitp())
+    assert not any(module._forward_hooks for module in model.modules())
     settings = arguments(tmp_path)
     SimRegTrainer(build(), settings, train_dataset=rows(), objective=nitp())
     assert settings.ddp_find_unused_parameters is None  # as the user left it
+
+
+def test_the_next_trainer_of_the_model_removes_what_the_last_ones_objective_owned(tmp_path):
+    model = build()
+    run(tmp_path, model, nitp())
+    assert hasattr(model, OBJECTIVE)
+    SimRegTrainer(model, arguments(tmp_path), train_dataset=rows())
+    assert [*model.state_dict()] == [*build().state_dict()]
 
 
 def test_matrices_alone_decay(tmp_path):

@@ -221,7 +221,7 @@ from torchtitan.config import ConfigManager
 from simreg.integrations.torchtitan import with_simreg
 from simreg.integrations.torchtitan.data import BOS, EOS, ByteTokenizer, StandardLibrary
 from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel_mtp
-from torchtitan.models.llama3.config_registry import llama3_debugmodel_ce_loss
+from torchtitan.models.llama3.config_registry import llama3_debugmodel, llama3_debugmodel_ce_loss
 
 found = {}
 for name in sys.argv[1:]:
@@ -229,6 +229,9 @@ for name in sys.argv[1:]:
     config = ConfigManager().parse_args([*arguments, "--loss.scope", "document"])
     config.model_spec.model.update_from_config(config=config)
     found[name] = type(config).__qualname__, config.loss.scope, config.loss.weight
+plain = llama3_debugmodel()
+assert with_simreg(plain).training.disable_cuda_graphs
+assert not plain.training.disable_cuda_graphs
 for wrong in (llama3_debugmodel_ce_loss, deepseek_v3_debugmodel_mtp):
     try:
         with_simreg(wrong())

@@ -4,8 +4,9 @@ trainer = Trainer(callbacks=[SimRegCallback(SimRegLoss(weight=0.3))])
 trainer.fit(module)  # whose `training_step` returns cross-entropy
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,7 +53,6 @@ class SimRegCallback(Callback):
         self.objective = objective
         self.labels, self.segments, self.shift, self.module = labels, segments, shift, module
         self._reg: Attached | None = None
-        self._before: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the objective and wrap `training_step`."""
@@ -62,15 +62,7 @@ class SimRegCallback(Callback):
                 "manual_backward, attach the objective yourself and add it to the loss there"
             )
         self._reg = self._attach(pl_module)
-        step = pl_module.training_step
-
-        @wraps(step)  # Lightning reads the signature
-        def training_step(batch: Any, *rest: Any, **named: Any) -> STEP_OUTPUT:
-            return self._complete(step(batch, *rest, **named), batch, pl_module)
-
-        attributes = vars(pl_module)
-        self._before = {k: attributes[k] for k in ("training_step",) if k in attributes}
-        attributes["training_step"] = training_step
+        vars(pl_module)["training_step"] = _Step(self, pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -93,13 +85,15 @@ class SimRegCallback(Callback):
             return
         self._reg.detach()
         self._reg = None
-        del vars(pl_module)["training_step"]
-        vars(pl_module).update(self._before)
+        # Of several callbacks the last to come need not be the first to leave.
+        attributes = vars(pl_module)
+        while isinstance(step := attributes.get("training_step"), _Step) and step.is_over:
+            del attributes["training_step"]
+            attributes.update(step.before)
 
     def _complete(self, output: STEP_OUTPUT, batch: Any, pl_module: LightningModule) -> STEP_OUTPUT:
-        if output is None:  # a batch that is skipped
-            return None
-        assert self._reg is not None
+        if output is None or self._reg is None:  # a batch that is skipped, or another's fit
+            return output
         segments = None if self.segments is None else _field(batch, self.segments)
         added = self._reg(_field(batch, self.labels), segments, shift=self.shift)
         metrics = {f"simreg/{key}": value for key, value in self._reg.metrics.items()}
@@ -107,6 +101,23 @@ class SimRegCallback(Callback):
         if isinstance(output, Mapping):
             return {**output, "loss": output["loss"] + added}
         return output + added
+
+
+class _Step:
+    """The `training_step` of a module, completed by a callback for as long as that is attached."""
+
+    def __init__(self, callback: SimRegCallback, module: LightningModule) -> None:
+        self.before = {k: v for k, v in vars(module).items() if k == "training_step"}
+        self._callback, self._module, self._step = callback, module, module.training_step
+        # Lightning reads the signature, and looks behind one wrapper for it.
+        update_wrapper(self, inspect.unwrap(self._step))
+
+    def __call__(self, batch: Any, *rest: Any, **named: Any) -> STEP_OUTPUT:
+        return self._callback._complete(self._step(batch, *rest, **named), batch, self._module)
+
+    @property
+    def is_over(self) -> bool:
+        return self._callback._reg is None
 
 
 def _field(batch: Any, field: Field) -> Tensor:

@@ -47,8 +47,9 @@ class SimRegTrainer(Trainer):
     Training checkpoints keep the model's own parameter names, so that resuming is exact for models
     whose published layout differs; `save_model` writes the published layout, as in `Trainer`.
 
-    Parameters and buffers that the objective owns are a submodule of the model while it trains, so
-    that they are optimized and saved in checkpoints with it; `save_model` leaves them out.
+    Parameters and buffers that the objective owns are a submodule of the model from here on,
+    `training_objective`, so that they are optimized and saved in checkpoints with it; `save_model`
+    leaves them out, and another SimRegTrainer of the model removes them.
 
     Raises:
         ValueError: under `torch.nn.DataParallel`, with sequences sharded over processes, or for an
@@ -78,14 +79,22 @@ class SimRegTrainer(Trainer):
     def _attach(self, model: nn.Module | None) -> None:
         if self._reg is not None:
             self._reg.detach()
+        if OBJECTIVE in getattr(model, "_modules", {}):  # another trainer's
+            delattr(model, OBJECTIVE)
         if model is None or self._objective is None:
             return
+        self._refuse_owned(model)
         try:
             self._reg = attach(model, self._objective)
         except ValueError:
             if _idle(self._objective):  # the plain Trainer, unless it gets a weight
                 return
             raise
+        if isinstance(self._objective, nn.Module) and self._owned:
+            model.add_module(OBJECTIVE, self._objective.to(self.args.device))
+
+    def _refuse_owned(self, model: nn.Module) -> None:
+        """ValueError where what the objective owns can be no part of the model."""
         if isinstance(self._objective, nn.Module) and self._owned:
             own = (
                 f"objective: {type(self._objective).__name__} has parameters or buffers of its own"
@@ -96,7 +105,6 @@ class SimRegTrainer(Trainer):
                 raise ValueError(
                     f"{own}, which PEFT is not supported with: its checkpoints hold adapters alone"
                 )
-            model.add_module(OBJECTIVE, self._objective.to(self.args.device))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As `Trainer`, but DDP does not look for unused parameters if the objective has some.

@@ -1,7 +1,7 @@
 """torchtitan's trainer with the SimReg loss, and configs turned into its configs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -124,7 +124,7 @@ def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
             "trainer from SimRegTrainer"
         )
     config.loss = loss
-    config.training.disable_cuda_graphs = True
+    config.training = replace(config.training, disable_cuda_graphs=True)
     return config
 
 
