@@ -85,15 +85,16 @@ class SimRegCallback(Callback):
             return
         self._reg.detach()
         self._reg = None
-        # Of several callbacks the last to come need not be the first to leave.
+        # The fit is over for all callbacks, and the last to come need not be the first to leave.
         attributes = vars(pl_module)
-        while isinstance(step := attributes.get("training_step"), _Step) and step.is_over:
+        while isinstance(step := attributes.get("training_step"), _Step):
             del attributes["training_step"]
             attributes.update(step.before)
 
     def _complete(self, output: STEP_OUTPUT, batch: Any, pl_module: LightningModule) -> STEP_OUTPUT:
-        if output is None or self._reg is None:  # a batch that is skipped, or another's fit
-            return output
+        if output is None:  # a batch that is skipped
+            return None
+        assert self._reg is not None
         segments = None if self.segments is None else _field(batch, self.segments)
         added = self._reg(_field(batch, self.labels), segments, shift=self.shift)
         metrics = {f"simreg/{key}": value for key, value in self._reg.metrics.items()}
@@ -104,7 +105,7 @@ class SimRegCallback(Callback):
 
 
 class _Step:
-    """The `training_step` of a module, completed by a callback for as long as that is attached."""
+    """The `training_step` of a module, completed by a callback."""
 
     def __init__(self, callback: SimRegCallback, module: LightningModule) -> None:
         self.before = {k: v for k, v in vars(module).items() if k == "training_step"}
@@ -114,10 +115,6 @@ class _Step:
 
     def __call__(self, batch: Any, *rest: Any, **named: Any) -> STEP_OUTPUT:
         return self._callback._complete(self._step(batch, *rest, **named), batch, self._module)
-
-    @property
-    def is_over(self) -> bool:
-        return self._callback._reg is None
 
 
 def _field(batch: Any, field: Field) -> Tensor:
