@@ -335,10 +335,10 @@ def test_an_arm_is_timed_after_the_compiled_baseline(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)  # the default
     base = make(simreg={"weight": 0}, train={"compile": True})
     arm = make(train={"compile": True})
-    assert timing.step_time_ratio(base, arm, prepare(base.data), pairs=2)["n"] == 2
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # the default
+        assert timing.step_time_ratio(base, arm, prepare(base.data), pairs=2)["n"] == 2
 
 
 class TestProgress:
