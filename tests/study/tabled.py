@@ -46,13 +46,17 @@ def write(folder, found):
     (folder / "results.json").write_text(json.dumps(found))
 
 
+def cells(request, folder):
+    """The cells of a table's lines, and what stands below it."""
+    table, _, below = document.draw(request, folder).partition("\n\n")
+    return [line.strip("| ").split(" | ") for line in table.splitlines()], below
+
+
 def rows(folder, kind, options=""):
-    """The cells of the table's lines without its head, and what stands below it."""
-    drawn = document.draw(f"{kind} results.json {options}", folder)
-    table, _, below = drawn.partition("\n\n")
-    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]], below
+    """The same without the lines of the head."""
+    lines, below = cells(f"{kind} results.json {options}", folder)
+    return lines[2:], below
 
 
 def head(folder, kind, options=""):
-    drawn = document.draw(f"{kind} results.json {options}", folder)
-    return drawn.splitlines()[0].strip("| ").split(" | ")
+    return cells(f"{kind} results.json {options}", folder)[0][0]

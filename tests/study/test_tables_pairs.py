@@ -5,7 +5,7 @@ import pytest
 from simreg.intervals import t_interval
 from simreg.recipe.errors import UserError
 from simreg.study.tables import document
-from tests.study.tabled import record
+from tests.study.tabled import cells, record
 
 PUSH = {"simreg": {"push": 1.0}}
 BOTH = {"plain": {}, "push": PUSH}
@@ -26,9 +26,7 @@ def studies(folder):
 
 
 def drawn(folder, options="pairs=push:plain,a-push:a-plain"):
-    request = f"pairs two/results.json one/results.json {options}"
-    table, _, below = document.draw(request, folder).partition("\n\n")
-    return [line.strip("| ").split(" | ") for line in table.splitlines()], below
+    return cells(f"pairs two/results.json one/results.json {options}", folder)
 
 
 def test_a_row_for_each_study_that_has_both_arms(tmp_path):
@@ -63,7 +61,7 @@ def test_an_interval_below_zero_is_counted(tmp_path):
         ("", "pairs: give arms as first:second"),
         ("pairs=push", "pairs: give arms as first:second,... .got 'push'"),
         ("pairs=push:push", "pairs: give arms as first:second"),
-        ("pairs=push:none", "pairs: no file has an arm 'none'"),
+        ("pairs=push:none", "pairs: no file has both arms of push:none"),
         ("pairs=a-push:a-plain", "pairs: two/results.json has both arms of none"),
         ("pairs=push:plain,a-push:tied", "pairs: no file has both arms of a-push:tied"),
         ("pairs=tied:plain", "two/results.json tied:plain differ in model.tie_embeddings"),

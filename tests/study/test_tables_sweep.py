@@ -5,8 +5,7 @@ import json
 import pytest
 
 from simreg.recipe.errors import UserError
-from simreg.study.tables import document
-from tests.study.tabled import record
+from tests.study.tabled import cells, record
 
 FEW = {"weak": {"simreg": {"weight": 0.1}}, "strong": {"simreg": {"weight": 1.0}}}
 
@@ -27,9 +26,7 @@ def studies(folder):
 
 
 def drawn(folder, options=""):
-    request = f"sweep small/results.json large/results.json {options}"
-    table, _, below = document.draw(request, folder).partition("\n\n")
-    return [line.strip("| ").split(" | ") for line in table.splitlines()], below
+    return cells(f"sweep small/results.json large/results.json {options}", folder)
 
 
 def test_a_row_a_study_and_a_column_an_arm(tmp_path):

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from simreg.intervals import paired_difference
 from simreg.recipe.errors import UserError
 from simreg.study import plan, summary
@@ -37,34 +35,28 @@ def table(request: Request) -> str:
             found = paired_difference(own, other)
             differences.append(found)
             rows.append(_row(source, pair, found))
-    if unused := [pair for pair in pairs if not any(_name(pair) == row[1] for row in rows)]:
-        raise UserError(f"pairs: no file has both arms of {':'.join(unused[0])}")
     head = ["study", "arms", "tokens N", "difference (nats)", "seeds", "lower in"]
     return markdown.with_notes(markdown.table(head, rows, left=2), list(_notes(differences)))
 
 
 def _pairs(request: Request) -> list[tuple[str, str]]:
-    known = {arm for source in request.sources for arm in source.content["arms"]}
+    known = [source.content["arms"].keys() for source in request.sources]
     found = []
     for text in request.options.get("pairs", "").split(","):
         first, colon, second = text.partition(":")
         if not colon or first == second:
             raise UserError(f"pairs: give arms as first:second,... (got {text!r})")
-        if unknown := [arm for arm in (first, second) if arm not in known]:
-            raise UserError(f"pairs: no file has an arm {unknown[0]!r}")
+        if not any({first, second} <= arms for arms in known):
+            raise UserError(f"pairs: no file has both arms of {text}")
         found.append((first, second))
     return found
-
-
-def _name(pair: tuple[str, str]) -> str:
-    return f"{pair[0]} minus {pair[1]}"
 
 
 def _row(source: Source, pair: tuple[str, str], found: dict[str, Any]) -> list[str]:
     lower = sum(entry["difference"] < 0 for entry in found["per_seed"])
     return [
         source.path.resolve().parent.name,
-        _name(pair),
+        " minus ".join(pair),
         summary.count(source.content["study"]["base"]["train"]["tokens"]),
         markdown.difference(found),
         str(found["n"]),
@@ -80,9 +72,9 @@ def _notes(differences: list[dict[str, Any]]) -> Iterator[str]:
     means = [found["mean"] for found in differences if found["mean"] is not None]
     below = [found for found in differences if found["high"] is not None and found["high"] < 0]
     seeds = [entry["difference"] for found in differences for entry in found["per_seed"]]
-    lower = np.asarray(seeds) < 0
+    lower = sum(difference < 0 for difference in seeds)
     yield (
         f"The mean is lower in {sum(mean < 0 for mean in means)} of {len(means)} comparisons, with "
-        f"the interval below 0 in {len(below)}; {int(lower.sum())} of {len(lower)} pairs of one "
+        f"the interval below 0 in {len(below)}; {lower} of {len(seeds)} pairs of one "
         "seed are lower."
     )
