@@ -119,6 +119,23 @@ def test_values_that_are_none_one_or_many(seen: list[RunConfig]) -> None:
     assert seen[0].train.compile is True
 
 
+@pytest.mark.parametrize(("word", "means"), [("2e6", 2_000_000), ("1.5e6", 1_500_000), ("7", 7)])
+def test_counts_may_be_powers_of_ten(seen: list[RunConfig], word: str, means: int) -> None:
+    cli.main(["train", "--train.tokens", word, "--train.eval-tokens", word])
+    assert (seen[0].train.tokens, seen[0].train.eval_tokens) == (means, means)
+    assert type(seen[0].train.tokens) is int
+
+
+@pytest.mark.parametrize("word", ["2.5e0", "1e-3", "many"])
+def test_what_is_no_count_is_refused(
+    seen: list[RunConfig], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--train.tokens", word])
+    assert "--train.tokens" in capsys.readouterr().err
+    assert not seen
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

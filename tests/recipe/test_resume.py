@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,16 @@ def test_corrupt_checkpoint_falls_back(
     tiny.assert_same_run(config, whole["llama-test"])
 
 
-def interrupt_at(step: int, config: RunConfig, folder: Path) -> str:
-    """Press Ctrl-C within a step; returns what the run says."""
+def interrupt_at(
+    step: int, config: RunConfig, folder: Path, signals: Sequence[int] = (signal.SIGINT,)
+) -> str:
+    """Press Ctrl-C within a step, or send other signals; returns what the run says."""
     original = loop.RunTrainer.training_step
 
     def press(self: loop.RunTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in signals:
+                os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -84,16 +88,27 @@ def interrupt_at(step: int, config: RunConfig, folder: Path) -> str:
     return str(stopped.value)
 
 
+# Schedulers and launchers send SIGTERM, often both of them.
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM] * 2], ids=["int", "term"])
 def test_interrupt_saves_and_says_how_to_resume(
-    tmp_path: Path, text: Path, whole: dict[str, RunConfig]
+    tmp_path: Path, text: Path, whole: dict[str, RunConfig], signals: list[int]
 ) -> None:
     config = tiny.config(tmp_path, text)
-    handler = signal.getsignal(signal.SIGINT)
-    said = interrupt_at(9, config, tmp_path)  # 9 is a logging step: no line is added by stopping
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    # 9 is a logging step: no line is added by stopping
+    said = interrupt_at(9, config, tmp_path, signals)
     assert said.startswith("stopped after step 9 of 20, checkpoint saved; the same command")
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(config)
     tiny.assert_same_run(config, whole["llama-test"])
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_stops_at_once(tmp_path: Path, text: Path, first: int) -> None:
+    config = tiny.config(tmp_path, text)
+    said = interrupt_at(9, config, tmp_path, [first, signal.SIGINT])
+    assert said == "stopped at once; the same command continues from the last checkpoint"
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-0000007"]
 
 
 def test_training_seconds_are_carried_over(tmp_path: Path, text: Path) -> None:

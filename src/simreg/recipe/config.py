@@ -34,7 +34,27 @@ def _whole(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+def _from_word(words: list[str]) -> int:
+    value = _whole(words[0])
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{words[0]} is not a whole number")
+    return int(value)
+
+
+Whole = Annotated[
+    int,
+    BeforeValidator(_whole),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=_from_word,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""An integer, in a file or on the command line, that may be written as 1e6."""
+
+Count = Annotated[Whole, Field(gt=0)]
 
 WSD_DECAY = 0.2
 """Share of the steps over which the `wsd` schedule decays."""

@@ -64,7 +64,7 @@ class RunTrainer(SimRegTrainer):
             self.diverged(f"the loss became NaN or infinite at step {step}")
 
     def agree_to_stop(self) -> None:
-        """Ctrl-C reaches each process in a step of its own; all stop after the same one."""
+        """A signal reaches each process in a step of its own; all stop after the same one."""
         self.stopping = self.interrupted
         if self.args.world_size > 1:
             asked = torch.tensor(float(self.interrupted), device=self.args.device)
@@ -251,23 +251,27 @@ class RunCallback(TrainerCallback):
 
 @contextmanager
 def interruptible(trainer: RunTrainer) -> Iterator[None]:
-    """Ctrl-C saves at the next step boundary and stops; a second one stops at once."""
+    """Ctrl-C and SIGTERM save at the next step boundary and stop; a Ctrl-C after it at once.
+
+    Not a second SIGTERM: schedulers send it to every process, and torchrun passes its own on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if trainer.interrupted:
+        if trainer.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt(
                 "stopped at once; the same command continues from the last checkpoint"
             )
         trainer.interrupted = True
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager

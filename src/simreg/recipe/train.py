@@ -44,7 +44,7 @@ def train(
 
     Raises:
         UserError: bad input or data, a folder of another run, a full disk, NaN.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint; its text says how to continue.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint; its text says how to continue.
     """
     folder = RunFolder(config.out)
     with storage_errors(folder.root), quiet(), lost_contact():

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from simreg.recipe import config as recipe
 from simreg.recipe.checkpoints import write_atomically
-from simreg.recipe.config import Positive, RunConfig
+from simreg.recipe.config import Positive, RunConfig, Whole
 from simreg.recipe.errors import UserError
 from simreg.study import checks
 
@@ -225,7 +225,7 @@ class CompareOptions:
     """Seeds, such as `--seeds 0 1 2 3 4`."""
     budgets: Annotated[list[float] | None, _default("0.6 0.8 1.0")] = None
     """Token budgets of the arms, as fractions of the reference's."""
-    tokens: Annotated[int | None, _default("sized by --minutes")] = None
+    tokens: Annotated[Whole | None, _default("sized by --minutes")] = None
     """Tokens of the full budget."""
     minutes: Annotated[float | None, _default("5")] = None
     """Size the full budget so that the whole study takes about this long."""
