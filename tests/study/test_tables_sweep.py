@@ -49,12 +49,16 @@ def test_a_metric_stands_in_brackets_where_it_was_looked_at(tmp_path):
         ["large", "4.0000", "−0.2500 (0.250)", "–"],
     ]
     assert "In brackets: grad_ratio at the last look." in below
+    (_, _, _, large), below = drawn(tmp_path, "metric=grad_ratio look=first")
+    assert large[2] == "−0.2500 (0.900)"
+    assert "In brackets: grad_ratio at the first look." in below
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("arms=none", "arms: unknown 'none' .there are baseline, weak, strong"),
+        ("look=third", "look: expected first or last, got 'third'"),
         ("metric=grad_ratios", "metric: no look at the geometry has 'grad_ratios'"),
         ("arms=strong metric=grad_ratio", "metric: no look at the geometry has 'grad_ratio'"),
     ],

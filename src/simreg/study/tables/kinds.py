@@ -28,7 +28,7 @@ KINDS = {
     "ranking": Kind(ranking.table, _STUDY, ("against", "arms", "top")),
     "looks": Kind(looks.table, _STUDY, ("against", "arms")),
     "pairs": Kind(pairs.table, _STUDY, ("pairs",), several=True),
-    "sweep": Kind(sweep.table, _STUDY, ("arms", "metric"), several=True),
+    "sweep": Kind(sweep.table, _STUDY, ("arms", "metric", "look"), several=True),
     "zero-shot": Kind(evaluated.zero_shot, ("suite", "tasks", "arms", "differences"), several=True),
     "geometry": Kind(
         evaluated.geometry, ("means", "minus_reference", "text"), ("metrics", "groups")

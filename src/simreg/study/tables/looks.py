@@ -22,7 +22,7 @@ _LEAST_ARMS = 3
 def table(request: Request) -> str:
     """Arms by final loss beside the last look at the geometry of their embeddings."""
     against, ranked = standings(request)
-    found = {each.arm: last_looks(request.source, each.arm) for each in ranked}
+    found = {each.arm: looks_at(request.source, each.arm) for each in ranked}
     if not any(found.values()):
         raise UserError(
             f"{request.source.name}: no look at the geometry in the metrics.jsonl of its runs "
@@ -44,15 +44,15 @@ def table(request: Request) -> str:
     return markdown.with_notes(drawn, [*how_to_read(ranked, against), _correlations(ranked, found)])
 
 
-def last_looks(source: Source, arm: str) -> dict[int, dict[str, float | None]]:
-    """Seed -> last look of the arm's run at the full budget, where there is one."""
+def looks_at(source: Source, arm: str, which: int = -1) -> dict[int, dict[str, float | None]]:
+    """Seed -> one look of the arm's run at the full budget, the last, where there is one."""
     found = {}
     for run in source.content["runs"]:
         if (run["arm"], run["budget"]) == (arm, 1.0):
             lines = read_metrics(source.path.parent / run["path"] / "metrics.jsonl")
             records = [line for line in lines if line["kind"] == "geometry"]
             if records:
-                found[run["seed"]] = records[-1]
+                found[run["seed"]] = records[which]
     return found
 
 

@@ -4,26 +4,31 @@ from simreg.intervals import paired_difference
 from simreg.recipe.errors import UserError
 from simreg.study.tables import markdown
 from simreg.study.tables.headline import final_losses
-from simreg.study.tables.looks import last_looks, mean_of
+from simreg.study.tables.looks import looks_at, mean_of
 from simreg.study.tables.request import Request, Source
+
+_LOOKS = {"first": 0, "last": -1}
 
 
 def table(request: Request) -> str:
-    """Final loss minus that of the study's reference, with a metric of the last look in brackets.
+    """Final loss minus that of the study's reference, with a metric of a look in brackets.
 
+    That look is the last, or with `look=first` the first, which knows of the start of training.
     Studies are called by their folders, which tell the scales of one file apart.
     """
     arms = _arms(request)
     notes = ["Nats, minus the reference of the same study."]
-    metric = request.options.get("metric")
+    metric, look = request.options.get("metric"), request.options.get("look", "last")
+    if look not in _LOOKS:
+        raise UserError(f"look: expected {' or '.join(_LOOKS)}, got {look!r}")
     if metric is not None:
-        looks = [last_looks(source, arm) for source in request.sources for arm in arms]
+        looks = [looks_at(source, arm, _LOOKS[look]) for source in request.sources for arm in arms]
         if all(mean_of(found, metric) is None for found in looks):
             raise UserError(f"metric: no look at the geometry has {metric!r} (train.analyze_every)")
-        notes.append(f"In brackets: {metric} at the last look.")
+        notes.append(f"In brackets: {metric} at the {look} look.")
     drawn = markdown.table(
         ["study", "CE of its reference", *arms],
-        [_row(source, arms, metric) for source in request.sources],
+        [_row(source, arms, metric, _LOOKS[look]) for source in request.sources],
     )
     if all(len(source.content["seeds"]) == 1 for source in request.sources):
         notes.append("One seed: no intervals, no claim.")
@@ -41,18 +46,18 @@ def _arms(request: Request) -> list[str]:
     return arms
 
 
-def _row(source: Source, arms: list[str], metric: str | None) -> list[str]:
+def _row(source: Source, arms: list[str], metric: str | None, look: int) -> list[str]:
     base = final_losses(source.content, source.content["study"]["reference"])
     return [
         source.path.resolve().parent.name,
         markdown.number(sum(base.values()) / len(base) if base else None, ".4f"),
-        *(_cell(source, arm, base, metric) for arm in arms),
+        *(_cell(source, arm, base, metric, look) for arm in arms),
     ]
 
 
-def _cell(source: Source, arm: str, base: dict[int, float], metric: str | None) -> str:
+def _cell(source: Source, arm: str, base: dict[int, float], metric: str | None, look: int) -> str:
     found = paired_difference(final_losses(source.content, arm), base)
     cell = markdown.number(found["mean"], "+.4f")
     if metric is None or found["mean"] is None:
         return cell
-    return f"{cell} ({markdown.number(mean_of(last_looks(source, arm), metric), '.3f')})"
+    return f"{cell} ({markdown.number(mean_of(looks_at(source, arm, look), metric), '.3f')})"
