@@ -2,6 +2,7 @@
 
 from simreg.capture import attach
 from simreg.loss import SimRegLoss, explain, simreg_loss
+from simreg.schedule import Schedule
 
-__all__ = ["SimRegLoss", "attach", "explain", "simreg_loss"]
+__all__ = ["Schedule", "SimRegLoss", "attach", "explain", "simreg_loss"]
 __version__ = "0.1.0.dev0"

@@ -133,6 +133,45 @@ def test_fields_by_key_and_by_function() -> None:
         torch.testing.assert_close(gradients, [expected])
 
 
+class Weights(Callback):
+    """λ of each optimizer step; it ends the fit after so many of them."""
+
+    def __init__(self, objective: SimRegLoss, last: int) -> None:
+        self.objective, self.last = objective, last
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
+        self.seen.append(self.objective.weight)
+        trainer.should_stop = len(self.seen) == self.last
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "shares"),
+    [
+        ({}, {"max_steps": 4}, [1, 0.75, 0.5, 0.25]),
+        ({}, {"max_epochs": 2}, [1, 0.5]),
+        ({}, {"max_steps": -1, "max_epochs": -1}, [1, 1, 1]),  # it does not know the end
+        ({"schedule": "constant"}, {"max_steps": 3}, [1, 1, 1]),
+    ],
+    ids=["steps", "epochs", "endless", "constant"],
+)
+def test_weight_follows_the_schedule(options: Any, length: Any, shares: list[float]) -> None:
+    objective = SimRegLoss(WEIGHT)
+    weights = Weights(objective, len(shares))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    run = Trainer(
+        accelerator="cpu",
+        accumulate_grad_batches=2,
+        callbacks=[SimRegCallback(objective, **options), weights],
+        enable_model_summary=False,
+        **quiet,
+        **length,
+    )
+    run.fit(Module(), DataLoader(make_rows(), batch_size=ROWS // 2))
+    assert weights.seen == pytest.approx([WEIGHT * share for share in shares])
+    assert objective.weight == WEIGHT
+
+
 def left_alone(module: Module) -> bool:
     hooks = sum(len(m._forward_hooks) for m in module.modules())
     return "training_step" not in vars(module) and hooks == 0

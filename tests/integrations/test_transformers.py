@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from simreg.loss import SimRegLoss
+from simreg.schedule import Schedule
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -401,6 +402,31 @@ def test_an_idle_objective_asks_nothing_of_the_model(tmp_path):
     objective.weight = 1.0
     with pytest.raises(ValueError, match="the next token"):
         run.compute_loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [({}, [1, 0.75, 0.5, 0.25]), ({"schedule": Schedule("stop", 0.5)}, [1, 1, 0, 0])],
+    ids=["default", "stop"],
+)
+def test_weight_follows_the_schedule(tmp_path, schedule, shares):
+    objective = SimRegLoss(**SIMREG)
+    run = train(tmp_path, build(), objective=objective, extra=schedule, max_steps=4)
+    assert len(records(run)) == 4
+    for record, share in zip(records(run), shares, strict=True):
+        added = share * SIMREG["weight"] * record["simreg"] if share else 0
+        assert record["loss"] == pytest.approx(record["ce"] + added, rel=1e-5)
+    assert objective.weight == SIMREG["weight"]
+
+
+def test_weight_is_constant_if_asked_to_be(tmp_path):
+    settings = {"objective": SimRegLoss(**SIMREG), "extra": {"schedule": "constant"}}
+    run = train(tmp_path, build(), **settings, max_steps=3)
+    for record in records(run):
+        expected = record["ce"] + SIMREG["weight"] * record["simreg"]
+        assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="schedule: expected one of"):
+        SimRegTrainer(build(), arguments(tmp_path), schedule="linear")
 
 
 def test_weight_may_begin_at_nothing(tmp_path):

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from simreg.capture import Attached, attach
+from simreg.loss import SimRegLoss
 from simreg.objectives import Objective
+from simreg.schedule import SCHEDULE, Following, Schedule, ScheduleName
 
 Field = str | Callable[[Any], Tensor]
 
@@ -36,9 +38,14 @@ class SimRegCallback(Callback):
         shift: False if position t of the labels already holds the token that follows it.
         module: a function of the LightningModule that gives the submodule whose output enters the
             LM head; None: the decoder of the first causal LM of transformers in it.
+        schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
+            start, by default down to 0 over the run ("decay"; its length is
+            `trainer.estimated_stepping_batches`, and where that is infinite the weight stays). With
+            "constant" it is left alone, and so it is from where another callback, say, has set it.
 
     Raises:
-        ValueError: in `fit`: under manual optimization, or where no decoder is found.
+        ValueError: an unknown `schedule`; in `fit`: under manual optimization, or where no decoder
+            is found.
     """
 
     def __init__(
@@ -49,10 +56,13 @@ class SimRegCallback(Callback):
         segments: Field | None = None,
         shift: bool = True,
         module: Callable[[LightningModule], nn.Module] | None = None,
+        schedule: Schedule | ScheduleName = SCHEDULE,
     ) -> None:
         self.objective = objective
         self.labels, self.segments, self.shift, self.module = labels, segments, shift, module
+        self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
         self._reg: Attached | None = None
+        self._following: Following | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the objective and wrap `training_step`."""
@@ -63,6 +73,15 @@ class SimRegCallback(Callback):
             )
         self._reg = self._attach(pl_module)
         vars(pl_module)["training_step"] = _Step(self, pl_module)
+        if isinstance(self.objective, SimRegLoss):
+            self._following = Following(self.objective, self.schedule)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the objective the weight that it has in this step."""
+        if self._following is not None:
+            self._following.at(trainer.global_step / trainer.estimated_stepping_batches)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -85,6 +104,9 @@ class SimRegCallback(Callback):
             return
         self._reg.detach()
         self._reg = None
+        if self._following is not None:
+            self._following.end()
+            self._following = None
         # The fit is over for all callbacks, and the last to come need not be the first to leave.
         attributes = vars(pl_module)
         while isinstance(step := attributes.get("training_step"), _Step):

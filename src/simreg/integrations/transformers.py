@@ -19,7 +19,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from simreg.capture import IGNORE_INDEX, Attached, attach, shift_left
 from simreg.integrations.window import Window, wide
-from simreg.objectives import Objective
+from simreg.loss import SimRegLoss
+from simreg.objectives import Objective, Sum
+from simreg.schedule import SCHEDULE, Following, Schedule, ScheduleName
 
 SEGMENTS = "segments"
 OBJECTIVE = "training_objective"
@@ -38,6 +40,10 @@ class SimRegTrainer(Trainer):
     Evaluation is without the objective. `objective=None`, or one whose `weight` is 0, is the plain
     Trainer; the weight is looked at in every step, unless the objective owns parameters or buffers.
 
+    While it trains, the `weight` of a `SimRegLoss` follows `schedule`: from what it is as `train`
+    is called, by default down to 0 over the run ("decay"). With "constant" it is left alone, and
+    so it is from where a callback, say, has set it.
+
     Training records gain, averaged over the tokens since the last record and over processes: `ce`
     (cross-entropy alone), `router_loss` (without its coefficient), the objective's metrics (its
     `loss`, unweighted, as `simreg`), and `clipped`, the fraction of steps whose gradient norm
@@ -52,15 +58,24 @@ class SimRegTrainer(Trainer):
     leaves them out, and another SimRegTrainer of the model removes them.
 
     Raises:
-        ValueError: under `torch.nn.DataParallel`, with sequences sharded over processes, or for an
-            objective with parameters or buffers under FSDP, with PEFT or with
-            `ddp_find_unused_parameters=True` (False is the default there).
+        ValueError: an unknown `schedule`; under `torch.nn.DataParallel`, with sequences sharded
+            over processes, or for an objective with parameters or buffers under FSDP, with PEFT or
+            with `ddp_find_unused_parameters=True` (False is the default there).
     """
 
-    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective | None = None,
+        schedule: Schedule | ScheduleName = SCHEDULE,
+        **kwargs: Any,
+    ) -> None:
         # What it owns, as it came: `model_init` is to begin anew with it too.
         owned = objective.state_dict() if isinstance(objective, nn.Module) else {}
         self._objective = None if owned and _idle(objective) else objective
+        self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
+        self.regularizer = _regularizer(objective)
+        self._following: Following | None = None  # while it trains
         self._reg: Attached | None = None
         self._owned = {name: value.clone() for name, value in owned.items()}
         self._window = Window()
@@ -136,9 +151,16 @@ class SimRegTrainer(Trainer):
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`."""
+        """As `Trainer.train`; afterwards the regularizer has the weight again that it had."""
         self._window = Window()
-        return super().train(*args, **kwargs)
+        if self.regularizer is None:
+            return super().train(*args, **kwargs)
+        self._following = Following(self.regularizer, self.schedule)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._following.end()
+            self._following = None
 
     def compute_loss(
         self,
@@ -148,6 +170,8 @@ class SimRegTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """`Trainer`'s loss, its router loss rescaled; in training the objective is added."""
+        if self._following is not None and model.training:
+            self._following.at(self.state.global_step / self.state.max_steps)
         inputs = dict(inputs)
         segments = inputs.pop(SEGMENTS, None)
         if segments is None and model.training and not _idle(self._objective):
@@ -298,6 +322,12 @@ class SimRegTrainer(Trainer):
         # Resuming loads by the model's names: what the published layout renames would be lost.
         with _own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super().save_model(output_dir, _internal_call=True)
+
+
+def _regularizer(objective: Objective | None) -> SimRegLoss | None:
+    """The part of an objective whose weight is λ."""
+    part = objective.simreg if isinstance(objective, Sum) else objective
+    return part if isinstance(part, SimRegLoss) else None
 
 
 def _idle(objective: object) -> bool:

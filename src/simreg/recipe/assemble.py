@@ -67,12 +67,6 @@ def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
     return Sum(simreg, auxiliary)
 
 
-def scheduled(objective: Objective | None) -> SimRegLoss | None:
-    """The part whose weight `simreg.schedule` changes."""
-    part = objective.simreg if isinstance(objective, Sum) else objective
-    return part if isinstance(part, SimRegLoss) else None
-
-
 def collator(config: RunConfig) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
     """Rows to a batch; it carries document ids only if the loss is to stay within documents."""
     keys = ["input_ids", "labels"]

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from simreg.baselines import registry
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
 from simreg.recipe.errors import UserError
+from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid")
@@ -205,7 +206,7 @@ class SimRegConfig:
     """The cosine above which they are."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
-    schedule: Literal["constant", "warmup", "decay", "stop"] = "decay"
+    schedule: ScheduleName = SCHEDULE
     """How λ changes over the run: not at all, up from 0 over the first `schedule_fraction` of the
     steps, down to 0 over the last, or 0 after it (docs/results.md, "Which defaults, and why?")."""
     schedule_fraction: Fraction | None = None
@@ -213,21 +214,9 @@ class SimRegConfig:
     the others."""
 
     @property
-    def share(self) -> float:
-        """`schedule_fraction`, or what stands for None."""
-        if self.schedule_fraction is None:
-            return 1.0 if self.schedule == "decay" else 0.5
-        return self.schedule_fraction
-
-    def weight_at(self, done: float) -> float:
-        """λ when `done` (0 to 1) of the steps are done."""
-        part = self.share
-        if self.schedule == "stop":
-            return self.weight if done < part else 0.0
-        if self.schedule == "constant" or part == 0:
-            return self.weight
-        passed = done if self.schedule == "warmup" else 1 - done
-        return self.weight * min(1.0, passed / part)
+    def over_run(self) -> Schedule:
+        """`schedule` and `schedule_fraction` as one."""
+        return Schedule(self.schedule, self.schedule_fraction)
 
 
 @_checked

@@ -36,12 +36,11 @@ class RunTrainer(SimRegTrainer):
         self, *, config: RunConfig, folder: RunFolder, clock: Clock, corpus: str, **kwargs: Any
     ) -> None:
         """`corpus` is the fingerprint of the data, kept in every checkpoint."""
-        super().__init__(**kwargs)
+        super().__init__(schedule=config.simreg.over_run, **kwargs)
         self.config, self.folder, self.clock, self.corpus = config, folder, clock, corpus
         self.interrupted = False  # this process was asked to stop
         self.stopping = False  # all of them stop after this step
         self.metrics_file: MetricsFile | None = None
-        self.regularizer = assemble.scheduled(kwargs.get("objective"))
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -157,12 +156,6 @@ class RunCallback(TrainerCallback):
         self._began = (state.global_step, time.perf_counter())
         self._last = (state.global_step, self.trainer.clock.seconds)
         self.trainer.clock.start()
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Set the weight that the regularizer has in this step."""
-        if self.trainer.regularizer is not None:
-            done = state.global_step / self.steps
-            self.trainer.regularizer.weight = self.trainer.config.simreg.weight_at(done)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

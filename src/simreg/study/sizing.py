@@ -76,7 +76,7 @@ def _measured(reference: RunConfig, arm: RunConfig, corpus: Corpus) -> dict[str,
     if not _stops(arm.simreg):
         return found
     plain = replace(arm, simreg=replace(arm.simreg, weight=0.0))
-    rest, share = timing.step_time_ratio(reference, plain, corpus), arm.simreg.share
+    rest, share = timing.step_time_ratio(reference, plain, corpus), arm.simreg.over_run.share
 
     def mean(first: float, then: float) -> float:
         return share * first + (1 - share) * then

@@ -16,6 +16,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from simreg.integrations.torchtitan.rows import Rows, documents_of
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, per_token
 from simreg.parallel import loss as parallel
+from simreg.schedule import SCHEDULE, Following, Schedule, ScheduleName
 
 
 class ChunkedSimRegLoss(ChunkedLossWrapper):
@@ -55,6 +56,12 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         scope: Literal["row", "document"] = "row"
         """Compare tokens of the whole row, or of one of the documents packed into it."""
 
+        schedule: ScheduleName = SCHEDULE
+        """How λ changes over the run, from `weight`: as in `simreg.schedule.Schedule`."""
+
+        schedule_fraction: float | None = None
+        """Share of the steps that `schedule` speaks of; None: all for "decay", else half."""
+
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         if config.scope not in ("row", "document"):
             raise ValueError(f"loss.scope: expected 'row' or 'document', got {config.scope!r}")
@@ -68,6 +75,7 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
             push_above=config.push_above,
         )
         self.scope = config.scope
+        self.following = Following(self.simreg, Schedule(config.schedule, config.schedule_fraction))
         self.totals = Totals()
         self._dims: ParallelDims | None = None
         self._rows = WeakTensorKeyDictionary()

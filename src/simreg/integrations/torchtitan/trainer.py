@@ -41,6 +41,11 @@ class SimRegTrainer(Trainer):
                 "training.disable_cuda_graphs: expected True with context parallelism and "
                 "loss.scope='document' or loss.chunk_size: a graph would keep the first step's rows"
             )
+        if config.loss.schedule != "constant" and not config.training.disable_cuda_graphs:
+            raise ValueError(
+                "training.disable_cuda_graphs: expected True unless loss.schedule is 'constant': a "
+                "graph would keep the first step's weight"
+            )
         super().__init__(config)
         self.simreg_metrics = {}
         self.loss_fn.bind(self.parallel_dims)
@@ -69,11 +74,12 @@ class SimRegTrainer(Trainer):
         return shard(rows, self.parallel_dims.get_mesh("cp"), balancer)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """As torchtitan; then logs SimReg's metrics.
+        """As torchtitan, with the λ of this step; then logs SimReg's metrics.
 
         Raises:
             RuntimeError: a pipeline schedule gave the loss other labels than the trainer gave it.
         """
+        self.loss_fn.following.at((self.step - 1) / self.config.training.steps)
         super().train_step(data_iterator)
         if self.parallel_dims.pp_enabled and self.pp_has_last_stage:
             wanted = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
@@ -104,7 +110,8 @@ def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
     """A torchtitan config with SimReg added to its chunked loss.
 
     `options` are those of `ChunkedSimRegLoss.Config`: weight, temperature, variant, push,
-    push_above, chunk_size, scope. CUDA graphs are switched off: this loss was not tried in one.
+    push_above, chunk_size, scope, schedule, schedule_fraction. CUDA graphs are switched off: this
+    loss was not tried in one.
 
     Raises:
         ValueError: the loss is not a `ChunkedLossWrapper.Config` (others never see hidden states),

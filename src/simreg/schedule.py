@@ -1,0 +1,75 @@
+"""How λ changes over a run: trainers set the weight of their `SimRegLoss` by it, step by step."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+ScheduleName = Literal["constant", "warmup", "decay", "stop"]
+SCHEDULE: ScheduleName = "decay"
+"""The default (docs/results.md, "Which defaults, and why?")."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The share of λ at each moment of a run: `0.3 * Schedule("decay")(step / steps)`.
+
+    Args:
+        name: "constant"; "warmup", up from 0 over the first `fraction` of the steps; "decay", down
+            to 0 over the last; "stop", 0 after it.
+        fraction: in [0, 1]; None: 1 for "decay", else 0.5.
+
+    Raises:
+        ValueError: another name or fraction.
+    """
+
+    name: ScheduleName = SCHEDULE
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ScheduleName):
+            names = ", ".join(map(repr, get_args(ScheduleName)))
+            raise ValueError(f"schedule: expected one of {names}, got {self.name!r}")
+        if self.fraction is not None and not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction: expected a number from 0 to 1, got {self.fraction!r}")
+
+    @property
+    def share(self) -> float:
+        """`fraction`, or what stands for None."""
+        if self.fraction is None:
+            return 1.0 if self.name == "decay" else 0.5
+        return self.fraction
+
+    def __call__(self, done: float) -> float:
+        """The share of λ, 0 to 1, when `done` (0 to 1) of the steps are done."""
+        if self.name == "stop":
+            return float(done < self.share)
+        if self.name == "constant" or self.share == 0:
+            return 1.0
+        passed = done if self.name == "warmup" else 1 - done
+        return min(1.0, max(0.0, passed) / self.share)
+
+
+class Weighted(Protocol):
+    """What has a λ, such as a `SimRegLoss`."""
+
+    weight: float
+
+
+class Following:
+    """Lets the weight of `regularizer` follow a schedule during a run, from what it is now.
+
+    "constant" leaves it alone, and so does every schedule once something else has set it.
+    """
+
+    def __init__(self, regularizer: Weighted, schedule: Schedule) -> None:
+        self._regularizer, self._schedule = regularizer, schedule
+        self._whole = self._last = regularizer.weight
+
+    def at(self, done: float) -> None:
+        """Set the weight for a step before which `done` (0 to 1) of the run is done."""
+        if self._schedule.name != "constant" and self._regularizer.weight == self._last:
+            self._last = self._regularizer.weight = self._whole * self._schedule(done)
+
+    def end(self) -> None:
+        """Give the regularizer the weight again that it had."""
+        if self._regularizer.weight == self._last:
+            self._regularizer.weight = self._whole

@@ -1,0 +1,65 @@
+"""How λ changes over a run."""
+
+import pytest
+
+from simreg import Schedule, SimRegLoss
+from simreg.schedule import Following
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("constant", [1, 1, 1, 1, 1]),
+        ("warmup", [0, 0.5, 1, 1, 1]),
+        ("decay", [1, 1, 1, 0.5, 0]),
+        ("stop", [1, 1, 0, 0, 0]),
+    ],
+)
+def test_share_over_a_run(name, shares):
+    half, unsaid, none = Schedule(name, 0.5), Schedule(name), Schedule(name, 0)
+    assert [half(done) for done in (0, 0.25, 0.5, 0.75, 1)] == shares
+    assert unsaid(0.25) == (0.75 if name == "decay" else shares[1])
+    assert none(0) == (0 if name == "stop" else 1)
+
+
+def test_a_run_that_goes_on_stays_at_its_end():
+    assert Schedule("decay")(1.5) == 0
+    assert Schedule("warmup")(1.5) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (("linear",), "schedule: expected one of 'constant', 'warmup', 'decay', 'stop', got 'lin"),
+        (("decay", 1.5), "fraction: expected a number from 0 to 1, got 1.5"),
+        (("decay", float("nan")), "fraction: expected a number from 0 to 1, got nan"),
+    ],
+)
+def test_what_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Schedule(*wrong)
+
+
+def test_a_weight_follows_until_something_else_sets_it():
+    loss = SimRegLoss(weight=2.0)
+    following = Following(loss, Schedule("decay"))
+    following.at(0.25)
+    assert loss.weight == 1.5
+    following.at(0.25)  # another micro-batch of the step
+    following.at(0.5)
+    assert loss.weight == 1.0
+    following.end()
+    assert loss.weight == 2.0
+    following = Following(loss, Schedule("decay"))
+    following.at(0.5)
+    loss.weight = 3.0
+    following.at(0.75)
+    following.end()
+    assert loss.weight == 3.0
+
+
+def test_a_constant_weight_is_left_alone():
+    loss = SimRegLoss(weight=2.0)
+    following = Following(loss, Schedule("constant"))
+    following.at(0.5)
+    assert loss.weight == 2.0
