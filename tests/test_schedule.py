@@ -2,8 +2,7 @@
 
 import pytest
 
-from simreg import Schedule, SimRegLoss
-from simreg.schedule import Following
+from simreg import Schedule
 
 
 @pytest.mark.parametrize(
@@ -38,28 +37,3 @@ def test_a_run_that_goes_on_stays_at_its_end():
 def test_what_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         Schedule(*wrong)
-
-
-def test_a_weight_follows_until_something_else_sets_it():
-    loss = SimRegLoss(weight=2.0)
-    following = Following(loss, Schedule("decay"))
-    following.at(0.25)
-    assert loss.weight == 1.5
-    following.at(0.25)  # another micro-batch of the step
-    following.at(0.5)
-    assert loss.weight == 1.0
-    following.end()
-    assert loss.weight == 2.0
-    following = Following(loss, Schedule("decay"))
-    following.at(0.5)
-    loss.weight = 3.0
-    following.at(0.75)
-    following.end()
-    assert loss.weight == 3.0
-
-
-def test_a_constant_weight_is_left_alone():
-    loss = SimRegLoss(weight=2.0)
-    following = Following(loss, Schedule("constant"))
-    following.at(0.5)
-    assert loss.weight == 2.0

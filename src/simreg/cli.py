@@ -49,7 +49,7 @@ def run() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 if stopped."""
     try:
         verb, rest = _verb(sys.argv[1:] if arguments is None else list(arguments))
         _VERBS[verb](rest)

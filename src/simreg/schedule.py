@@ -1,7 +1,7 @@
 """How λ changes over a run: trainers set the weight of their `SimRegLoss` by it, step by step."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 ScheduleName = Literal["constant", "warmup", "decay", "stop"]
 SCHEDULE: ScheduleName = "decay"
@@ -46,30 +46,3 @@ class Schedule:
             return 1.0
         passed = done if self.name == "warmup" else 1 - done
         return min(1.0, max(0.0, passed) / self.share)
-
-
-class Weighted(Protocol):
-    """What has a λ, such as a `SimRegLoss`."""
-
-    weight: float
-
-
-class Following:
-    """Lets the weight of `regularizer` follow a schedule during a run, from what it is now.
-
-    "constant" leaves it alone, and so does every schedule once something else has set it.
-    """
-
-    def __init__(self, regularizer: Weighted, schedule: Schedule) -> None:
-        self._regularizer, self._schedule = regularizer, schedule
-        self._whole = self._last = regularizer.weight
-
-    def at(self, done: float) -> None:
-        """Set the weight for a step before which `done` (0 to 1) of the run is done."""
-        if self._schedule.name != "constant" and self._regularizer.weight == self._last:
-            self._last = self._regularizer.weight = self._whole * self._schedule(done)
-
-    def end(self) -> None:
-        """Give the regularizer the weight again that it had."""
-        if self._regularizer.weight == self._last:
-            self._regularizer.weight = self._whole

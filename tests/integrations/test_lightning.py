@@ -11,16 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simreg import SimRegLoss, simreg_loss
 from simreg.capture import shift_left
 from simreg.integrations.lightning import SimRegCallback
+from simreg.objectives import Sum
 from tests.processes import leave, spawn
 
 WEIGHT, ROWS, LENGTH, WORDS = 0.7, 8, 24, 16
@@ -145,31 +147,50 @@ class Weights(Callback):
         trainer.should_stop = len(self.seen) == self.last
 
 
+class Endless(IterableDataset):  # type: ignore[type-arg]
+    """The rows, of a length that it does not say."""
+
+    def __iter__(self) -> Any:
+        return iter(make_rows())
+
+
 @pytest.mark.parametrize(
-    ("options", "length", "shares"),
+    ("schedule", "length", "shares"),
     [
-        ({}, {"max_steps": 4}, [1, 0.75, 0.5, 0.25]),
-        ({}, {"max_epochs": 2}, [1, 0.5]),
-        ({}, {"max_steps": -1, "max_epochs": -1}, [1, 1, 1]),  # it does not know the end
-        ({"schedule": "constant"}, {"max_steps": 3}, [1, 1, 1]),
+        ("decay", {"max_steps": 4}, [1, 0.75, 0.5, 0.25]),
+        ("decay", {"max_epochs": 2}, [1, 0.5]),
+        ("decay", {"max_epochs": 3, "max_steps": 2}, [1, 0.5]),  # whichever is first
+        ("warmup", {"max_steps": -1, "max_epochs": -1}, [1, 1, 1]),  # it does not know the end
+        ("constant", {"max_steps": 3}, [1, 1, 1]),
     ],
-    ids=["steps", "epochs", "endless", "constant"],
 )
-def test_weight_follows_the_schedule(options: Any, length: Any, shares: list[float]) -> None:
+@pytest.mark.parametrize("rows", [make_rows(), Endless()], ids=["rows", "stream"])
+def test_weight_follows_the_schedule(
+    schedule: Any, length: Any, shares: list[float], rows: Any
+) -> None:
     objective = SimRegLoss(WEIGHT)
     weights = Weights(objective, len(shares))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    run = Trainer(
-        accelerator="cpu",
-        accumulate_grad_batches=2,
-        callbacks=[SimRegCallback(objective, **options), weights],
-        enable_model_summary=False,
-        **quiet,
-        **length,
-    )
-    run.fit(Module(), DataLoader(make_rows(), batch_size=ROWS // 2))
+    callbacks = [SimRegCallback(Sum(None, objective), schedule=schedule), weights]
+    run = trainer(*callbacks, accumulate_grad_batches=2, **({"steps": -1} | renamed(length)))
+    run.fit(Module(), DataLoader(rows, batch_size=ROWS // 2))
+    if length == {"max_epochs": 2} and isinstance(rows, Endless):
+        shares = [1, 1]
     assert weights.seen == pytest.approx([WEIGHT * share for share in shares])
     assert objective.weight == WEIGHT
+
+
+def renamed(length: dict[str, int]) -> dict[str, int]:
+    return {key.replace("max_steps", "steps"): value for key, value in length.items()}
+
+
+def test_weight_follows_epochs_where_accumulation_changes() -> None:
+    objective = SimRegLoss(WEIGHT)
+    weights = Weights(objective, 6)
+    more = GradientAccumulationScheduler({0: 1, 1: 2})
+    run = trainer(SimRegCallback(objective), weights, more, steps=-1, max_epochs=2)
+    run.fit(Module(), DataLoader(make_rows(), batch_size=ROWS // 4))
+    shares = [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 2 / 8]
+    assert weights.seen == pytest.approx([WEIGHT * share for share in shares])
 
 
 def left_alone(module: Module) -> bool:

@@ -199,7 +199,8 @@ def test_command_line(tmp_path):
     )
     logged = {k: float(v) for k, v in re.findall(r"simreg/(\w+): (-?[\d.]+)", out)}
     total = float(re.search(r"loss: +([\d.]+) .*grad_norm", out)[1])
-    assert set(logged) == {"ce", "loss", "pos_fraction", "pos_cos", "neg_cos"}
+    assert set(logged) == {"ce", "loss", "weight", "pos_fraction", "pos_cos", "neg_cos"}
+    assert logged["weight"] == 0.5
     assert total == pytest.approx(logged["ce"] + 0.5 * logged["loss"], abs=1e-4)
     assert 0 < logged["pos_fraction"] < 1
 
@@ -221,8 +222,10 @@ def test_8b_on_64_ranks(tmp_path):
 
 CONFIGS = """
 import json, sys
+from dataclasses import replace
 from torchtitan.config import ConfigManager
 from simreg.integrations.torchtitan import with_simreg
+from simreg.integrations.torchtitan.trainer import SimRegTrainer
 from simreg.integrations.torchtitan.data import BOS, EOS, ByteTokenizer, StandardLibrary
 from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel_mtp
 from torchtitan.models.llama3.config_registry import llama3_debugmodel, llama3_debugmodel_ce_loss
@@ -236,6 +239,12 @@ for name in sys.argv[1:]:
 plain = llama3_debugmodel()
 assert with_simreg(plain).training.disable_cuda_graphs
 assert not plain.training.disable_cuda_graphs
+graphs = with_simreg(plain)
+graphs.training = replace(graphs.training, disable_cuda_graphs=False)
+try:
+    SimRegTrainer(graphs)
+except ValueError as error:
+    found["graphs"] = str(error)
 for wrong in (llama3_debugmodel_ce_loss, deepseek_v3_debugmodel_mtp):
     try:
         with_simreg(wrong())
@@ -276,5 +285,6 @@ def test_configs_and_data():
     found = json.loads(out.stdout.splitlines()[-1])
     for name in names:
         assert found[name] == ["SimRegTrainer.Config", "document", 0.3]
+    assert "unless loss.schedule is 'constant'" in found["graphs"]
     assert "ChunkedLossWrapper" in found["llama3_debugmodel_ce_loss"]
     assert "MTPLoss" in found["deepseek_v3_debugmodel_mtp"]

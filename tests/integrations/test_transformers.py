@@ -419,6 +419,33 @@ def test_weight_follows_the_schedule(tmp_path, schedule, shares):
     assert objective.weight == SIMREG["weight"]
 
 
+def test_weight_follows_from_what_model_init_made_it(tmp_path):
+    objective = SimRegLoss(**SIMREG)
+
+    def init():
+        objective.weight = 0.5
+        return build()
+
+    extra = {"model_init": init}
+    run = train(tmp_path, None, objective=objective, extra=extra, max_steps=2)
+    assert [record["simreg_weight"] for record in records(run)] == [0.5, 0.25]
+    assert objective.weight == 0.5
+
+
+def test_weight_follows_on_resuming(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = train(tmp_path, build(), objective=SimRegLoss(**SIMREG), **settings)
+    again = SimRegTrainer(
+        build(),
+        arguments(tmp_path, **settings),
+        train_dataset=rows(),
+        objective=SimRegLoss(**SIMREG),
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    logged = [[record["simreg_weight"] for record in records(run)] for run in (first, again)]
+    assert logged[0] == logged[1] == [SIMREG["weight"] * share for share in (1, 0.75, 0.5, 0.25)]
+
+
 def test_weight_is_constant_if_asked_to_be(tmp_path):
     settings = {"objective": SimRegLoss(**SIMREG), "extra": {"schedule": "constant"}}
     run = train(tmp_path, build(), **settings, max_steps=3)

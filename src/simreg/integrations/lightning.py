@@ -5,18 +5,20 @@ trainer.fit(module)  # whose `training_step` returns cross-entropy
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from simreg.capture import Attached, attach
-from simreg.loss import SimRegLoss
+from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.objectives import Objective
-from simreg.schedule import SCHEDULE, Following, Schedule, ScheduleName
+from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 Field = str | Callable[[Any], Tensor]
 
@@ -39,9 +41,9 @@ class SimRegCallback(Callback):
         module: a function of the LightningModule that gives the submodule whose output enters the
             LM head; None: the decoder of the first causal LM of transformers in it.
         schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
-            start, by default down to 0 over the run ("decay"; its length is
-            `trainer.estimated_stepping_batches`, and where that is infinite the weight stays). With
-            "constant" it is left alone, and so it is from where another callback, say, has set it.
+            start, by default down to 0 over the run ("decay"), whose length `max_steps` or
+            `max_epochs` says. With "constant" it is left alone, and so it is where neither says,
+            and from where another callback, say, has set it to another value.
 
     Raises:
         ValueError: an unknown `schedule`; in `fit`: under manual optimization, or where no decoder
@@ -60,7 +62,7 @@ class SimRegCallback(Callback):
     ) -> None:
         self.objective = objective
         self.labels, self.segments, self.shift, self.module = labels, segments, shift, module
-        self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
+        self.schedule = as_schedule(schedule)
         self._reg: Attached | None = None
         self._following: Following | None = None
 
@@ -73,15 +75,17 @@ class SimRegCallback(Callback):
             )
         self._reg = self._attach(pl_module)
         vars(pl_module)["training_step"] = _Step(self, pl_module)
-        if isinstance(self.objective, SimRegLoss):
-            self._following = Following(self.objective, self.schedule)
+        if (found := regularizer(self.objective)) is not None:
+            self._following = Following(found, self.schedule)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Give the objective the weight that it has in this step."""
-        if self._following is not None:
-            self._following.at(trainer.global_step / trainer.estimated_stepping_batches)
+        done = _done(trainer, batch_idx)
+        begins = batch_idx % trainer.accumulate_grad_batches == 0
+        if self._following is not None and done is not None and begins:
+            self._following.at(done)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -120,6 +124,8 @@ class SimRegCallback(Callback):
         segments = None if self.segments is None else _field(batch, self.segments)
         added = self._reg(_field(batch, self.labels), segments, shift=self.shift)
         metrics = {f"simreg/{key}": value for key, value in self._reg.metrics.items()}
+        if (found := regularizer(self.objective)) is not None:
+            metrics["simreg/weight"] = torch.tensor(found.weight)
         pl_module.log_dict(metrics, on_step=True, on_epoch=False)
         if isinstance(output, Mapping):
             return {**output, "loss": output["loss"] + added}
@@ -137,6 +143,17 @@ class _Step:
 
     def __call__(self, batch: Any, *rest: Any, **named: Any) -> STEP_OUTPUT:
         return self._callback._complete(self._step(batch, *rest, **named), batch, self._module)
+
+
+def _done(trainer: Trainer, batch: int) -> float | None:
+    """The part of the fit before this batch, by its steps or epochs, whatever is further."""
+    parts = []
+    if trainer.max_steps > 0:
+        parts.append(trainer.global_step / trainer.max_steps)
+    epochs, batches = trainer.max_epochs or 0, trainer.num_training_batches
+    if epochs > 0 and batches < math.inf:
+        parts.append((trainer.current_epoch + batch / batches) / epochs)
+    return max(parts, default=None)
 
 
 def _field(batch: Any, field: Field) -> Tensor:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from simreg.capture import IGNORE_INDEX, Attached, attach, shift_left
+from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.integrations.window import Window, wide
-from simreg.loss import SimRegLoss
-from simreg.objectives import Objective, Sum
-from simreg.schedule import SCHEDULE, Following, Schedule, ScheduleName
+from simreg.objectives import Objective
+from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 SEGMENTS = "segments"
 OBJECTIVE = "training_objective"
@@ -40,15 +40,15 @@ class SimRegTrainer(Trainer):
     Evaluation is without the objective. `objective=None`, or one whose `weight` is 0, is the plain
     Trainer; the weight is looked at in every step, unless the objective owns parameters or buffers.
 
-    While it trains, the `weight` of a `SimRegLoss` follows `schedule`: from what it is as `train`
-    is called, by default down to 0 over the run ("decay"). With "constant" it is left alone, and
-    so it is from where a callback, say, has set it.
+    While it trains, the `weight` of a `SimRegLoss` follows `schedule`: from what it is in the first
+    step, by default down to 0 over the run ("decay"). With "constant" it is left alone, and so it
+    is from where a callback, say, has set it to another value.
 
     Training records gain, averaged over the tokens since the last record and over processes: `ce`
     (cross-entropy alone), `router_loss` (without its coefficient), the objective's metrics (its
     `loss`, unweighted, as `simreg`), and `clipped`, the fraction of steps whose gradient norm
-    exceeded `max_grad_norm`. Evaluation gains `eval_ce`: cross-entropy alone per token of the whole
-    set, each row counted once, summed in float64.
+    exceeded `max_grad_norm`; `simreg_weight` is λ of the last step. Evaluation gains `eval_ce`:
+    cross-entropy alone per token of the whole set, each row counted once, summed in float64.
 
     Training checkpoints keep the model's own parameter names, so that resuming is exact for models
     whose published layout differs; `save_model` writes the published layout, as in `Trainer`.
@@ -73,8 +73,8 @@ class SimRegTrainer(Trainer):
         # What it owns, as it came: `model_init` is to begin anew with it too.
         owned = objective.state_dict() if isinstance(objective, nn.Module) else {}
         self._objective = None if owned and _idle(objective) else objective
-        self.schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
-        self.regularizer = _regularizer(objective)
+        self.schedule = as_schedule(schedule)
+        self.regularizer = regularizer(objective)
         self._following: Following | None = None  # while it trains
         self._reg: Attached | None = None
         self._owned = {name: value.clone() for name, value in owned.items()}
@@ -151,16 +151,20 @@ class SimRegTrainer(Trainer):
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`; afterwards the regularizer has the weight again that it had."""
+        """As `Trainer.train`; afterwards the regularizer has the weight that it began with."""
         self._window = Window()
-        if self.regularizer is None:
-            return super().train(*args, **kwargs)
-        self._following = Following(self.regularizer, self.schedule)
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._following.end()
+            if self._following is not None:
+                self._following.end()
             self._following = None
+
+    def _follow_schedule(self) -> None:
+        if self.regularizer is not None and self.is_in_train:
+            if self._following is None:  # not before, as `model_init` may set the weight
+                self._following = Following(self.regularizer, self.schedule)
+            self._following.at(self.state.global_step / self.state.max_steps)
 
     def compute_loss(
         self,
@@ -170,8 +174,8 @@ class SimRegTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """`Trainer`'s loss, its router loss rescaled; in training the objective is added."""
-        if self._following is not None and model.training:
-            self._following.at(self.state.global_step / self.state.max_steps)
+        if model.training:
+            self._follow_schedule()
         inputs = dict(inputs)
         segments = inputs.pop(SEGMENTS, None)
         if segments is None and model.training and not _idle(self._objective):
@@ -263,6 +267,8 @@ class SimRegTrainer(Trainer):
         """As `Trainer.log`; training records gain the means of the logging window."""
         if "loss" in logs:
             logs = {**logs, **self._window.means(self.accelerator)}
+            if self.regularizer is not None:
+                logs["simreg_weight"] = self.regularizer.weight
             self._window = Window()
         super().log(logs, start_time)
 
@@ -322,12 +328,6 @@ class SimRegTrainer(Trainer):
         # Resuming loads by the model's names: what the published layout renames would be lost.
         with _own_names(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
             super().save_model(output_dir, _internal_call=True)
-
-
-def _regularizer(objective: Objective | None) -> SimRegLoss | None:
-    """The part of an objective whose weight is λ."""
-    part = objective.simreg if isinstance(objective, Sum) else objective
-    return part if isinstance(part, SimRegLoss) else None
 
 
 def _idle(objective: object) -> bool:

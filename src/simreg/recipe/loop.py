@@ -244,19 +244,22 @@ class RunCallback(TrainerCallback):
 
 @contextmanager
 def interruptible(trainer: RunTrainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM save at the next step boundary and stop; a Ctrl-C after it at once.
+    """Ctrl-C and SIGTERM save at the next step boundary and stop; a second Ctrl-C stops at once.
 
     Not a second SIGTERM: schedulers send it to every process, and torchrun passes its own on.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
+    pressed = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if trainer.interrupted and number == signal.SIGINT:
+        nonlocal pressed
+        if pressed and number == signal.SIGINT:
             raise KeyboardInterrupt(
                 "stopped at once; the same command continues from the last checkpoint"
             )
+        pressed |= number == signal.SIGINT
         trainer.interrupted = True
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}

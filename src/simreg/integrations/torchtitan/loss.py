@@ -13,10 +13,11 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 
+from simreg.integrations.following import Following
 from simreg.integrations.torchtitan.rows import Rows, documents_of
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, per_token
 from simreg.parallel import loss as parallel
-from simreg.schedule import SCHEDULE, Following, Schedule, ScheduleName
+from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 
 class ChunkedSimRegLoss(ChunkedLossWrapper):

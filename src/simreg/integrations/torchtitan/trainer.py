@@ -18,7 +18,8 @@ class SimRegTrainer(Trainer):
     """`Trainer` for a `ChunkedSimRegLoss`: tells it where tokens belong, logs what it did.
 
     Metrics, over the global batch of the step: `simreg/ce`, `simreg/loss` (per valid token, without
-    the weight), `simreg/pos_fraction`, `simreg/pos_cos`, `simreg/neg_cos`, beside torchtitan's own.
+    the weight), `simreg/pos_fraction`, `simreg/pos_cos`, `simreg/neg_cos`, and `simreg/weight`,
+    beside torchtitan's own.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -41,7 +42,8 @@ class SimRegTrainer(Trainer):
                 "training.disable_cuda_graphs: expected True with context parallelism and "
                 "loss.scope='document' or loss.chunk_size: a graph would keep the first step's rows"
             )
-        if config.loss.schedule != "constant" and not config.training.disable_cuda_graphs:
+        scheduled = config.loss.weight > 0 and config.loss.schedule != "constant"
+        if scheduled and not config.training.disable_cuda_graphs:
             raise ValueError(
                 "training.disable_cuda_graphs: expected True unless loss.schedule is 'constant': a "
                 "graph would keep the first step's weight"
@@ -102,6 +104,7 @@ class SimRegTrainer(Trainer):
             sums = dist_utils.dist_sum_tensor(sums, mesh)
         self.simreg_metrics = metrics_of(sums.tolist())
         named = {f"simreg/{name}": value for name, value in self.simreg_metrics.items()}
+        named["simreg/weight"] = self.loss_fn.simreg.weight
         self.metrics_processor.logger.log(named, self.step)
         logger.info("  ".join(f"{name}: {value:.5f}" for name, value in named.items()))
 
