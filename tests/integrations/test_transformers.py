@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from simreg.loss import SimRegLoss
-from simreg.schedule import Schedule
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -390,85 +389,6 @@ def test_documents_of_one_token_and_positions_for_every_row():
     assert torch.equal(plain, torch.zeros_like(ids))
     for other in ({}, {"position_ids": torch.zeros(3, 2, 5)}, {"cu_seq_lens_q": ids[0]}):
         assert _documents({"input_ids": ids, **other}) is None
-
-
-def test_an_idle_objective_asks_nothing_of_the_model(tmp_path):
-    model = transformers.LlamaForSequenceClassification(LlamaConfig(**SMALL))
-    objective = SimRegLoss(weight=0.0)
-    run = SimRegTrainer(model, arguments(tmp_path), objective=objective)
-    batch = {"input_ids": rows()[0]["input_ids"][None], "labels": torch.zeros(1, dtype=torch.long)}
-    model.train()
-    assert run.compute_loss(model, batch) > 0
-    objective.weight = 1.0
-    with pytest.raises(ValueError, match="the next token"):
-        run.compute_loss(model, batch)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "shares"),
-    [({}, [1, 0.75, 0.5, 0.25]), ({"schedule": Schedule("stop", 0.5)}, [1, 1, 0, 0])],
-    ids=["default", "stop"],
-)
-def test_weight_follows_the_schedule(tmp_path, schedule, shares):
-    objective = SimRegLoss(**SIMREG)
-    run = train(tmp_path, build(), objective=objective, extra=schedule, max_steps=4)
-    assert len(records(run)) == 4
-    for record, share in zip(records(run), shares, strict=True):
-        added = share * SIMREG["weight"] * record["simreg"] if share else 0
-        assert record["loss"] == pytest.approx(record["ce"] + added, rel=1e-5)
-    assert objective.weight == SIMREG["weight"]
-
-
-def test_weight_follows_from_what_model_init_made_it(tmp_path):
-    objective = SimRegLoss(**SIMREG)
-
-    def init():
-        objective.weight = 0.5
-        return build()
-
-    extra = {"model_init": init}
-    run = train(tmp_path, None, objective=objective, extra=extra, max_steps=2)
-    assert [record["simreg_weight"] for record in records(run)] == [0.5, 0.25]
-    assert objective.weight == 0.5
-
-
-def test_weight_follows_on_resuming(tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    first = train(tmp_path, build(), objective=SimRegLoss(**SIMREG), **settings)
-    again = SimRegTrainer(
-        build(),
-        arguments(tmp_path, **settings),
-        train_dataset=rows(),
-        objective=SimRegLoss(**SIMREG),
-    )
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    logged = [[record["simreg_weight"] for record in records(run)] for run in (first, again)]
-    assert logged[0] == logged[1] == [SIMREG["weight"] * share for share in (1, 0.75, 0.5, 0.25)]
-
-
-def test_weight_is_constant_if_asked_to_be(tmp_path):
-    settings = {"objective": SimRegLoss(**SIMREG), "extra": {"schedule": "constant"}}
-    run = train(tmp_path, build(), **settings, max_steps=3)
-    for record in records(run):
-        expected = record["ce"] + SIMREG["weight"] * record["simreg"]
-        assert record["loss"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="schedule: expected one of"):
-        SimRegTrainer(build(), arguments(tmp_path), schedule="linear")
-
-
-def test_weight_may_begin_at_nothing(tmp_path):
-    class Begin(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            objective.weight = SIMREG["weight"]
-
-    objective = SimRegLoss(**SIMREG | {"weight": 0.0})
-    extra = {"callbacks": [Begin()]}
-    run = train(tmp_path, build(), objective=objective, extra=extra, max_steps=2)
-    first, second = records(run)[:2]
-    assert "simreg" not in first
-    assert second["simreg"] > 0
-    assert second["loss"] > second["ce"]
-    assert run._reg._hidden is None
 
 
 def test_batches_without_labels_are_refused(tmp_path):
