@@ -4,6 +4,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -291,6 +292,8 @@ def test_module_is_the_weighted_function():
     assert silent == 0
     assert not silent.requires_grad
     assert metrics["loss"] > 0
+    numbers = SimRegLoss(np.float32(0.25), temperature=np.float32(0.2), push=np.float32(3.333))
+    torch.testing.assert_close(numbers(hidden, labels)[0], SimRegLoss(0.25, 0.2)(hidden, labels)[0])
 
 
 @each_kernel

@@ -73,8 +73,8 @@ def simreg_loss(
 
     Returns:
         float32 (float64 for float64 input): a scalar, or the shape of ``labels`` for ``"none"``.
-        NaN or infinity in gives NaN out (so does a norm beyond the range of float32); no valid
-        label gives 0.
+        NaN or infinity in gives NaN out (so may a norm above 1e19, whose square is beyond the range
+        of float32); no valid label gives 0.
 
     Raises:
         ValueError: for arguments of a wrong shape, dtype, device or value, and for a backend that
@@ -127,10 +127,10 @@ class SimRegLoss(nn.Module):
         push_above: float = PUSH_ABOVE,
     ) -> None:
         super().__init__()
-        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+        if not (isinstance(weight, Real) and 0 <= weight < math.inf):
             raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
         check_options(Form(temperature, variant, push, push_above), chunk_size, backend)
-        self.weight = weight
+        self.weight = float(weight)
         self.temperature = temperature
         self.variant = variant
         self.chunk_size = chunk_size
@@ -164,7 +164,7 @@ class SimRegLoss(nn.Module):
             The scalar λ Σ_i ℓ_i / num_items, and detached scalars: ``loss`` (Σ_i ℓ_i over the valid
             labels of this call, without λ), ``pos_fraction`` (share of valid tokens with a
             positive), ``pos_cos`` (mean over tokens with a positive of the mean cosine to their
-            positives) and ``neg_cos`` (the same for negatives).
+            positives), ``neg_fraction`` and ``neg_cos`` (the same for negatives).
         """
         loss, pos_cos, neg_cos, valid = per_token(
             hidden.detach() if self.weight == 0 else hidden,
@@ -202,6 +202,7 @@ def weigh(
         "loss": total.detach() / count,
         "pos_fraction": positives.sum() / count,
         "pos_cos": pos_cos.nansum() / positives.sum().clamp_min(1),
+        "neg_fraction": negatives.sum() / count,
         "neg_cos": neg_cos.nansum() / negatives.sum().clamp_min(1),
     }
     return weighted, metrics
@@ -284,13 +285,13 @@ def per_token(
 def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
     """Refuse settings that mean nothing."""
     temperature, variant, push, push_above = form
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+    if not (isinstance(temperature, Real) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
-    if not (isinstance(push, int | float) and 0 <= push < math.inf):
+    if not (isinstance(push, Real) and 0 <= push < math.inf):
         raise ValueError(f"push: expected a finite number ≥ 0, got {push!r}")
-    if not (isinstance(push_above, int | float) and -1 <= push_above <= 1):
+    if not (isinstance(push_above, Real) and -1 <= push_above <= 1):
         raise ValueError(f"push_above: expected a number from -1 to 1, got {push_above!r}")
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")

@@ -118,6 +118,15 @@ def test_without_labels_it_is_zero(name):
 
 
 @every
+@pytest.mark.parametrize("rows, length", [(2, 0), (0, 3)])
+def test_without_tokens_it_is_zero(name, rows, length):
+    p = problem(batch=rows, length=length)
+    loss, grads = result(make(name, p), p)
+    assert loss == 0
+    assert grads[0].shape == p["hidden"].shape
+
+
+@every
 @pytest.mark.parametrize("length", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", ["zeros", "same", "opposite", "tiny"])

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simreg import SimRegLoss, simreg_loss
+from simreg.baselines.center import Center
 from simreg.capture import shift_left
 from simreg.integrations.lightning import SimRegCallback
 from simreg.objectives import Sum
@@ -255,6 +256,14 @@ def test_a_step_that_was_set_on_the_instance_is_put_back() -> None:
     module.training_step = step
     fit(SimRegCallback(SimRegLoss()), module)
     assert vars(module)["training_step"] is step
+
+
+def test_an_objective_with_a_state_goes_where_the_module_is() -> None:
+    objective = Center(hidden_size=4, vocab_size=8)
+    module = Module().to("meta")
+    SimRegCallback(objective).on_fit_start(trainer(), module)
+    assert module.device.type == "meta"
+    assert {buffer.device.type for buffer in objective.buffers()} == {"meta"}
 
 
 def test_what_is_refused() -> None:

@@ -265,6 +265,8 @@ for rank in (0, 1):
     resumed.load_state_dict(shard.state_dict())
     mine = next(iter(resumed))
     assert mine[0]["positions"].equal(first[rank + 4][0]["positions"])
+finite = StandardLibrary(tokenizer, 500_000, 0, 1, False)
+assert len(list(finite)) == len(list(finite)) > 1
 for inputs, labels in first:
     ids, positions = inputs["input"], inputs["positions"]
     assert (ids == EOS).sum() == 0 and (labels == BOS).sum() == 0

@@ -240,10 +240,14 @@ def test_without_weight_it_is_the_plain_trainer(tmp_path, name, steps, objective
 
 
 def test_log_records_are_means_over_the_tokens_of_the_window(tmp_path):
-    model = build("mixtral")
+    model, data = build("mixtral"), rows()
+    for row in (*data[4:6], data[13]):  # of one label: no negatives, in one micro-batch nowhere
+        row["input_ids"] = torch.full_like(row["input_ids"], 5)
+        row["labels"] = row["labels"].where(row["labels"] == -100, 5)
     run = train(
         tmp_path,
         model,
+        data=data,
         objective=SimRegLoss(**SIMREG),
         learning_rate=0.0,
         max_steps=4,
@@ -254,11 +258,11 @@ def test_log_records_are_means_over_the_tokens_of_the_window(tmp_path):
     )
     assert len(records(run)) == 2
     for n, record in enumerate(records(run)):
-        window = rows()[8 * n : 8 * n + 8]
+        window = data[8 * n : 8 * n + 8]
         whole = truth(model, window)
         parts = [truth(model, window[i : i + 2]) for i in range(0, 8, 2)]
         assert record["ce"] == pytest.approx((whole.ce / whole.tokens).item(), rel=1e-5)
-        for key in ("pos_cos", "neg_cos", "pos_fraction"):
+        for key in ("pos_cos", "neg_cos", "pos_fraction", "neg_fraction"):
             assert record[key] == pytest.approx(whole.metrics[key].item(), rel=1e-4), key
         assert record["simreg"] == pytest.approx(whole.metrics["loss"].item(), rel=1e-5)
         router = sum(part.aux * part.tokens for part in parts) / whole.tokens

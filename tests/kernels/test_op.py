@@ -38,6 +38,9 @@ def test_custom_op_is_well_formed(backend, variant):
     labels, ids = labels.contiguous(), ids.contiguous()
     for push in (0.0, 3.0):
         torch.library.opcheck(op.loss, (hidden, labels, ids, 0.1, variant, push, 0.5, backend))
+    # Batches that were laid out sequence first
+    turned = (x.mT.contiguous().mT for x in (labels, ids))
+    torch.library.opcheck(op.loss, (hidden, *turned, 0.1, variant, 3.0, 0.5, backend))
 
 
 @each_backend

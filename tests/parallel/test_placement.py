@@ -59,6 +59,18 @@ def _placements(rank):
     truth = simreg_loss(hidden[0].flip(0), labels[0].flip(0), **OPTIONS).flip(0)
     torch.testing.assert_close(loss, truth.split([24, 23])[mesh.get_coordinate()[0]])
 
+    # 5 tokens on 4 ranks: 2, 2, 1 and none.
+    line = init_device_mesh("cpu", (4,))
+    few = distribute_tensor(hidden[0, :5], line, [Shard(0)]).detach().requires_grad_()
+    loss = sharded_simreg_loss(few, labels[0, :5] % 2, reduction="none")
+    short = hidden[0, :5].clone().requires_grad_()
+    truth = simreg_loss(short, labels[0, :5] % 2, reduction="none")
+    torch.testing.assert_close(loss, truth.split([2, 2, 1, 0])[dist.get_rank()])
+    assert truth.min() > 0
+    truth.sum().backward()
+    loss.sum().backward()
+    torch.testing.assert_close(few.grad.full_tensor(), short.grad)
+
     spread = distribute_tensor(hidden, mesh, (Shard(1), Shard(1)))
     with pytest.raises(ValueError, match="flatten the mesh"):
         sharded_simreg_loss(spread, labels)

@@ -378,6 +378,7 @@ class TestProgress:
             ("NVIDIA H100 PCIe", 756e12),
             ("NVIDIA A100-SXM4-40GB", 312e12),
             ("NVIDIA L40S", 362e12),
+            ("NVIDIA L40", 181e12),
             ("NVIDIA L4", 121e12),
             ("Some Other GPU", None),
         ],

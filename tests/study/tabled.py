@@ -31,7 +31,7 @@ def record(folder, losses=LOSSES, arms=ARMS, failures=None, **values):
     facts = {"tokens": 1_000_000, "steps": 244, "seconds": 1.0, "corpus": {"fingerprint": "f"}}
     facts["params"] = {"total": 2_000_000, "active": 1_000_000}
     runs = [
-        Run(Cell(arm, 1.0, seed), {"final_ce": ce, **facts}, [{"clipped": 0.25}], [])
+        Run(Cell(arm, 1.0, seed), {"final_ce": ce, **facts}, [{"step": 244, "clipped": 0.25}], [])
         for arm, by_seed in losses.items()
         for seed, ce in by_seed.items()
     ]

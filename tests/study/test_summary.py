@@ -5,6 +5,7 @@ import pytest
 
 from simreg.study import plan, report, results, summary
 from simreg.study.plan import Cell
+from simreg.study.records import Run
 from tests.study.fakes import TIMES, made
 
 INTERVAL = {"low": 0.1, "high": 0.3}
@@ -233,3 +234,10 @@ def test_a_diverged_seed_never_passes_mid_run(five):
 )
 def test_tokens_in_words(tokens, text):
     assert summary.count(tokens) == text
+
+
+def test_a_mean_over_lines_is_one_over_their_steps():
+    lines = [{"step": 10, "clipped": 1.0}, {"step": 11, "clipped": 0.0}, {"step": 12}]
+    run = Run(Cell("a", 1.0, 0), {}, lines, [])
+    assert run.mean("clipped") == pytest.approx(10 / 11)
+    assert run.mean("grad_norm") is None

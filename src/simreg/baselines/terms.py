@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def together(labels: Tensor, segments: Tensor | None, offset: int) -> Tensor:
 
 def check(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """A number in [low, high]; ValueError names the argument."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not (number and low <= value <= high and math.isfinite(value)):
         upper = "" if high == math.inf else f" to {high:g}"
         raise ValueError(f"{name}: expected a finite number from {low:g}{upper}, got {value!r}")

@@ -73,6 +73,8 @@ class SimRegCallback(Callback):
                 "pl_module: expected automatic optimization; in a training_step that calls "
                 "manual_backward, attach the objective yourself and add it to the loss there"
             )
+        if isinstance(self.objective, nn.Module):  # it may have a state
+            self.objective.to(pl_module.device)
         self._reg = self._attach(pl_module)
         vars(pl_module)["training_step"] = _Step(self, pl_module)
         if (found := regularizer(self.objective)) is not None:

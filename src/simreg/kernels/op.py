@@ -105,7 +105,7 @@ def _(hidden, labels, *options):  # type: ignore[no-untyped-def]
     loss, pos_cos, neg_cos, norm, lse, statistic = (
         hidden.new_empty(labels.shape, dtype=dtype) for _ in range(6)
     )
-    return loss, pos_cos, neg_cos, torch.empty_like(labels), norm, lse, statistic
+    return loss, pos_cos, neg_cos, labels.new_empty(labels.shape), norm, lse, statistic
 
 
 @torch.library.custom_op("simreg::loss_backward", mutates_args=())

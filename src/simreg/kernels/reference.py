@@ -86,7 +86,7 @@ def forward(
     """`reference` and, since it saves nothing for `backward`, zeros in the place of that."""
     results = reference(hidden, labels, segments, form)
     nothing = (torch.zeros_like(results[0]) for _ in range(3))
-    return (*results, torch.zeros_like(labels), *nothing)
+    return (*results, labels.new_zeros(labels.shape), *nothing)
 
 
 def backward(

@@ -199,7 +199,7 @@ def per_token(
 
     hidden = local
     valid = (labels != ignore_index) & (labels >= 0)
-    if max(lengths) == 0 or len(hidden) == 0:  # of no rank any token
+    if max(lengths) == 0 or 0 in hidden.shape[:-2]:  # of no rank any token
         nothing = hidden.sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
         return Found(nothing, nothing.detach(), nothing.detach(), valid, valid.sum())
     scopes = [] if segments is None else [segments.long()]

@@ -30,9 +30,15 @@ class Run:
         return float(self.result["final_ce"])
 
     def mean(self, key: str) -> float | None:
-        """Mean of a logged training quantity over the run; None if it was never logged."""
-        values = [line[key] for line in self.train if line.get(key) is not None]
-        return sum(values) / len(values) if values else None
+        """Mean over the run's steps of a training quantity, which each line gives for the steps
+        since the last one, however many; None if it was never logged."""
+        total, steps, before = 0.0, 0, 0
+        for line in self.train:
+            if line.get(key) is not None:
+                total += line[key] * (line["step"] - before)
+                steps += line["step"] - before
+            before = line["step"]
+        return total / steps if steps else None
 
 
 def read(folder: Path, cell: Cell) -> Run | None:

@@ -62,6 +62,7 @@ class StandardLibrary(IterableDataset[tuple[dict[str, Tensor], Tensor]]):
         for row in islice(self._rows(), first, None, self.ranks):
             self.taken += 1
             yield row
+        self.taken = 0  # the next pass begins at the start
 
     def _rows(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         tokens: list[tuple[int, int, bool]] = []
