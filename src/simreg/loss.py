@@ -127,7 +127,7 @@ class SimRegLoss(nn.Module):
         push_above: float = PUSH_ABOVE,
     ) -> None:
         super().__init__()
-        if not (isinstance(weight, Real) and 0 <= weight < math.inf):
+        if not (is_number(weight) and 0 <= weight < math.inf):
             raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
         check_options(Form(temperature, variant, push, push_above), chunk_size, backend)
         self.weight = float(weight)
@@ -230,7 +230,7 @@ def check_items(num_items: Tensor | float | None) -> None:
     if isinstance(num_items, Tensor):
         good, got = num_items.numel() == 1, str(list(num_items.shape))
     else:
-        good = num_items is None or (isinstance(num_items, Real) and num_items >= 0)
+        good = num_items is None or (is_number(num_items) and num_items >= 0)
         got = repr(num_items)
     if not good:
         raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
@@ -285,17 +285,22 @@ def per_token(
 def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
     """Refuse settings that mean nothing."""
     temperature, variant, push, push_above = form
-    if not (isinstance(temperature, Real) and 0 < temperature < math.inf):
+    if not (is_number(temperature) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
-    if not (isinstance(push, Real) and 0 <= push < math.inf):
+    if not (is_number(push) and 0 <= push < math.inf):
         raise ValueError(f"push: expected a finite number ≥ 0, got {push!r}")
-    if not (isinstance(push_above, Real) and -1 <= push_above <= 1):
+    if not (is_number(push_above) and -1 <= push_above <= 1):
         raise ValueError(f"push_above: expected a number from -1 to 1, got {push_above!r}")
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
     _check_backend(backend)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, one of NumPy's included."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_ignore_index(ignore_index: int) -> None:

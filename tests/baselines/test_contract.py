@@ -118,7 +118,7 @@ def test_without_labels_it_is_zero(name):
 
 
 @every
-@pytest.mark.parametrize("rows, length", [(2, 0), (0, 3)])
+@pytest.mark.parametrize(("rows", "length"), [(2, 0), (0, 3)])
 def test_without_tokens_it_is_zero(name, rows, length):
     p = problem(batch=rows, length=length)
     loss, grads = result(make(name, p), p)

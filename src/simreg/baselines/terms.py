@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from simreg.loss import is_number
 
 EPS = 1e-6
 """Least norm that embeddings are divided by, as in `simreg_loss`."""
@@ -85,8 +86,7 @@ def together(labels: Tensor, segments: Tensor | None, offset: int) -> Tensor:
 
 def check(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """A number in [low, high]; ValueError names the argument."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and low <= value <= high and math.isfinite(value)):
+    if not (is_number(value) and low <= value <= high and math.isfinite(value)):
         upper = "" if high == math.inf else f" to {high:g}"
         raise ValueError(f"{name}: expected a finite number from {low:g}{upper}, got {value!r}")
     return float(value)
