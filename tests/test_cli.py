@@ -1,8 +1,10 @@
 """The command line: statuses, one-line errors, help."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,12 @@ def test_wrong_usage_exits_with_2(arguments: list[str], seen: list[RunConfig]) -
         (UserError("no such thing"), 2, "simreg: error: no such thing\n"),
         (KeyboardInterrupt("stopped after step 3"), 130, "simreg: stopped after step 3\n"),
         (KeyboardInterrupt(), 130, "simreg: interrupted\n"),
+        (
+            ModuleNotFoundError("No module named 'tyro.conf'", name="tyro.conf"),
+            2,
+            "simreg: error: tyro.conf is not installed: pip install -e '.[train]' in the "
+            "checkout\n",
+        ),
     ],
 )
 def test_what_a_run_raises(
@@ -182,6 +190,38 @@ def test_what_a_run_raises(
     monkeypatch.setattr(train_module, "train", fail)
     assert cli.main(["train"]) == status
     assert capsys.readouterr().err == says
+
+
+def test_a_module_of_ours_that_is_missing_is_a_failure_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(config: RunConfig) -> None:
+        raise ModuleNotFoundError("No module named 'simreg.none'", name="simreg.none")
+
+    monkeypatch.setattr(train_module, "train", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["train"])
+
+
+def test_what_the_commands_need_is_what_the_extra_installs() -> None:
+    extra = {
+        re.split("[^a-z-]", line.lower())[0]
+        for line in requires("simreg") or []
+        if "extra == 'train'" in line.replace('"', "'")
+    }
+    modules = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    needed = {modules.get(name, name) for name in cli._NEEDED}
+    assert needed == extra - {"tensorboard"}  # of which the message is one of its own
+
+
+def test_a_reader_that_leaves_is_no_failure() -> None:
+    command = [sys.executable, "-m", "simreg.cli", "plan", "--table"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(100) == 141
 
 
 def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:

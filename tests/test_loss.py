@@ -292,6 +292,10 @@ def test_module_is_the_weighted_function():
     assert silent == 0
     assert not silent.requires_grad
     assert metrics["loss"] > 0
+    for wrong in (-1, float("nan"), "a"):
+        module.weight = wrong
+        with pytest.raises(ValueError, match="weight"):
+            module(hidden, labels)
     numbers = SimRegLoss(np.float32(0.25), temperature=np.float32(0.2), push=np.float32(3.333))
     torch.testing.assert_close(numbers(hidden, labels)[0], SimRegLoss(0.25, 0.2)(hidden, labels)[0])
 

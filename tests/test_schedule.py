@@ -32,6 +32,7 @@ def test_a_run_that_goes_on_stays_at_its_end():
         (("linear",), "schedule: expected one of 'constant', 'warmup', 'decay', 'stop', got 'lin"),
         (("decay", 1.5), "fraction: expected a number from 0 to 1, got 1.5"),
         (("decay", float("nan")), "fraction: expected a number from 0 to 1, got nan"),
+        (("decay", "x"), "fraction: expected a number from 0 to 1, got 'x'"),
     ],
 )
 def test_what_is_refused(wrong, says):

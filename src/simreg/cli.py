@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,6 +27,13 @@ _HELP = {
     "bench": "time the loss and measure its memory, beside its peers",
     "plan": "compute what the loss costs on a model and a cluster",
 }
+
+_NEEDED = (
+    *("accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "psutil", "pyarrow"),
+    *("pydantic", "rich", "safetensors", "scipy", "tokenizers", "transformers", "tyro", "yaml"),
+    "zstandard",
+)
+"""What the commands import of the extra `train`."""
 
 
 def run() -> NoReturn:
@@ -56,6 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"simreg: error: {error}\n")  # at once: other processes write too
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _NEEDED:
+            raise
+        advice = "pip install -e '.[train]' in the checkout"
+        sys.stderr.write(f"simreg: error: {error.name} is not installed: {advice}\n")
+        return 2
+    except BrokenPipeError:  # `| head` has read enough
+        from simreg.recipe.progress import silence
+
+        silence()
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
         print(f"simreg: {error}" if str(error) else "simreg: interrupted", file=sys.stderr)
         return 130

@@ -127,8 +127,7 @@ class SimRegLoss(nn.Module):
         push_above: float = PUSH_ABOVE,
     ) -> None:
         super().__init__()
-        if not (is_number(weight) and 0 <= weight < math.inf):
-            raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
+        check_weight(weight)
         check_options(Form(temperature, variant, push, push_above), chunk_size, backend)
         self.weight = float(weight)
         self.temperature = temperature
@@ -195,6 +194,7 @@ def weigh(
     num_items: Tensor | float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What `SimRegLoss` returns, from the results of `per_token`."""
+    check_weight(weight)  # which trainers set
     total, count = loss.sum(), valid.sum().clamp_min(1)
     weighted = weight * per_item(total, count, num_items)
     positives, negatives = ~pos_cos.isnan(), ~neg_cos.isnan()
@@ -301,6 +301,12 @@ def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
 def is_number(value: object) -> bool:
     """Whether it is a real number, one of NumPy's included."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_weight(weight: float) -> None:
+    """Refuse a λ that is none."""
+    if not (is_number(weight) and 0 <= weight < math.inf):
+        raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
 
 
 def check_ignore_index(ignore_index: int) -> None:

@@ -28,7 +28,9 @@ class Schedule:
         if self.name not in get_args(ScheduleName):
             names = ", ".join(map(repr, get_args(ScheduleName)))
             raise ValueError(f"schedule: expected one of {names}, got {self.name!r}")
-        if self.fraction is not None and not 0 <= self.fraction <= 1:
+        fraction: object = self.fraction
+        good = isinstance(fraction, int | float) and 0 <= fraction <= 1
+        if not (good or fraction is None):
             raise ValueError(f"fraction: expected a number from 0 to 1, got {self.fraction!r}")
 
     @property

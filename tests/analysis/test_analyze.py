@@ -264,7 +264,8 @@ def test_the_command(study, tmp_path, capsys, monkeypatch):
         assert cli.main(["analyze", str(study), "--out", str(out), *common, *wrong]) == 2
         said = capsys.readouterr()
         assert message in said.err.strip().splitlines()[-1]
-        assert "--projection" not in wrong or "for states" not in said.out
+        late = {"--reference", "--least"} & {*wrong}
+        assert late or "for states" not in said.out
     (out / "results.json").write_text('{"study": {}}')
     assert cli.main(["analyze", str(study), "--out", str(out), *common]) == 2
     assert "that `simreg analyze` did not write" in capsys.readouterr().err

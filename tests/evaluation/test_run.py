@@ -153,6 +153,16 @@ def test_runs_of_other_text_are_refused(runs, evaluate, tmp_path):
     assert "were trained on different text" in error
 
 
+def test_runs_of_other_rows_share_their_text(runs, evaluate, tmp_path):
+    run = runs / "plain" / "seed-1"
+    other = change(run, tmp_path, data={"seq_len": 8})
+    result = json.loads((other / "result.json").read_text())
+    result["corpus"]["fingerprint"] = "0" * 32  # as it is of other rows
+    (other / "result.json").write_text(json.dumps(result))
+    status, _, _, error = evaluate(run, other)
+    assert status == 0, error
+
+
 def test_a_later_run_of_other_content_is_refused(runs, evaluate, tmp_path):
     run = runs / "plain" / "seed-1"
     other = change(run, tmp_path)

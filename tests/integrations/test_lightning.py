@@ -266,6 +266,23 @@ def test_an_objective_with_a_state_goes_where_the_module_is() -> None:
     assert {buffer.device.type for buffer in objective.buffers()} == {"meta"}
 
 
+def test_the_module_may_be_given_itself() -> None:
+    module = Module()
+    gradients, _ = fit(
+        SimRegCallback(SimRegLoss(WEIGHT, push=2), module=module.model.model), module
+    )
+    torch.testing.assert_close(gradients, [by_hand()[0]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"labels": "y"}, "labels: the batch has no 'y'"), ({"segments": "y"}, "segments: the batch")],
+)
+def test_a_field_that_the_batch_lacks_is_named(fields: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        fit(SimRegCallback(SimRegLoss(), **fields), Module())
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="automatic optimization"):
         fit(SimRegCallback(SimRegLoss()), Module("manual"))

@@ -251,6 +251,18 @@ for wrong in (llama3_debugmodel_ce_loss, deepseek_v3_debugmodel_mtp):
     except ValueError as error:
         found[wrong.__name__] = str(error)
 
+for wrong in ({"scope": "doc"}, {"weight": -1}, {"schedule": "x"}, {"variant": "y"}, {"push": -1}):
+    try:
+        with_simreg(llama3_debugmodel(), **wrong)
+    except ValueError as error:
+        assert str(error).split(":")[0].removeprefix("loss.") == next(iter(wrong)), error
+    else:
+        raise AssertionError(wrong)
+try:
+    with_simreg(object())
+except ValueError as error:
+    assert "expected a Trainer.Config" in str(error)
+
 tokenizer = ByteTokenizer.Config().build()
 assert tokenizer.decode(tokenizer.encode("é!", add_bos=True, add_eos=True)) == "é!"
 rows = iter(StandardLibrary(tokenizer, 4096, 0, 1, True))

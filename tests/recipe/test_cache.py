@@ -229,7 +229,14 @@ def test_too_little_text(tmp_path, texts):
 def test_too_little_held_out(tmp_path):
     message = message_of(make(tmp_path, validation_fraction=1e-6))
     assert "the validation text holds 0 tokens" in message
-    assert "data.validation_fraction" in message
+    assert "documents fell on the other side, each by chance" in message
+    assert "raise data.validation_fraction" in message
+    assert "data.max_tokens" not in message
+    message = message_of(make(tmp_path, validation_fraction=1e-6, max_tokens=300))
+    assert "raise data.max_tokens" in message
+    message = message_of(make(tmp_path, validation_fraction=0.999999))
+    assert "training tokens" in message
+    assert "lower data.validation_fraction" in message
 
 
 def test_too_little_for_a_batch(config):

@@ -46,6 +46,16 @@ def test_folder_that_cannot_be_made(make: Make, tmp_path: Path) -> None:
         train(make())
 
 
+def test_the_folder_of_a_study_is_none_of_a_run(make: Make) -> None:
+    config = make()
+    out = Path(config.out)
+    out.mkdir(parents=True)
+    (out / "study.yaml").write_text("name: s\n")
+    with pytest.raises(UserError, match="is the folder of a study"):
+        train(config)
+    assert {path.name for path in out.iterdir()} <= {"study.yaml", ".lock"}
+
+
 def test_what_no_run_wrote_is_kept(make: Make) -> None:
     config = make()
     out = Path(config.out)

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from simreg.recipe import checkpoints, loop
-from simreg.recipe.config import RunConfig, with_overrides
+from simreg.recipe.config import RunConfig, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.train import train
 from tests.recipe import tiny
@@ -73,6 +76,14 @@ def interrupt_at(
     step: int, config: RunConfig, folder: Path, signals: Sequence[int] = (signal.SIGINT,)
 ) -> str:
     """Press Ctrl-C within a step, or send other signals; returns what the run says."""
+    with sending(signals, step), pytest.raises(KeyboardInterrupt) as stopped:
+        train(config)
+    return str(stopped.value)
+
+
+@contextmanager
+def sending(signals: Sequence[int], step: int) -> Iterator[None]:
+    """Signals to this process within a step of training."""
     original = loop.RunTrainer.training_step
 
     def press(self: loop.RunTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -83,28 +94,56 @@ def interrupt_at(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.RunTrainer, "training_step", press)
-        with pytest.raises(KeyboardInterrupt) as stopped:
-            train(config)
-    return str(stopped.value)
+        yield
 
 
 # Schedulers and launchers send SIGTERM, often both of them.
 @pytest.mark.parametrize(
     "signals",
-    [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]],
-    ids=["int", "term"],
+    [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM, signal.SIGINT], [signal.SIGHUP]],
+    ids=["int", "term", "hup"],
 )
 def test_interrupt_saves_and_says_how_to_resume(
     tmp_path: Path, text: Path, whole: dict[str, RunConfig], signals: list[int]
 ) -> None:
     config = tiny.config(tmp_path, text)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
     # 9 is a logging step: no line is added by stopping
     said = interrupt_at(9, config, tmp_path, signals)
     assert said.startswith("stopped after step 9 of 20, checkpoint saved; the same command")
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(number) for number in numbers]
     train(config)
     tiny.assert_same_run(config, whole["llama-test"])
+
+
+def test_a_lost_terminal_stops_nothing_under_nohup(tmp_path: Path, text: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with sending([signal.SIGHUP], 9):
+            assert train(tiny.config(tmp_path, text))["steps"] == tiny.STEPS
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_pipe_saves_and_stops(tmp_path: Path, text: Path) -> None:
+    small = {"model": {"preset": "llama-tiny", "hidden_size": 32, "layers": 1}}
+    config = tiny.config(tmp_path, text, small)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "simreg.cli", "train", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        while b"step" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait(100) == 130, said
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
+    assert "checkpoint saved; the same command" in said
+    assert any((tmp_path / "run/checkpoints").iterdir())
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path, text: Path) -> None:

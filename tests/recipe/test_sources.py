@@ -82,6 +82,20 @@ def test_text_without_blank_lines_is_cut_all_the_same(tmp_path, filler):
     assert filler == "no break " or all(piece.endswith("\n") for piece in pieces)
 
 
+@pytest.mark.parametrize("compression", ["", ".xz"])
+def test_a_text_file_that_is_alone_is_many_documents(tmp_path, compression):
+    text = "".join(f"paragraph {i} é " * 20 + "\n\n" for i in range(2000))
+    path = write(tmp_path / f"a.txt{compression}", PACK[compression](text.encode()))
+    (alone,) = resolve(str(path), "text")
+    pieces = list(alone.read())
+    assert "".join(pieces) == text
+    assert 150 < len(pieces) <= 257
+    assert alone.key == LocalFile(path).key
+    short = write(tmp_path / "b.txt", b"a few words\n" * 300)
+    assert len(list(resolve(str(short), "text")[0].read())) == 3
+    assert len(list(interleave(resolve(f"{tmp_path}/*.txt*", "text")))) < 20
+
+
 def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
     bom = b"\xef\xbb\xbf"
     assert list(LocalFile(write(tmp_path / "a.txt", bom + b"hi")).read()) == ["hi"]
@@ -162,7 +176,7 @@ def test_what_names_no_file_is_an_error(tmp_path):
     write(tmp_path / "notes.doc", b"x")
     for spec, message in {
         f"{tmp_path}/*.jsonl": "no file matches",
-        f"{tmp_path}/absent.txt": "there is no file",
+        f"{tmp_path}/absent.txt": "absent.txt': check data.source",
         "owner/name": "hf:owner/name",
         str(tmp_path): "is a folder",
         f"{tmp_path}/notes.*": "cannot tell the format",
@@ -171,8 +185,10 @@ def test_what_names_no_file_is_an_error(tmp_path):
         with pytest.raises(UserError) as caught:
             resolve(spec, "text")
         assert message in str(caught.value)
-    with pytest.raises(UserError, match="names nothing"):
+    with pytest.raises(UserError, match=r"data\.source names nothing"):
         resolve([], "text")
+    with pytest.raises(UserError, match="there is no file 'absent': check --text"):
+        resolve("absent", "text", setting="--text")
 
 
 def test_sources_depend_on_content_not_on_names_or_order(tmp_path):

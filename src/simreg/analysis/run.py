@@ -22,7 +22,7 @@ from simreg.intervals import pairing
 from simreg.recipe import config, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import check_results, storage_errors, warn
+from simreg.recipe.folder import STUDY_FILE, check_results, storage_errors, warn
 from simreg.recipe.progress import read_metrics
 
 
@@ -93,6 +93,7 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
     }
     read = text.read(text.data_of(found, changes), options.tokens, options.split)
     text.check_tokenizers(found, read.corpus)
+    wanted = None if options.labels is None else _ids(options.labels, read.corpus.tokenizer)
     settings = Settings(options.least, options.pairs)
     compared = _compared(found)
     models, tokens, maps = [], {}, {}
@@ -119,7 +120,7 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
         if not shown:
             sample = state.sample  # all models have the same labels and rows
             decile = groups.deciles(state.sample.labels, read.frequency)
-            shown = _labels(options, read.corpus, state.sample.labels, decile)
+            shown = _labels(wanted, read.corpus, state.sample.labels, decile)
         tokens[target.arm, pairing(target.seed)] = values
         if target.arm not in maps:
             place = project.project(state.sample, shown, options.projection)
@@ -197,7 +198,7 @@ def _lines(results: dict[str, Any]) -> str:
 
 
 def _default_out(models: list[str]) -> Path:
-    study = next((Path(m) for m in models if (Path(m) / targets.STUDY_FILE).is_file()), None)
+    study = next((Path(m) for m in models if (Path(m) / STUDY_FILE).is_file()), None)
     return Path("runs", "geometry") if study is None else study / "geometry"
 
 
@@ -208,7 +209,7 @@ def _reference(options: AnalyzeOptions, found: list[Target]) -> str:
             raise UserError(f"--reference {options.reference}: the arms are {', '.join(arms)}")
         return options.reference
     for name in options.models:
-        if (file := Path(name) / targets.STUDY_FILE).is_file():
+        if (file := Path(name) / STUDY_FILE).is_file():
             named = config.read_yaml(file).get("reference")
             if named in arms:
                 return str(named)
@@ -237,20 +238,26 @@ def _identity(target: Target, weights_hash: str) -> dict[str, Any]:
     return {k: getattr(target, k) for k in keys} | {"weights": weights_hash, "fingerprint": own}
 
 
-def _labels(options: AnalyzeOptions, corpus: Any, labels: Any, decile: Any) -> list[int]:
-    if options.labels is None:
-        return project.choose(labels, decile, lambda label: corpus.tokenizer.decode([label]))
-    chosen = []
-    for name in options.labels:
-        ids = corpus.tokenizer(name, add_special_tokens=False)["input_ids"]
+def _ids(names: list[str], tokenizer: Any) -> dict[str, int]:
+    """The one token that each name is."""
+    found = {}
+    for name in names:
+        ids = tokenizer(name, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise UserError(
                 f"--labels {name!r}: it is {len(ids)} tokens of this tokenizer, not one"
             )
-        if not bool((labels == ids[0]).any()):
+        found[name] = int(ids[0])
+    return found
+
+
+def _labels(wanted: dict[str, int] | None, corpus: Any, labels: Any, decile: Any) -> list[int]:
+    if wanted is None:
+        return project.choose(labels, decile, lambda label: corpus.tokenizer.decode([label]))
+    for name, label in wanted.items():
+        if not bool((labels == label).any()):
             raise UserError(f"--labels {name!r}: no token of the sample has this label")
-        chosen.append(int(ids[0]))
-    return chosen
+    return list(wanted.values())
 
 
 def _training(found: list[Target]) -> list[dict[str, Any]]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from simreg.recipe import checkpoints, config, hub
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import RunFolder, warn
+from simreg.recipe.folder import STUDY_FILE, RunFolder, warn
 
-STUDY_FILE = "study.yaml"
 _SEED_FOLDER = re.compile(r"seed-\d+")
 
 

@@ -121,7 +121,7 @@ def require() -> None:
     """UserError unless lm-evaluation-harness is installed."""
     if find_spec("lm_eval") is None:
         raise UserError(
-            "benchmarks need lm-evaluation-harness: pip install 'simreg[eval]' "
+            "benchmarks need lm-evaluation-harness: pip install -e '.[eval]' in the checkout "
             "(--suite offline does without it)"
         )
 
@@ -160,6 +160,7 @@ def _benchmark(manager: Any, name: str, local: Local | None, limit: int | None) 
             else f"{', '.join(local.files(name))} does not fit the harness's"
         )
         advice = "; name a folder of local files with --data-dir" if local is None else ""
+        advice = advice or " (docs/evaluation.md has the fields of each)"
         raise UserError(f"{where} task {name}: {one_line(error)[:300]}{advice}") from None
     tasks = loaded["tasks"]
     for task in tasks.values():

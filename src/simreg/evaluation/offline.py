@@ -131,7 +131,7 @@ def _first(documents: Sequence[str], characters: int) -> list[str]:
 
 
 def _from_text(text: Sequence[str]) -> tuple[list[str], str]:
-    sources = resolve(list(text), "text")
+    sources = resolve(list(text), "text", setting="--text")
     documents = [document for document in interleave(sources) if document.strip()]
     return documents, f"text {_digest(source.key for source in sources)[:12]}"
 
@@ -148,8 +148,9 @@ def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list
     assert first.config is not None
     for other in runs[1:]:
         assert other.config is not None
-        same_tokens = other.config.data.tokenizer == first.config.data.tokenizer
-        changed = same_tokens and other.corpus != first.corpus  # the same files, other content
+        # A fingerprint is of rows of tokens: it tells nothing of a run with other ones.
+        same_rows = _rows(other.config.data) == _rows(first.config.data)
+        changed = same_rows and other.corpus != first.corpus  # the same files, other content
         if changed or _text(other.config.data) != _text(first.config.data):
             raise UserError(
                 f"{first.name} and {other.name} were trained on different text: evaluate them one "
@@ -176,6 +177,11 @@ def _text(config: DataConfig) -> tuple[Any, ...]:
         *(config.source, config.validation, config.validation_fraction),
         *(config.text_field, config.max_tokens),
     )
+
+
+def _rows(config: DataConfig) -> tuple[str, int]:
+    """What rows of tokens depend on besides the text."""
+    return config.tokenizer, config.seq_len
 
 
 def documents(corpus: Corpus) -> Iterator[str]:

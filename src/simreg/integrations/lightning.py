@@ -38,8 +38,8 @@ class SimRegCallback(Callback):
         labels: key of the batch, or a function of the batch: `[B, L]` int64, -100 where ignored.
         segments: the same for the document of each position, `[B, L]`; None: rows are whole.
         shift: False if position t of the labels already holds the token that follows it.
-        module: a function of the LightningModule that gives the submodule whose output enters the
-            LM head; None: the decoder of the first causal LM of transformers in it.
+        module: the submodule whose output enters the LM head, or a function of the LightningModule
+            that gives it; None: the decoder of the first causal LM of transformers in it.
         schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
             start, by default down to 0 over the run ("decay"), whose length `max_steps` or
             `max_epochs` says. With "constant" it is left alone, and so it is where neither says,
@@ -57,7 +57,7 @@ class SimRegCallback(Callback):
         labels: Field = "labels",
         segments: Field | None = None,
         shift: bool = True,
-        module: Callable[[LightningModule], nn.Module] | None = None,
+        module: nn.Module | Callable[[LightningModule], nn.Module] | None = None,
         schedule: Schedule | ScheduleName = SCHEDULE,
     ) -> None:
         self.objective = objective
@@ -101,7 +101,9 @@ class SimRegCallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> Attached:
         if self.module is not None:
-            return attach(pl_module, self.objective, module=self.module(pl_module))
+            given = self.module
+            module = given if isinstance(given, nn.Module) else given(pl_module)
+            return attach(pl_module, self.objective, module=module)
         models = (m for m in pl_module.modules() if callable(getattr(m, "get_decoder", None)))
         return attach(next(models, pl_module), self.objective)
 
@@ -123,8 +125,9 @@ class SimRegCallback(Callback):
         if output is None:  # a batch that is skipped
             return None
         assert self._reg is not None
-        segments = None if self.segments is None else _field(batch, self.segments)
-        added = self._reg(_field(batch, self.labels), segments, shift=self.shift)
+        segments = None if self.segments is None else _field("segments", batch, self.segments)
+        labels = _field("labels", batch, self.labels)
+        added = self._reg(labels, segments, shift=self.shift)
         metrics = {f"simreg/{key}": value for key, value in self._reg.metrics.items()}
         if (found := regularizer(self.objective)) is not None:
             metrics["simreg/weight"] = torch.tensor(found.weight)
@@ -158,6 +161,15 @@ def _done(trainer: Trainer, batch: int) -> float | None:
     return max(parts, default=None)
 
 
-def _field(batch: Any, field: Field) -> Tensor:
-    value: Tensor = batch[field] if isinstance(field, str) else field(batch)
+def _field(name: str, batch: Any, field: Field) -> Tensor:
+    if not isinstance(field, str):
+        return field(batch)
+    try:
+        value: Tensor = batch[field]
+    except (KeyError, TypeError, IndexError):
+        found = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"{name}: the batch has no {field!r} (it is {found}): give a key, or a function of the "
+            "batch"
+        ) from None
     return value

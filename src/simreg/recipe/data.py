@@ -23,7 +23,7 @@ from simreg.recipe.errors import UserError
 from simreg.recipe.sources import Source, interleave, resolve
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
-_LAYOUT = 2  # of the cache; a new number makes old entries invisible
+_LAYOUT = 3  # of the cache; a new number makes old entries invisible
 _BATCH_BYTES = 1 << 20
 
 
@@ -142,7 +142,9 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     source = resolve(config.source, config.text_field)
     validation: list[Source] | None = None
     if config.validation is not None:
-        validation = resolve(config.validation, config.text_field, split="validation")
+        validation = resolve(
+            config.validation, config.text_field, split="validation", setting="data.validation"
+        )
         if {s.key for s in source} & {s.key for s in validation}:
             raise UserError("data.validation and data.source share a file: the loss would be wrong")
     held_out = (
@@ -189,15 +191,26 @@ def _corpus(
         raise UserError(
             f"data.source holds {len(train.tokens)} training tokens, fewer than one row of "
             f"{config.seq_len}: give more text or lower data.seq_len"
+            + _held(config, validation, "lower data.validation_fraction")
         )
     if not len(validation):
         raise UserError(
             f"the validation text holds {len(validation.tokens)} tokens, fewer than one row of "
-            f"{config.seq_len}: give more documents, raise data.validation_fraction, "
-            "lower data.seq_len, or name other text as data.validation"
+            f"{config.seq_len}: give more documents, lower data.seq_len, "
+            + ("" if config.max_tokens is None else "raise data.max_tokens, ")
+            + "or name other text as data.validation"
+            + _held(config, train, "raise data.validation_fraction")
         )
     fingerprint = _digest([facts, identity(tokenizer), config.seq_len])
     return Corpus(tokenizer, train, validation, len(train.tokens), facts["vocab_size"], fingerprint)
+
+
+def _held(config: DataConfig, other: Rows, advice: str) -> str:
+    """What to say of the documents on the `other` side, if chance put them there."""
+    if config.validation is not None or not len(other.ends):
+        return ""
+    side = f"{len(other.ends)} documents fell on the other side, each by chance"
+    return f"; {side}: {advice}"
 
 
 class _Builder:

@@ -16,6 +16,8 @@ from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Locked, UserError
 from simreg.recipe.processes import is_main_process
 
+STUDY_FILE = "study.yaml"  # in the folder of a study, which is none of a run
+
 # A run may continue with these changed: they alter neither its weights nor its evaluations
 # (`accumulate`, as the number of processes: by rounding, by what a router loss balances over, and
 # by what an objective sees that is not `by_rows`).
@@ -119,6 +121,8 @@ class RunFolder:
 
     def _keep_what_is_not_ours(self) -> None:
         """UserError before a run begins where something would be overwritten that no run wrote."""
+        if (self.root / STUDY_FILE).exists():
+            raise UserError(f"{self.root} is the folder of a study: choose another `out`")
         if self._begun():
             return
         advice = "no run of simreg wrote it, and this one would replace it: choose another `out`"

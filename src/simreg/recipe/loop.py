@@ -244,7 +244,8 @@ class RunCallback(TrainerCallback):
 
 @contextmanager
 def interruptible(trainer: RunTrainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM save at the next step boundary and stop; a second Ctrl-C stops at once.
+    """Ctrl-C, SIGTERM and a lost terminal save at the next step boundary and stop; a second Ctrl-C
+    stops at once.
 
     Not a second SIGTERM: schedulers send it to every process, and torchrun passes its own on.
     """
@@ -262,7 +263,10 @@ def interruptible(trainer: RunTrainer) -> Iterator[None]:
         pressed |= number == signal.SIGINT
         trainer.interrupted = True
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        heeded.append(signal.SIGHUP)
+    before = {each: signal.signal(each, handle) for each in heeded}
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,14 @@ _PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "V100": 125e12,
 }
+
+
+def silence() -> None:
+    """Send to nowhere what is still printed, once nobody can read it."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def peak_flops(device: torch.device) -> float | None:

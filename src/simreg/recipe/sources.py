@@ -4,6 +4,7 @@ A source has a `key` (its identity by content), a `weight` (estimated bytes of t
 which streams its documents. `interleave` mixes sources so that every prefix is a fair sample.
 """
 
+import dataclasses
 import glob
 import heapq
 import os
@@ -46,8 +47,13 @@ class Source(Protocol):
         """The documents in order."""
 
 
-def resolve(spec: str | list[str], field: str, *, split: str = "train") -> list[Source]:
-    """The sources that `spec` names, in an order that depends on their content alone."""
+def resolve(
+    spec: str | list[str], field: str, *, split: str = "train", setting: str = "data.source"
+) -> list[Source]:
+    """The sources that `spec` names, in an order that depends on their content alone.
+
+    UserError, which names the `setting` that `spec` comes from, where there is none.
+    """
     sources: dict[str, Source] = {}
     for item in [spec] if isinstance(spec, str) else spec:
         if item == STDLIB:
@@ -55,13 +61,16 @@ def resolve(spec: str | list[str], field: str, *, split: str = "train") -> list[
         elif item.startswith("hf:"):
             found = [HubDataset.parse(item, field, split)]
         else:
-            found = [LocalFile(path, field) for path in _paths(item)]
+            found = [LocalFile(path, field) for path in _paths(item, setting)]
         for source in found:  # a file that two patterns match counts once
             name = str(source.path.resolve()) if isinstance(source, LocalFile) else source.key
             sources.setdefault(name, source)
     if not sources:
-        raise UserError("data.source names nothing: give python-stdlib, files, or hf:owner/name")
-    return sorted(sources.values(), key=lambda source: source.key)
+        raise UserError(f"{setting} names nothing: give python-stdlib, files, or hf:owner/name")
+    [*found] = sources.values()
+    if len(found) == 1 and isinstance(found[0], LocalFile) and not found[0].whole:
+        found = [dataclasses.replace(found[0], alone=True)]
+    return sorted(found, key=lambda source: source.key)
 
 
 def interleave(sources: Sequence[Source]) -> Iterator[str]:
@@ -188,7 +197,7 @@ class HubDataset:
         )
 
 
-def _paths(item: str) -> list[Path]:
+def _paths(item: str, setting: str) -> list[Path]:
     """The files that a path or a pattern names; at least one."""
     path = Path(os.path.expanduser(item))  # unlike Path.expanduser, leaves an unknown user alone
     try:
@@ -203,7 +212,7 @@ def _paths(item: str) -> list[Path]:
     if not files:
         kind = "no file matches" if glob.has_magic(item) else "there is no file"
         hint = f"; a Hugging Face dataset is written hf:{item}" if item.count("/") == 1 else ""
-        raise UserError(f"{kind} {item!r}: check data.source and data.validation{hint}")
+        raise UserError(f"{kind} {item!r}: check {setting}{hint}")
     return files
 
 

@@ -100,7 +100,7 @@ def _run(
     )
     flops = models.flops_per_token(model.config, active, config.data.seq_len)
     probe = None if config.train.analyze_every is None else Probe(corpus.validation)
-    tell = on_step or _print_line(config.steps)
+    tell = on_step or _print_line(config.steps, trainer)
     _add_callbacks(trainer, tell, flops, manifest.get("step", 0), probe)
     if checkpoint is not None:
         say(f"resuming after step {manifest['step']}")
@@ -248,8 +248,15 @@ def _export(
     checkpoints.write_atomically(folder.result, json.dumps(result, indent=2) + "\n")
 
 
-def _print_line(total: int) -> Tell:
-    return lambda record: print(progress.log_line(record, total=total), flush=True)
+def _print_line(total: int, trainer: RunTrainer) -> Tell:
+    def tell(record: dict[str, Any]) -> None:
+        try:
+            print(progress.log_line(record, total=total), flush=True)
+        except OSError:  # the reader of a pipe, or the terminal, is gone
+            progress.silence()
+            trainer.interrupted = True
+
+    return tell
 
 
 def _silent(text: str) -> None:

@@ -23,12 +23,18 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import RunConfig, TrainConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import Diverged, Locked, UserError
-from simreg.recipe.folder import FREE_FIELDS, RunFolder, check_results, storage_errors, warn
+from simreg.recipe.folder import (
+    FREE_FIELDS,
+    STUDY_FILE,
+    RunFolder,
+    check_results,
+    storage_errors,
+    warn,
+)
 from simreg.recipe.progress import duration, log_line
 from simreg.study import plan, records, report, results, sizing, summary, zeroshot
 from simreg.study.plan import Cell, CompareOptions, Study
 
-STUDY_FILE = "study.yaml"
 POLL_SECONDS = 5.0
 """How often to look again at runs that another process is training."""
 SLOW = 1.4

@@ -64,19 +64,10 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         """Share of the steps that `schedule` speaks of; None: all for "decay", else half."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
-        if config.scope not in ("row", "document"):
-            raise ValueError(f"loss.scope: expected 'row' or 'document', got {config.scope!r}")
+        simreg, schedule = checked(config)
         super().__init__(config, compile_config=compile_config)
-        self.simreg = SimRegLoss(
-            config.weight,
-            config.temperature,
-            config.variant,
-            config.chunk_size,
-            push=config.push,
-            push_above=config.push_above,
-        )
-        self.scope = config.scope
-        self.following = Following(self.simreg, Schedule(config.schedule, config.schedule_fraction))
+        self.simreg, self.scope = simreg, config.scope
+        self.following = Following(self.simreg, schedule)
         self.totals = Totals()
         self._dims: ParallelDims | None = None
         self._rows = WeakTensorKeyDictionary()
@@ -130,6 +121,21 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         if positions is None:
             raise ValueError("loss.scope: 'document' needs a dataloader that gives positions")
         return Rows(documents_of(_plain(positions)))
+
+
+def checked(config: ChunkedSimRegLoss.Config) -> tuple[SimRegLoss, Schedule]:
+    """What a config asks for; ValueError for an option of no meaning."""
+    if config.scope not in ("row", "document"):
+        raise ValueError(f"loss.scope: expected 'row' or 'document', got {config.scope!r}")
+    simreg = SimRegLoss(
+        config.weight,
+        config.temperature,
+        config.variant,
+        config.chunk_size,
+        push=config.push,
+        push_above=config.push_above,
+    )
+    return simreg, Schedule(config.schedule, config.schedule_fraction)
 
 
 class Totals:

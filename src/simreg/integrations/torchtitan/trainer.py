@@ -10,7 +10,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, metrics_of
+from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, checked, metrics_of
 from simreg.integrations.torchtitan.rows import Rows, documents_of, places_of, shard
 
 
@@ -117,15 +117,19 @@ def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
     loss was not tried in one.
 
     Raises:
-        ValueError: the loss is not a `ChunkedLossWrapper.Config` (others never see hidden states),
-            or the trainer is a subclass of `Trainer` that is not one of `SimRegTrainer`.
+        ValueError: an option of no meaning, or the loss is not a `ChunkedLossWrapper.Config`
+            (others never see hidden states), or the trainer is a subclass of `Trainer` that is not
+            one of `SimRegTrainer`.
     """
+    if not isinstance(config, Trainer.Config):
+        raise ValueError(f"config: expected a Trainer.Config, got {type(config).__qualname__}")
     chunked = config.loss
     if type(chunked) is not ChunkedLossWrapper.Config:
         raise ValueError(
             f"loss: expected a ChunkedLossWrapper.Config, got {type(chunked).__qualname__}"
         )
     loss = ChunkedSimRegLoss.Config(**_fields(chunked), **options)
+    checked(loss)  # here, and not first on every rank
     if type(config) is Trainer.Config:
         config = SimRegTrainer.Config(**_fields(config))
     if not isinstance(config, SimRegTrainer.Config):
