@@ -19,6 +19,13 @@ LIMIT = 240.0  # seconds
 ROOT = Path(__file__).parents[1]
 
 
+def popen(command: list[str]) -> subprocess.Popen[bytes]:
+    """A command with pipes for its output, buffered as for users."""
+    environment = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment)
+
+
 def spawn(
     worker: Callable[..., None],
     arguments: tuple[Any, ...],

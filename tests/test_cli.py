@@ -15,6 +15,7 @@ from simreg import __version__, cli
 from simreg.recipe import train as train_module
 from simreg.recipe.config import RunConfig, to_yaml
 from simreg.recipe.errors import UserError
+from tests.processes import popen
 
 
 @pytest.fixture
@@ -214,9 +215,10 @@ def test_what_the_commands_need_is_what_the_extra_installs() -> None:
     assert needed == extra - {"tensorboard"}  # of which the message is one of its own
 
 
-def test_a_reader_that_leaves_is_no_failure() -> None:
-    command = [sys.executable, "-m", "simreg.cli", "plan", "--table"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("arguments", ["plan --table", "train --list-models"])
+def test_a_reader_that_leaves_is_no_failure(arguments: str) -> None:
+    command = [sys.executable, "-m", "simreg.cli", *arguments.split()]
+    with popen(command) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.close()

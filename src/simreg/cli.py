@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb, rest = _verb(sys.argv[1:] if arguments is None else list(arguments))
         _VERBS[verb](rest)
+        with contextlib.suppress(AttributeError, ValueError):  # it may be closed
+            sys.stdout.flush()
     except UserError as error:
         sys.stderr.write(f"simreg: error: {error}\n")  # at once: other processes write too
         return 2

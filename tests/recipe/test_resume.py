@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from simreg.recipe import checkpoints, loop
 from simreg.recipe.config import RunConfig, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.train import train
+from tests.processes import popen
 from tests.recipe import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,7 +132,7 @@ def test_a_closed_pipe_saves_and_stops(tmp_path: Path, text: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
     command = [sys.executable, "-m", "simreg.cli", "train", str(file)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with popen(command) as process:
         assert process.stdout
         assert process.stderr
         while b"step" not in process.stdout.readline():
