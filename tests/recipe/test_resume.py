@@ -108,22 +108,29 @@ def test_interrupt_saves_and_says_how_to_resume(
 ) -> None:
     config = tiny.config(tmp_path, text)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    # 9 is a logging step: no line is added by stopping
-    said = interrupt_at(9, config, tmp_path, signals)
+    with hanging_up(signal.SIG_DFL):
+        handlers = [signal.getsignal(number) for number in numbers]
+        # 9 is a logging step: no line is added by stopping
+        said = interrupt_at(9, config, tmp_path, signals)
+        assert handlers == [signal.getsignal(number) for number in numbers]
     assert said.startswith("stopped after step 9 of 20, checkpoint saved; the same command")
-    assert handlers == [signal.getsignal(number) for number in numbers]
     train(config)
     tiny.assert_same_run(config, whole["llama-test"])
 
 
-def test_a_lost_terminal_stops_nothing_under_nohup(tmp_path: Path, text: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@contextmanager
+def hanging_up(handler: signal.Handlers) -> Iterator[None]:
+    """What SIGHUP does before a run; these tests may run under nohup themselves."""
+    before = signal.signal(signal.SIGHUP, handler)
     try:
-        with sending([signal.SIGHUP], 9):
-            assert train(tiny.config(tmp_path, text))["steps"] == tiny.STEPS
+        yield
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_lost_terminal_stops_nothing_under_nohup(tmp_path: Path, text: Path) -> None:
+    with hanging_up(signal.SIG_IGN), sending([signal.SIGHUP], 9):
+        assert train(tiny.config(tmp_path, text))["steps"] == tiny.STEPS
 
 
 def test_a_closed_pipe_saves_and_stops(tmp_path: Path, text: Path) -> None:

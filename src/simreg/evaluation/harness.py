@@ -159,8 +159,11 @@ def _benchmark(manager: Any, name: str, local: Local | None, limit: int | None) 
             if local is None
             else f"{', '.join(local.files(name))} does not fit the harness's"
         )
-        advice = "; name a folder of local files with --data-dir" if local is None else ""
-        advice = advice or " (docs/evaluation.md has the fields of each)"
+        advice = (
+            "; name a folder of local files with --data-dir"
+            if local is None
+            else " (docs/evaluation.md has the fields of each)"
+        )
         raise UserError(f"{where} task {name}: {one_line(error)[:300]}{advice}") from None
     tasks = loaded["tasks"]
     for task in tasks.values():
