@@ -67,10 +67,11 @@ def resolve(
             sources.setdefault(name, source)
     if not sources:
         raise UserError(f"{setting} names nothing: give python-stdlib, files, or hf:owner/name")
-    [*found] = sources.values()
-    if len(found) == 1 and isinstance(found[0], LocalFile) and not found[0].whole:
-        found = [dataclasses.replace(found[0], alone=True)]
-    return sorted(found, key=lambda source: source.key)
+    match list(sources.values()):
+        case [LocalFile(whole=False) as alone]:
+            return [dataclasses.replace(alone, alone=True)]
+        case found:
+            return sorted(found, key=lambda source: source.key)
 
 
 def interleave(sources: Sequence[Source]) -> Iterator[str]:
