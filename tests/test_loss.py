@@ -297,7 +297,9 @@ def test_module_is_the_weighted_function():
         with pytest.raises(ValueError, match="weight"):
             module(hidden, labels)
     numbers = SimRegLoss(np.float32(0.25), temperature=np.float32(0.2), push=np.float32(3.333))
-    torch.testing.assert_close(numbers(hidden, labels)[0], SimRegLoss(0.25, 0.2)(hidden, labels)[0])
+    torch.testing.assert_close(
+        numbers(hidden, labels)[0], SimRegLoss(0.25, temperature=0.2)(hidden, labels)[0]
+    )
 
 
 @each_kernel

@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
+import simreg
 from simreg.recipe.errors import UserError
 
 _TRAIN = """Train a language model, with SimReg or (--simreg.weight 0) without.
@@ -87,25 +88,12 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
     parser = argparse.ArgumentParser(
         "simreg", description="Embedding similarity regularization for language-model pretraining."
     )
-    parser.add_argument("--version", action=_Version)
+    parser.add_argument("--version", action="version", version=f"simreg {simreg.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in _HELP.items():
         verbs.add_parser(name, help=text, add_help=False)
     known = parser.parse_args(arguments[:1])  # the rest belongs to the verb
     return known.verb, arguments[1:]
-
-
-class _Version(argparse.Action):
-    """`--version`, looked up when it is asked for."""
-
-    def __init__(self, option_strings: list[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
-
-    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
-        from importlib.metadata import version
-
-        print(f"simreg {version('simreg')}")
-        parser.exit()
 
 
 def _train(arguments: list[str]) -> None:

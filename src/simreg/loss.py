@@ -118,6 +118,7 @@ class SimRegLoss(nn.Module):
     def __init__(
         self,
         weight: float = WEIGHT,
+        *,
         temperature: float = TEMPERATURE,
         variant: str = "out",
         chunk_size: int | None = None,
@@ -193,7 +194,10 @@ def weigh(
     valid: Tensor,
     num_items: Tensor | float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `SimRegLoss` returns, from the results of `per_token`."""
+    """What `SimRegLoss` returns, from the results of `per_token` (each in the shape of labels).
+
+    ValueError for a `weight` that is no finite number ≥ 0, or a `num_items` that is no divisor.
+    """
     check_weight(weight)  # which trainers set
     total, count = loss.sum(), valid.sum().clamp_min(1)
     weighted = weight * per_item(total, count, num_items)

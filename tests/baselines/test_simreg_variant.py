@@ -45,7 +45,7 @@ def naive(p, states=None, tau=0.1, weights=None, embed=unit):
 @given(p=problems(), variant=st.sampled_from(["out", "in", "decoupled"]), chunk=st.integers(1, 9))
 def test_unchanged_it_is_simreg(p, variant, chunk):
     ours = make(NAME, p, weight=0.7, temperature=0.3, variant=variant, chunk_size=chunk)
-    simreg = SimRegLoss(0.7, 0.3, variant, chunk, push=0)
+    simreg = SimRegLoss(0.7, temperature=0.3, variant=variant, chunk_size=chunk, push=0)
     loss, metrics = call(ours, p, num_items=5.0)
     expected, known = simreg(p["hidden"], p["labels"], p["segments"], num_items=5.0)
     torch.testing.assert_close(loss, expected)

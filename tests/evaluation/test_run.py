@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from simreg import cli
 from simreg.evaluation import offline, subjects
@@ -197,7 +198,7 @@ def test_changed_or_missing_text_is_refused(runs, evaluate, tmp_path):
         (["/absent/folder"], "there is no folder /absent/folder"),
         (["EMPTY"], "is neither a run's folder"),
         (["UNFINISHED"], "has no trained model: finish it"),
-        (["BROKEN"], "cannot load the model in"),
+        (["BROKEN"], "cannot load the tokenizer in"),
         (["RUN", "--limit", "0"], "--limit must be 1 or more"),
         (["RUN", "--text", "absent.txt"], "there is no file 'absent.txt'"),
     ],
@@ -229,6 +230,26 @@ def test_unfinished_runs_below_a_folder_are_left_out(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "a" / "done")
     with pytest.raises(UserError, match=r"no run below .*a has a trained model"):
         subjects.find([str(tmp_path / "a")])
+
+
+def test_a_model_without_its_head_is_refused(model, runs, evaluate, tmp_path):
+    """transformers would draw the missing weights at random."""
+    headless = shutil.copytree(model, tmp_path / "headless")
+    AutoModelForCausalLM.from_pretrained(model).get_decoder().save_pretrained(headless)
+    status, results, _, error = evaluate(headless, "--text", runs / "text.jsonl")
+    assert (status, results) == (2, None)
+    assert "lacks weights: lm_head.weight" in error
+
+
+def test_a_folder_of_the_home_directory(runs, tmp_path, monkeypatch, capsys):
+    """After `--out=` a shell leaves the ~ to us."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = str(runs / "plain" / "seed-1")
+    flags = ["--out=~/results", "--cache-dir=~/cache", "--limit", "3"]
+    assert cli.main(["eval", run, *flags]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "results" / "results.json").is_file()
+    assert (tmp_path / "cache" / "eval").is_dir()
 
 
 def test_results_of_others_are_kept(runs, tmp_path, capsys):

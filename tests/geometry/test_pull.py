@@ -17,7 +17,7 @@ def problem():
 @torch.no_grad()
 def test_it_is_the_ratio_of_the_two_gradients():
     hidden, labels, head, bias = problem()
-    found = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.4, 0.2, push=2))
+    found = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.4, temperature=0.2, push=2))
     with torch.enable_grad():
         h = hidden.double().requires_grad_()
         logits = h @ head.double().T + bias.double()
@@ -25,7 +25,7 @@ def test_it_is_the_ratio_of_the_two_gradients():
         reg = 0.4 * simreg_loss(h, labels, temperature=0.2, push=2, reduction="sum")
         one, other = (torch.autograd.grad(x, h)[0].norm() for x in (reg, ce))
     assert found == pytest.approx(float(one / other), rel=1e-5)
-    twice = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.8, 0.2, push=2))
+    twice = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.8, temperature=0.2, push=2))
     assert twice == pytest.approx(2 * found, rel=1e-5)
 
 

@@ -187,7 +187,7 @@ def _refusals(rank):
         sharded_simreg_loss(hidden, labels, temperature=0.1 + rank, **whole)
     with pytest.raises(ValueError, match=f"{same}.*push"):
         sharded_simreg_loss(hidden, labels, push=1.0 + rank, **whole)
-    for reduction in ("sum", "other"):
+    for reduction in ("sum", "other", "weighted"):
         with pytest.raises(ValueError, match="reduction" if rank else f"{same}|refused on rank 1"):
             sharded_simreg_loss(hidden, labels, reduction=reduction if rank else "mean", **whole)
     with pytest.raises(ValueError, match=f"{same}.*weight"):
@@ -202,8 +202,15 @@ def _refusals(rank):
         sharded_simreg_loss(hidden, labels, **given, **whole)
     with pytest.raises(ValueError, match=r"replicas.*same tokens.*rows of . on rank . and of"):
         sharded_simreg_loss(*shorter, replicas=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"replicas.*same labels"):
-        sharded_simreg_loss(hidden, labels + rank, replicas=dist.group.WORLD)
+    ids, places = labels.clone(), torch.arange(8)
+    ids[:, :4] = rank
+    for other in (
+        {"labels": labels + rank},
+        {"labels": labels, "segments": ids},
+        {"labels": labels, "chunk_size": 4, "positions": places + 4 * rank},
+    ):
+        with pytest.raises(ValueError, match=r"replicas.*same labels, segments and positions"):
+            sharded_simreg_loss(hidden, **other, replicas=dist.group.WORLD)
     with pytest.raises(ValueError, match="they overlap"):
         sharded_simreg_loss(hidden, labels, replicas=dist.group.WORLD, **whole)
     alone = [dist.new_group([r]) for r in (0, 1)]

@@ -150,8 +150,6 @@ def _group(
 def _class_metrics(
     found: Classes, everything: Classes, weight: Tensor, centre: Tensor, pairs: int
 ) -> dict[str, float]:
-    if not len(found):
-        return dict.fromkeys(CLASS_METRICS, math.nan) | {"cdnv_se": math.nan}
     head = weight[found.ids]
     nearest, nearest_centred = (
         float(collapse.nearest_other(found, everything, shift).nanmean())
@@ -177,23 +175,6 @@ def _class_metrics(
         if len(found) > 1
         else math.nan,
     }
-
-
-CLASS_METRICS = (
-    "intra_variance",
-    "variance_share",
-    "inter_max_cos",
-    "inter_max_cos_centred",
-    "nc1",
-    "cdnv",
-    "cdnv_median",
-    "nc2_equinorm",
-    "nc2_cos_mean",
-    "nc2_cos_sd",
-    "nc2_etf_error",
-    "nc3_duality_error",
-    "nc3_alignment",
-)
 
 
 def _quantiles(values: Tensor) -> list[float]:

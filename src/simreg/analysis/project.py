@@ -37,14 +37,19 @@ def check(method: str) -> None:
         raise UserError("--projection umap, but umap is not installed: pip install umap-learn")
 
 
-def project(sample: Sample, chosen: list[int], method: str) -> dict[str, Any]:
+def project(sample: Sample, chosen: list[int], method: str) -> dict[str, Any] | None:
     """`{method, points: {label id: [[x, y], ...]}, explained}` of unit embeddings.
 
     PCA of the chosen tokens, each axis turned so that its largest coordinate is positive;
     `explained` is the share of their variance on the two axes. UMAP (cosine) if it is installed.
+    None where there is nothing to see: fewer than three tokens, or all of them one point.
     """
     places = [(sample.labels == label).nonzero()[:EACH, 0] for label in chosen]
+    if sum(map(len, places)) < 3:
+        return None
     e = unit(sample.hidden[sample.index[torch.cat(places)]].double())
+    if torch.equal(e, e[:1].expand_as(e)):
+        return None
     explained: list[float] | None = None
     if method == "umap":
         import umap

@@ -22,6 +22,7 @@ from simreg.intervals import pairing
 from simreg.recipe import config, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, check_results, storage_errors, warn
 from simreg.recipe.progress import read_metrics
 
@@ -68,7 +69,7 @@ class AnalyzeOptions:
 def main(options: AnalyzeOptions) -> None:
     """Run the command; UserError for what cannot be read or compared."""
     console = Console(highlight=False)
-    out = options.out or _default_out(options.models)
+    out = expanded(options.out or _default_out(options.models))
     check_results(out, "positive_rate", "simreg analyze")
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -122,8 +123,9 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
             decile = groups.deciles(state.sample.labels, read.frequency)
             shown = _labels(wanted, read.corpus, state.sample.labels, decile)
         tokens[target.arm, pairing(target.seed)] = values
-        if target.arm not in maps:
-            place = project.project(state.sample, shown, options.projection)
+        if target.arm not in maps and (
+            place := project.project(state.sample, shown, options.projection)
+        ):
             maps[target.arm] = {"seed": target.seed, **place}
     names = {str(label): read.corpus.tokenizer.decode([label]) for label in shown}
     return {

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from simreg.analysis.targets import Target
 from simreg.geometry.sample import Sample
-from simreg.recipe import assemble, cache
+from simreg.recipe import assemble, cache, hub
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import one_line
-from simreg.recipe.train import quiet
+from simreg.recipe.files import expanded
 
 _LAYOUT = 1  # of the cache; a new number makes old entries invisible
 _TOKENS = 4096  # a forward pass
@@ -44,7 +42,7 @@ def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], N
     Raises:
         UserError: the model cannot be loaded, has other tokens, or its logits are not W·h + b.
     """
-    model = _load(target)
+    model = hub.load(target.path)
     weight, bias = _head(model, target)
     if int(ids.max()) >= len(weight):
         raise UserError(
@@ -55,7 +53,7 @@ def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], N
     key = hashlib.blake2b(
         json.dumps([_LAYOUT, digest, str(model.config), _digest(ids)]).encode(), digest_size=16
     ).hexdigest()
-    folder = Path(os.path.expanduser(cache_dir)) / "hidden" / key
+    folder = expanded(cache_dir) / "hidden" / key
     facts = cache.entry(folder, _Forward(model, target, ids, (weight, bias), tell))
     rows, length = ids.shape
     shape = (rows * (length - 1), facts["width"])
@@ -106,19 +104,6 @@ class _Forward:
                 f"{self.target.path}: its logits are not W·h + b of its last hidden state (scaled "
                 "or capped logits, or a NaN); margins of such models are not supported"
             )
-
-
-def _load(target: Target) -> PreTrainedModel:
-    try:
-        load: Any = AutoModelForCausalLM.from_pretrained
-        with quiet():
-            model, info = load(target.path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the model {target.path}: {one_line(error)}") from None
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"the model {target.path} lacks weights: {', '.join(missing[:3])}")
-    loaded: PreTrainedModel = model
-    return loaded
 
 
 def _head(model: PreTrainedModel, target: Target) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from simreg.recipe import checkpoints, config, hub
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, RunFolder, warn
 
 _SEED_FOLDER = re.compile(r"seed-\d+")
@@ -56,7 +57,7 @@ def _expand(name: str, series: bool) -> list[Target]:
     arm, _, rest = name.rpartition("=")
     if not arm or Path(name).exists():
         arm, rest = "", name
-    path = Path(rest).expanduser()
+    path = expanded(rest)
     if (path / STUDY_FILE).is_file():
         runs = sorted(file.parent for file in path.glob("*/1/seed-*/config.yaml"))
         found = [t for run in runs for t in _of_run(run, arm or run.parents[1].name, series)]

@@ -24,6 +24,7 @@ from simreg.loss import VARIANTS
 from simreg.recipe import provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
 
 WHAT = (
     "forward + backward: medians of interleaved rounds after a warm-up, caches not flushed; "
@@ -73,7 +74,7 @@ class BenchOptions:
 def main(options: BenchOptions) -> None:
     """Run the command; UserError for options that cannot be met."""
     console = Console(highlight=False)
-    out = options.out or _default_out(find_device(options.device))
+    out = expanded(options.out or _default_out(find_device(options.device)))
     check_writable(out)
     write(bench(options, console, command=shlex.join(["simreg", *sys.argv[1:]])), out)
     console.print(f"results {out}\nfigure  {out.with_suffix('.png')}", soft_wrap=True)

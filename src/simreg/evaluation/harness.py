@@ -17,7 +17,7 @@ from simreg.evaluation.local import Local
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import one_line
+from simreg.recipe.files import expanded, one_line
 
 PAPER = (
     *("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande"),
@@ -142,7 +142,7 @@ def load(names: Sequence[str], data_dir: Path | None, limit: int | None) -> list
                 f"lm-evaluation-harness {version('lm-eval')} has no task {', '.join(unknown)}{hint}"
                 " (`lm-eval ls tasks` lists them)"
             )
-        local = None if data_dir is None else Local(data_dir, manager.task_index, limit)
+        local = None if data_dir is None else Local(expanded(data_dir), manager.task_index, limit)
         if local is not None:
             local.require(names)
         return [_benchmark(manager, name, local, limit) for name in names]
@@ -198,6 +198,7 @@ def _silence() -> Iterator[None]:
     """Keep the harness's and datasets' own bars and remarks out of the output."""
     import datasets
 
+    hidden = datasets.are_progress_bars_disabled()
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -207,3 +208,5 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        if not hidden:
+            datasets.enable_progress_bars()

@@ -1,8 +1,6 @@
 """Tasks without a download, from documents that were held out of training."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +8,7 @@ from simreg.evaluation import heldout
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer, encode_pair, prefix_token
 from simreg.evaluation.subjects import Subject
-from simreg.recipe import data
+from simreg.recipe import cache, data
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
@@ -40,7 +38,11 @@ class Cloze:
 
     def key(self) -> dict[str, Any]:
         """The items, documents included: cached outcomes of a version without those don't count."""
-        return {"task": self.name, "version": _VERSION, "items": _digest(map(repr, self.items))}
+        return {
+            "task": self.name,
+            "version": _VERSION,
+            "items": cache.name([repr(item) for item in self.items]),
+        }
 
     def run(self, scorer: Scorer, tokenizer: Any, advance: Callable[[int], None]) -> Outcome:
         """Score a model."""
@@ -77,7 +79,7 @@ class Bits:
 
     def key(self) -> dict[str, Any]:
         """The texts."""
-        return {"task": self.name, "version": _VERSION, "items": _digest(self.texts)}
+        return {"task": self.name, "version": _VERSION, "items": cache.name(self.texts)}
 
     def run(self, scorer: Scorer, tokenizer: Any, advance: Callable[[int], None]) -> Outcome:
         """Score a model."""
@@ -133,7 +135,7 @@ def _first(documents: Sequence[str], characters: int) -> list[str]:
 def _from_text(text: Sequence[str]) -> tuple[list[str], str]:
     sources = resolve(list(text), "text", setting="--text")
     documents = [document for document in interleave(sources) if document.strip()]
-    return documents, f"text {_digest(source.key for source in sources)[:12]}"
+    return documents, f"text {cache.name([source.key for source in sources])[:12]}"
 
 
 def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list[str], str]:
@@ -191,7 +193,3 @@ def documents(corpus: Corpus) -> Iterator[str]:
         ids = corpus.validation.tokens[start : end - 1].tolist()
         yield str(corpus.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         start = end
-
-
-def _digest(parts: Iterable[str]) -> str:
-    return hashlib.blake2b(json.dumps(list(parts)).encode()).hexdigest()[:32]

@@ -16,16 +16,17 @@ from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer
 from simreg.evaluation.subjects import Subject
-from simreg.recipe import assemble, cache, provenance
+from simreg.recipe import assemble, cache, hub, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
 from simreg.recipe.folder import check_results, storage_errors
 
 SUITES = {"paper": harness.PAPER, "small": harness.SMALL, "offline": offline.OFFLINE}
 SCHEMA = 2
 """Of results.json; before 2, `low` and `high` were those of the bootstrap."""
-_LAYOUT = 1  # of cached outcomes; a new number makes old ones invisible
+_LAYOUT = 2  # of cached outcomes; a new number makes old ones invisible
 
 
 class Task(Protocol):
@@ -45,7 +46,7 @@ class Task(Protocol):
 def main(options: EvalOptions) -> None:
     """Run the command; UserError for what cannot be evaluated."""
     console = Console(highlight=False)
-    out = options.out or Path("runs/eval")
+    out = expanded(options.out or "runs/eval")
     prepare(out)
     found = subjects.find(options.models)
     results = evaluate(found, options, console, command=shlex.join(["simreg", *sys.argv[1:]]))
@@ -90,17 +91,16 @@ def evaluate(
         command: that was typed, for the record.
         corpus: the prepared data of the runs, if the caller has it.
     """
-    subjects.quiet()
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be 1 or more (got {options.limit})")
     names = list(dict.fromkeys(options.tasks or SUITES[options.suite]))
     tasks = load(names, found, options, corpus)
     outcomes: summary.Outcomes = {}
     models = [_Model(subject) for subject in found]
-    with _Bar(len(found) * len(tasks)) as bar:
+    with hub.quiet(), _Bar(len(found) * len(tasks)) as bar:
         for model in models:
             for task in tasks:
-                outcome = _cached(model, task, options.cache_dir.expanduser(), bar)
+                outcome = _cached(model, task, expanded(options.cache_dir), bar)
                 outcomes[model.subject.name, task.name] = outcome
                 line = summary.line(model.subject, task.name, outcome)
                 with bar.aside():
@@ -188,7 +188,7 @@ def _cached(model: _Model, task: Task, cache_dir: Path, bar: "_Bar") -> Outcome:
     if facts is None:
         scorer, tokenizer = model.loaded()
         facts = task.run(scorer, tokenizer, bar.advance).to_dict()
-        made = facts
+        made = facts  # what mypy knows not to be None
         cache.entry(folder, lambda _: made, setting="--cache-dir")
     bar.next()
     return Outcome.from_dict(facts)

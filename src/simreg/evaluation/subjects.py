@@ -1,23 +1,20 @@
 """What is evaluated: run folders, folders of runs, Hugging Face models; and of which arm it is."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import assemble, hub, provenance
 from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import one_line
+from simreg.recipe.files import expanded, one_line
 from simreg.recipe.folder import FREE_FIELDS, RunFolder, warn
 
 _SEED_FOLDER = re.compile(r"seed-\d+")
@@ -47,14 +44,13 @@ class Subject:
     def load(self, *, bf16: bool) -> tuple[Scorer, Any]:
         """The model, ready to score, and its tokenizer; UserError if they cannot be loaded."""
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
-            load: Any = AutoModelForCausalLM.from_pretrained
-            model: PreTrainedModel = load(self.model, dtype=torch.float32)
+            with hub.quiet():
+                tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
         except Exception as error:  # many kinds: missing, damaged or unknown files
             raise UserError(
-                f"cannot load the model in {self.model} (it must be a causal language model with "
-                f"its tokenizer): {one_line(error)[:300]}"
+                f"cannot load the tokenizer in {self.model}: {one_line(error)[:300]}"
             ) from None
+        model = hub.load(self.model)
         if prefix_token(tokenizer) is None:
             raise UserError(f"the tokenizer in {self.model} has no bos or eos token: add one to it")
         model.to(assemble.device()).train(False)  # type: ignore[arg-type]
@@ -80,7 +76,7 @@ def find(names: Sequence[str]) -> list[Subject]:
 
 
 def _resolve(name: str) -> Iterator[Subject]:
-    path = Path(os.path.expanduser(name))
+    path = expanded(name)
     if not path.exists():
         yield Subject(name, hub.folder(name, _HUB_FILES), name)
     elif (path / "config.yaml").is_file():
@@ -157,10 +153,3 @@ def _apart_from_seed(config: RunConfig) -> str:
         section, _, key = field.rpartition(".")
         (values[section] if section else values).pop(key)
     return json.dumps(values, sort_keys=True)
-
-
-def quiet() -> None:
-    """Keep transformers' own bars and remarks out of the output."""
-    logs: Any = transformers.utils.logging
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()

@@ -36,8 +36,8 @@ class Classes:
 
     @property
     def intra_variance(self) -> float:
-        """tr Σ_W: the mean over tokens of ‖h − μ_c‖²."""
-        return float(self.within.trace())
+        """tr Σ_W: the mean over tokens of ‖h − μ_c‖²; NaN without tokens."""
+        return float(self.within.trace()) if len(self) else float("nan")
 
     @property
     def variance_share(self) -> float:

@@ -134,8 +134,10 @@ class SimRegTrainer(Trainer):
                     "which ddp_find_unused_parameters=True is not supported with"
                 )
             self.args.ddp_find_unused_parameters = False
-        super().create_accelerator_and_postprocess()
-        self.args.ddp_find_unused_parameters = given
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            self.args.ddp_find_unused_parameters = given
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As `Trainer`; of what the objective owns, matrices alone: no scale or temperature."""

@@ -98,18 +98,24 @@ class ShardedSimRegLoss(SimRegLoss):
     def __init__(
         self,
         weight: float = WEIGHT,
+        *,
         temperature: float = TEMPERATURE,
         variant: str = "out",
         chunk_size: int | None = None,
         ignore_index: int = -100,
-        *,
         push: float = PUSH,
         push_above: float = PUSH_ABOVE,
         group: dist.ProcessGroup | None = None,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            weight, temperature, variant, chunk_size, ignore_index, "auto", push, push_above
+            weight,
+            temperature=temperature,
+            variant=variant,
+            chunk_size=chunk_size,
+            ignore_index=ignore_index,
+            push=push,
+            push_above=push_above,
         )
         self.group, self.replicas = group, replicas
 
@@ -141,8 +147,8 @@ class ShardedSimRegLoss(SimRegLoss):
             self.ignore_index,
             self.group,
             self.replicas,
-            f"weight {self.weight}",
-            num_items,
+            num_items=num_items,
+            weight=self.weight,
         )
         divisor = found.labelled.clamp_min(1) if num_items is None else num_items
         return weigh(self.weight, found.loss, found.pos_cos, found.neg_cos, found.valid, divisor)
@@ -169,19 +175,20 @@ def per_token(
     ignore_index: int,
     group: dist.ProcessGroup | None,
     replicas: dist.ProcessGroup | None,
-    use: str = "none",
+    reduction: str = "none",
     num_items: Tensor | float | None = None,
+    weight: float | None = None,
     whole_rows: bool = True,
 ) -> Found:
     """As `simreg.loss.per_token`, of arguments as `sharded_simreg_loss` takes them.
 
-    `use` says what becomes of the losses: one of REDUCTIONS or other words, the same on all ranks,
-    as is the divisor `num_items` if it is a number (a tensor's value is not read). `whole_rows`:
-    whether ranks may deal out whole rows if there are enough.
+    What becomes of the losses, `reduction`, `num_items` (a tensor's value is not read) and λ
+    (`weight`), is only compared with the other ranks. `whole_rows`: whether ranks may deal out
+    whole rows if there are enough.
     """
     how = placing(hidden, group, replicas)
     local = whole_along_d(hidden, how)
-    settings = form, chunk_size, ignore_index, use, num_items
+    settings = form, chunk_size, ignore_index, reduction, num_items, weight
     own, error, device = Header(), None, _device(local, labels)
     try:
         labels, segments, positions = local_parts(hidden, local, labels, segments, positions, how)
@@ -234,16 +241,16 @@ def _checked(
     labels: Tensor,
     segments: Tensor | None,
     positions: Tensor | None,
-    settings: tuple[Form, int | None, int, str, Tensor | float | None],
+    settings: tuple[Form, int | None, int, str, Tensor | float | None, float | None],
     copied: bool,
 ) -> Header:
     """What the other ranks must know of arguments that make sense here."""
-    form, chunk_size, ignore_index, use, num_items = settings
+    form, chunk_size, ignore_index, reduction, num_items, weight = settings
     check_options(form, chunk_size, "auto")
     check_ignore_index(ignore_index)
     check_items(num_items)
-    if use not in REDUCTIONS and not str(use).startswith("weight"):
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {use!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     check_tensors(hidden, labels, segments)
     check_transforms(hidden)
     _check_positions(positions, labels)
@@ -259,13 +266,14 @@ def _checked(
         "push": (float(form.push), float(form.push_above)),
         "chunk_size": chunk_size,
         "ignore_index": ignore_index,
-        "reduction": use,
+        "reduction": reduction,
         "num_items": _told(num_items),
+        "weight": weight,
     }
     return Header(
         good=True,
         length=labels.shape[-1],
-        tokens=_checksum(labels) if copied else 0,
+        tokens=_checksum(labels, segments, positions) if copied else 0,
         rest=", ".join(f"{name} {value}" for name, value in common.items()),
     )
 
@@ -276,9 +284,13 @@ def _told(num_items: Tensor | float | None) -> str:
     return str(num_items if num_items is None else float(num_items))
 
 
-def _checksum(labels: Tensor) -> int:
-    place = torch.arange(1, labels.numel() + 1, device=labels.device)
-    return int((labels.flatten() * place).sum())
+def _checksum(*tensors: Tensor | None) -> int:
+    total = 0
+    for number, tensor in enumerate(tensors):
+        if tensor is not None:
+            place = torch.arange(1, tensor.numel() + 1, device=tensor.device)
+            total += (number + 1) * int((tensor.flatten() * place).sum())
+    return total
 
 
 def _check_positions(positions: Tensor | None, labels: Tensor) -> None:

@@ -53,7 +53,7 @@ class Header(NamedTuple):
 
     good: bool = False  # whether the arguments made sense here
     length: int = 0  # l, the tokens of a row on this rank
-    tokens: int = 0  # a sum over the labels: ranks that should hold the same have the same
+    tokens: int = 0  # a sum over labels, segments, positions: copies have the same
     rest: str = ""  # what must be the same on all ranks, in words with commas between
 
     def pack(self) -> list[int]:
@@ -120,5 +120,8 @@ def _compare(own: Header, headers: list[Header], me: int, alike: bool) -> str | 
                 f"rank {me} and of {other.length} on rank {rank}"
             )
         if alike and own.tokens != other.tokens:
-            return f"replicas: expected the same labels on all ranks, rank {rank} has others"
+            return (
+                "replicas: expected the same labels, segments and positions on all ranks, rank "
+                f"{rank} has others"
+            )
     return None

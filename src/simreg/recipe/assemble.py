@@ -102,7 +102,7 @@ def precision(config: RunConfig) -> str:
     return "bf16" if use_bf16(config.train.precision) else "fp32"
 
 
-def compiles(config: RunConfig) -> bool:
+def prepare_compile(config: RunConfig) -> bool:
     """Whether to compile the model; graphs then ask whether it has the hooks they were made with.
 
     By default they serve every model of its class, so that an arm that follows the baseline in a
@@ -150,7 +150,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         seed=train.seed,
         use_cpu=on_cpu,
         bf16=use_bf16(train.precision),
-        torch_compile=compiles(config),
+        torch_compile=prepare_compile(config),
         **_activation_checkpointing(train.gradient_checkpointing),
         train_sampling_strategy="sequential",  # the data set comes in its order
         remove_unused_columns=False,

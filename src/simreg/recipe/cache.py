@@ -5,13 +5,12 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from simreg.recipe.checkpoints import new_folder
 from simreg.recipe.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -28,18 +27,21 @@ def entry(
     is no whole entry, in one process at a time, in a temporary folder that is renamed at the end.
     Raises UserError if the cache cannot be written; it names `setting`, which says where it is.
     """
-    facts = _verified(folder)
+    facts = stored(folder)
     if facts is not None:
         return facts
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
-            facts = _verified(folder)  # another process may have made it meanwhile
+            facts = stored(folder)  # another process may have made it meanwhile
             if facts is None:
                 if folder.exists():
                     _log.warning("the cache entry %s is damaged: making it again", folder)
-                    shutil.rmtree(folder)
-                facts = _make(folder, build)
+                with new_folder(folder) as partial:
+                    facts = build(partial)
+                    files = {path.name: _measure(path) for path in sorted(partial.iterdir())}
+                    manifest = json.dumps({"files": files, "facts": facts})
+                    (partial / _MANIFEST).write_text(manifest)
             return facts
     except OSError as error:  # what the sources raise is a UserError already
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,29 +58,6 @@ def name(key: Any) -> str:
 
 def stored(folder: Path) -> dict[str, Any] | None:
     """The facts of the entry `folder` if it is there and whole."""
-    return _verified(folder)
-
-
-def _make(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    try:
-        partial.mkdir()
-        facts = build(partial)
-        files = {path.name: _measure(path) for path in sorted(partial.iterdir())}
-        (partial / _MANIFEST).write_text(json.dumps({"files": files, "facts": facts}))
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return facts
-
-
-def _verified(folder: Path) -> dict[str, Any] | None:
-    """The facts of a whole entry, or None."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if all(_measure(folder / name) == value for name, value in manifest["files"].items()):
@@ -103,12 +82,3 @@ def _locked(path: Path) -> Iterator[None]:
             _log.warning("waiting for another process that is writing %s", path.with_suffix(""))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    """Push a file or folder to the disk, so that the rename never precedes the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

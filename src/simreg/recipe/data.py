@@ -2,8 +2,6 @@
 
 import functools
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from simreg.recipe import cache
 from simreg.recipe.config import DataConfig
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
 from simreg.recipe.sources import Source, interleave, resolve
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
@@ -138,7 +137,7 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     of a document fall on the same side. If `config.validation` names other text instead, training
     documents that stand in it too are left out.
     """
-    cache_dir = Path(os.path.expanduser(config.cache_dir))
+    cache_dir = expanded(config.cache_dir)
     source = resolve(config.source, config.text_field)
     validation: list[Source] | None = None
     if config.validation is not None:
@@ -167,9 +166,9 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     with _Progress(progress) as bar:
         bar.say("tokenizer")
         tokenizer = load_tokenizer(
-            config.tokenizer, training_texts, key=_digest(text_key), cache_dir=cache_dir
+            config.tokenizer, training_texts, key=cache.name(text_key), cache_dir=cache_dir
         )
-        key = _digest(
+        key = cache.name(
             text_key
             | {
                 "tokenizer": identity(tokenizer),
@@ -201,7 +200,7 @@ def _corpus(
             + "or name other text as data.validation"
             + _held(config, train, "raise data.validation_fraction")
         )
-    fingerprint = _digest([facts, identity(tokenizer), config.seq_len])
+    fingerprint = cache.name([facts, identity(tokenizer), config.seq_len])
     return Corpus(tokenizer, train, validation, len(train.tokens), facts["vocab_size"], fingerprint)
 
 
@@ -340,7 +339,3 @@ def _copies(validation: list[Source]) -> Callable[[str], bool]:
 
     known = functools.cache(lambda: frozenset(map(content, interleave(validation))))
     return lambda text: content(text) in known()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import shutil
 import tempfile
 import zlib
@@ -235,6 +236,11 @@ def text_of(record: Any, field: str, where: str) -> str:
             "which is not valid text"
         ) from None
     return text
+
+
+def expanded(path: str | Path) -> Path:
+    """With a user's folder for `~`; unlike Path.expanduser it leaves an unknown user alone."""
+    return Path(os.path.expanduser(path))
 
 
 def one_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from simreg.recipe import checkpoints
 from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Locked, UserError
+from simreg.recipe.files import expanded
 from simreg.recipe.processes import is_main_process
 
 STUDY_FILE = "study.yaml"  # in the folder of a study, which is none of a run
@@ -47,7 +47,7 @@ class RunFolder:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(os.path.expanduser(root))
+        self.root = expanded(root)
         self.config = self.root / "config.yaml"
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"

@@ -1,6 +1,13 @@
-"""Models of the Hugging Face Hub."""
+"""Models in Hugging Face format: from the Hub, from a folder."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import one_line
@@ -19,3 +26,39 @@ def folder(name: str, patterns: list[str]) -> Path:
             f"there is no folder {name}, and no such model could be had from the Hugging Face Hub: "
             f"{one_line(error)[:200]}"
         ) from None
+
+
+def load(model: str | Path) -> PreTrainedModel:
+    """A causal language model of a folder or of the Hub, in float32.
+
+    UserError if it can't be loaded, or has not all of its weights: transformers would draw the
+    missing ones at random.
+    """
+    auto: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        with quiet():
+            loaded, info = auto(model, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # many kinds: missing, damaged or unknown files
+        raise UserError(
+            f"cannot load the model {model} (it must be a causal language model): "
+            f"{one_line(error)[:300]}"
+        ) from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"the model {model} lacks weights: {', '.join(missing[:3])}")
+    found: PreTrainedModel = loaded
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and remarks out of the output."""
+    logs: Any = transformers.utils.logging
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()

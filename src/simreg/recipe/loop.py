@@ -117,10 +117,13 @@ class RunTrainer(SimRegTrainer):
         checkpoints.prune(self.folder.checkpoints, step, self.config.train.keep_checkpoints)
 
     def _save_into(self, folder: Path, model: nn.Module, trial: Any) -> None:
-        self.args.output_dir = str(folder)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        given, self.args.output_dir = self.args.output_dir, str(folder)
+        try:
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+        finally:
+            self.args.output_dir = given
 
     def diverged(self, problem: str) -> NoReturn:
         """Stop the run, naming what to do and the checkpoint that is left."""

@@ -1,6 +1,7 @@
 """Where a recorded number comes from: versions, commit and machine."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -30,13 +31,18 @@ def versions() -> dict[str, str | None]:
 
 def fingerprint(model: Path) -> str:
     """Hash of a model's folder: weights, configuration and tokenizer."""
+    files = (f for f in sorted(model.iterdir()) if f.is_file() and f.suffix in _MODEL_FILES)
+    return _hash(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@functools.cache  # a command asks several times, for gigabytes
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.blake2b()
-    for path in sorted(model.iterdir()):
-        if path.is_file() and path.suffix in _MODEL_FILES:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+    for path, size, _ in files:
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:32]
 
 

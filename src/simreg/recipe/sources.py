@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import LocalFile, one_line, text_of
+from simreg.recipe.files import LocalFile, expanded, one_line, text_of
 
 STDLIB = "python-stdlib"
 _NOT_STDLIB = {
@@ -200,7 +200,7 @@ class HubDataset:
 
 def _paths(item: str, setting: str) -> list[Path]:
     """The files that a path or a pattern names; at least one."""
-    path = Path(os.path.expanduser(item))  # unlike Path.expanduser, leaves an unknown user alone
+    path = expanded(item)
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder: name its files, for example '{path}/*.jsonl'")

@@ -38,7 +38,7 @@ class Stepper:
         if isinstance(objective, nn.Module):
             objective.to(self.device)
         self.reg = None if objective is None else attach(self.model, objective)
-        self.forward = torch.compile(self.model) if assemble.compiles(config) else self.model
+        self.forward = torch.compile(self.model) if assemble.prepare_compile(config) else self.model
         owned = [*objective.parameters()] if isinstance(objective, nn.Module) else []
         self.parameters = [*self.model.parameters(), *owned]
         self.optimizer: torch.optim.Optimizer

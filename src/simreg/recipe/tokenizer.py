@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from simreg.recipe import cache
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import one_line
+from simreg.recipe.files import expanded, one_line
 
 EOS = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000
@@ -125,7 +124,7 @@ def _parse_size(spec: str) -> int:
 
 
 def _load(spec: str) -> PreTrainedTokenizerBase:
-    path = Path(os.path.expanduser(spec))
+    path = expanded(spec)
     if spec.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"data.tokenizer: there is no folder {path}")
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -21,6 +20,7 @@ from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, Rows, ordered, prepare
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder, storage_errors, warn
+from simreg.recipe.hub import quiet
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
 from simreg.recipe.processes import from_main, is_main_process, lost_contact
@@ -272,18 +272,3 @@ def _out_of_memory() -> Iterator[None]:
             "the device is out of memory: raise train.accumulate, turn on "
             f"train.gradient_checkpointing or choose a smaller model ({str(error).splitlines()[0]})"
         ) from None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars and remarks out of the output."""
-    logs: Any = transformers.utils.logging
-    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(level)
-        if bars:
-            logs.enable_progress_bar()

@@ -15,6 +15,7 @@ from simreg.evaluation.subjects import Subject
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
 from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
@@ -33,7 +34,7 @@ def main(options: EvalOptions) -> None:
     """`simreg eval`: of a study's folder its runs at N, for its report; else of any models."""
     if not options.models:
         raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
-    folder = Path(options.models[0]).expanduser()
+    folder = expanded(options.models[0])
     if len(options.models) > 1 or not (folder / "study.yaml").is_file():
         run.main(options)
         return
@@ -43,7 +44,7 @@ def main(options: EvalOptions) -> None:
     if not found:
         raise UserError(f"the study in {folder} has no trained models at its full budget")
     command = shlex.join(["simreg", *sys.argv[1:]])
-    out = options.out or folder / FOLDER / run.suite_of(options)
+    out = expanded(options.out or folder / FOLDER / run.suite_of(options))
     run.prepare(out)
     results = run.evaluate(found, options, console, command=command)
     run.write(results, out, console)

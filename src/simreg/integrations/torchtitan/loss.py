@@ -129,9 +129,9 @@ def checked(config: ChunkedSimRegLoss.Config) -> tuple[SimRegLoss, Schedule]:
         raise ValueError(f"loss.scope: expected 'row' or 'document', got {config.scope!r}")
     simreg = SimRegLoss(
         config.weight,
-        config.temperature,
-        config.variant,
-        config.chunk_size,
+        temperature=config.temperature,
+        variant=config.variant,
+        chunk_size=config.chunk_size,
         push=config.push,
         push_above=config.push_above,
     )
@@ -170,6 +170,7 @@ def metrics_of(sums: list[float]) -> dict[str, float]:
         "loss": loss / max(valid, 1),
         "pos_fraction": positives / max(valid, 1),
         "pos_cos": pos_cos / max(positives, 1),
+        "neg_fraction": negatives / max(valid, 1),
         "neg_cos": neg_cos / max(negatives, 1),
     }
 
