@@ -2,7 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,12 @@ PRINT = Theme(
     series=("#5b6470", "#0b6bcb", "#c2410c", "#0f8a5f", "#8b3fc7", "#a16207"),
     background="#ffffff",
 )
+
+
+def save(figure: "Figure", folder: Path, name: str) -> None:
+    """NAME.png and NAME.svg in `folder`, the same bytes whenever the figure is the same."""
+    from matplotlib import rc_context
+
+    figure.savefig(folder / f"{name}.png", dpi=160)
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

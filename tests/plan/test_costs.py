@@ -42,6 +42,7 @@ def test_one_long_row_has_no_symmetry_in_backward() -> None:
 def test_symmetry_in_backward_is_where_triton_has_it(
     rows: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert (costs.SCRATCH, costs.SYMMETRIC_TOKEN) == (triton.SCRATCH, triton.TOKEN)
     seen = []
     over_pairs = triton.Problem.over_pairs
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from matplotlib import rc_context
 from rich.console import Console
 
+from simreg import theme
 from simreg.analysis import compare, figures, project, states, summary, targets, text
 from simreg.analysis.measure import HISTOGRAMS, Settings, Tokens, group_masks, measure
 from simreg.analysis.targets import Target
@@ -21,6 +21,7 @@ from simreg.geometry.sample import Sample
 from simreg.intervals import pairing
 from simreg.recipe import config, provenance
 from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe.config import default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, check_results, storage_errors, warn
@@ -62,7 +63,7 @@ class AnalyzeOptions:
     """How the map is made; umap needs umap-learn."""
     cache_dir: str = "~/.cache/simreg"
     """Where hidden states are kept (4·d bytes a token and model)."""
-    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: see below)")] = None
+    out: Annotated[Path | None, default_of("see below")] = None
     """Folder for the results; default: `geometry` in the study's folder, else runs/geometry."""
 
 
@@ -181,9 +182,7 @@ def write(results: dict[str, Any], out: Path) -> None:
     for picture in figures.PICTURES:
         if (figure := picture.draw(results)) is None:
             continue
-        figure.savefig(out / f"{picture.name}.png", dpi=160)
-        with rc_context({"svg.hashsalt": picture.name}):
-            figure.savefig(out / f"{picture.name}.svg", metadata={"Date": None})
+        theme.save(figure, out, picture.name)
         described.append(f"{picture.name}: {picture.title}. {picture.describe(results)}\n")
     write_atomically(out / "pictures.txt", "\n".join(described))
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
-from matplotlib import rc_context
 from rich.console import Console
 
+from simreg import theme
 from simreg.bench import measure, plots, problem
 from simreg.bench.contenders import BARE, Contender, contenders
 from simreg.bench.problem import Shape
@@ -23,6 +22,7 @@ from simreg.bench.table import table
 from simreg.loss import VARIANTS
 from simreg.recipe import provenance
 from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe.config import default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 
@@ -30,10 +30,6 @@ WHAT = (
     "forward + backward: medians of interleaved rounds after a warm-up, caches not flushed; "
     "peak memory beyond the inputs, the gradient included"
 )
-
-
-def _default(text: str) -> Any:
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
 
 
 @dataclass
@@ -45,11 +41,11 @@ class BenchOptions:
     products that the loss consists of. Prints a table for each shape; writes JSON and a figure.
     """
 
-    shapes: Annotated[list[str], _default("what suits the machine")] = field(default_factory=list)
+    shapes: Annotated[list[str], default_of("what suits the machine")] = field(default_factory=list)
     """LENGTHxDIM or BATCHxLENGTHxDIM, such as `--shapes 1024x512 4096x512`."""
-    tokens: Annotated[int | None, _default("4096; on CUDA 65536")] = None
+    tokens: Annotated[int | None, default_of("4096; on CUDA 65536")] = None
     """Tokens of a batch, for shapes that do not say how many rows."""
-    dtypes: Annotated[list[str], _default("float32; on CUDA bfloat16")] = field(
+    dtypes: Annotated[list[str], default_of("float32; on CUDA bfloat16")] = field(
         default_factory=list
     )
     """Of the embeddings: float32, bfloat16, float16, float64."""
@@ -57,7 +53,7 @@ class BenchOptions:
     """Compare tokens within chunks of so many only; 0: the whole row."""
     variants: list[str] = field(default_factory=lambda: ["out"])
     """Of the loss: out, in, decoupled. Peers know only `out`."""
-    contenders: Annotated[list[str], _default("all")] = field(default_factory=list)
+    contenders: Annotated[list[str], default_of("all")] = field(default_factory=list)
     """Only these, beside the bare products: names as in the table."""
     device: str = "auto"
     """cpu, cuda or mps; auto: an accelerator if there is one."""
@@ -67,7 +63,7 @@ class BenchOptions:
     """No new round for a shape after so long."""
     memory: bool = True
     """Measure memory too (on the CPU each figure takes a process of its own)."""
-    out: Annotated[Path | None, _default("benchmarks/results/bench-DEVICE.json")] = None
+    out: Annotated[Path | None, default_of("benchmarks/results/bench-DEVICE.json")] = None
     """The JSON file; the figure goes beside it as .png and .svg."""
 
 
@@ -164,9 +160,7 @@ def write(results: dict[str, Any], out: Path) -> None:
     """The JSON file and, beside it, the figure."""
     write_atomically(out, json.dumps(results, indent=1) + "\n")
     if (figure := plots.figure(results["records"])) is not None:
-        figure.savefig(out.with_suffix(".png"), dpi=160)
-        with rc_context({"svg.hashsalt": "bench"}):
-            figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
+        theme.save(figure, out.parent, out.stem)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

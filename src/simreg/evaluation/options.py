@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-
-def _default(text: str) -> Any:
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+from simreg.recipe.config import default_of
 
 
 @dataclass
@@ -34,7 +32,7 @@ class EvalOptions:
     """Held-out text for the offline tasks: files, in place of the runs' own validation split."""
     limit: int | None = None
     """Items a task at most (of a group such as BLiMP: for each of its tasks)."""
-    out: Annotated[Path | None, _default("runs/eval, or the study's folder")] = None
+    out: Annotated[Path | None, default_of("runs/eval, or the study's folder")] = None
     """Folder for results.json."""
     cache_dir: Path = Path("~/.cache/simreg")
     """Where results of a model on a task are kept."""

@@ -87,6 +87,11 @@ Options = Annotated[
 ]
 
 
+def default_of(text: str) -> Any:
+    """What a flag's help says of its default, where that is not the field's None or []."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
 def _checked(section: type[T]) -> type[T]:
     """Let construction, by hand or by tyro, report a wrong value as UserError."""
     validate = section.__init__

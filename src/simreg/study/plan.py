@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from simreg.recipe import config as recipe
 from simreg.recipe.checkpoints import write_atomically
-from simreg.recipe.config import Positive, RunConfig, Whole
+from simreg.recipe.config import Positive, RunConfig, Whole, default_of
 from simreg.recipe.errors import UserError
 from simreg.study import checks
 
@@ -200,11 +200,6 @@ def load(path: str | Path) -> Study:
     raise UserError(f"{path} is damaged ({error}): restore it, or delete it") from None
 
 
-def _default(text: str) -> Any:
-    """What the help says of a flag that, left out, leaves the matter to the study file."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
-
-
 @dataclass
 class CompareOptions:
     """Train with and without SimReg, and say how many tokens and how much time it saves.
@@ -213,27 +208,27 @@ class CompareOptions:
     that all of it takes about five minutes. The same command again continues where it stopped.
     """
 
-    study: tyro.conf.Positional[Annotated[str | None, _default("none: the demo")]] = None
+    study: tyro.conf.Positional[Annotated[str | None, default_of("none: the demo")]] = None
     """A study file (YAML); flags override what it says."""
-    out: Annotated[str | None, _default("runs/NAME")] = None
+    out: Annotated[str | None, default_of("runs/NAME")] = None
     """Folder of the study."""
-    scale: Annotated[str | None, _default("as the file begins")] = None
+    scale: Annotated[str | None, default_of("as the file begins")] = None
     """Take the study at another size, one of those under `scales` in its file."""
     stop_after: float | None = None
     """Minutes after which to save and stop; the same command continues."""
-    seeds: Annotated[list[int] | None, _default("0")] = None
+    seeds: Annotated[list[int] | None, default_of("0")] = None
     """Seeds, such as `--seeds 0 1 2 3 4`."""
-    budgets: Annotated[list[float] | None, _default("0.6 0.8 1.0")] = None
+    budgets: Annotated[list[float] | None, default_of("0.6 0.8 1.0")] = None
     """Token budgets of the arms, as fractions of the reference's."""
-    tokens: Annotated[Whole | None, _default("sized by --minutes")] = None
+    tokens: Annotated[Whole | None, default_of("sized by --minutes")] = None
     """Tokens of the full budget."""
-    minutes: Annotated[float | None, _default("5")] = None
+    minutes: Annotated[float | None, default_of("5")] = None
     """Size the full budget so that the whole study takes about this long."""
     arm: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Add an arm, `NAME:section.key=value,...`, e.g. `--arm strong:simreg.weight=1`."""
-    model: Annotated[str | None, _default("llama-tiny")] = None
+    model: Annotated[str | None, default_of("llama-tiny")] = None
     """Model preset."""
-    data: Annotated[list[str] | None, _default("python-stdlib")] = None
+    data: Annotated[list[str] | None, default_of("python-stdlib")] = None
     """Where the text comes from: files, globs, `python-stdlib` or `hf:owner/name`."""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Change what all arms share, e.g. `--set optim.lr=1e-3`."""

@@ -12,6 +12,7 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from simreg import theme
 from simreg.analysis import figures
 from simreg.analysis import summary as geometry_summary
 from simreg.evaluation import summary as scores
@@ -40,9 +41,7 @@ def write(out: Path, runs: list[Run], results: dict[str, Any]) -> None:
     picture = Picture(runs, results)
     for name, draw in _FILES:
         if (figure := draw(picture)) is not None:
-            figure.savefig(out / f"{name}.png", dpi=160)
-            with rc_context({"svg.hashsalt": name}):
-                figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+            theme.save(figure, out, name)
 
 
 def html(runs: list[Run], results: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:
