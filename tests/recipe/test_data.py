@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simreg.recipe import data
-from simreg.recipe.data import Rows, ordered
+from simreg.recipe.data import Ordered, Rows
 from tests.recipe.corpora import (
     DOCUMENTS,
     bytes_tokenizer,
@@ -166,9 +166,9 @@ def test_python_stdlib(tmp_path):
 @settings(max_examples=50)
 def test_order(size, seed, count, more):
     rows = list(range(size))
-    order = ordered(rows, seed, count)
+    order = Ordered(rows, seed, count)
     got = [order[i] for i in range(len(order))]
-    longer = ordered(rows, seed, count + more)
+    longer = Ordered(rows, seed, count + more)
     assert [longer[i] for i in range(count)] == got
     for epoch in range(0, count - count % size, size):
         assert sorted(got[epoch : epoch + size]) == rows
@@ -181,19 +181,19 @@ def test_order(size, seed, count, more):
 
 def test_order_depends_on_seed_and_epoch():
     rows = list(range(50))
-    order = list(map(ordered(rows, 7, 100).index, range(100)))
+    order = list(map(Ordered(rows, 7, 100).index, range(100)))
     assert order[:50] != order[50:]
-    assert order[:50] != list(map(ordered(rows, 8, 50).index, range(50)))
+    assert order[:50] != list(map(Ordered(rows, 8, 50).index, range(50)))
     assert order[:50] != rows
 
 
 def test_order_is_the_same_everywhere():
     """Literal values: whatever version of numpy runs this."""
-    order = ordered(range(8), 3, 12)
+    order = Ordered(range(8), 3, 12)
     assert list(map(order.index, range(12))) == [0, 4, 7, 1, 5, 6, 3, 2, 0, 6, 2, 1]
 
 
 def test_ordered_rows_are_rows(config):
     rows = prepared(config).train
-    order = ordered(rows, 0, 5)
+    order = Ordered(rows, 0, 5)
     assert order[2]["input_ids"].equal(rows[order.index(2)]["input_ids"])

@@ -20,7 +20,8 @@ class Outcome:
     """`acc` for an accuracy, `bits_per_byte`, or the harness's name of another."""
     values: list[float]
     normalised: list[float] | None = None
-    """The same with log-likelihoods divided by length (the harness's `acc_norm`)."""
+    """The same by another score: log-likelihoods over length (the harness's `acc_norm`); those of
+    `heldout-cloze` less those without the context."""
     weights: list[float] | None = None
     """None: all 1."""
     clusters: list[int] | None = None

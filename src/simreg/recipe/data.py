@@ -68,7 +68,10 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 class Ordered(Dataset[dict[str, Tensor]]):
-    """Exactly `count` rows: all rows in the random order of epoch 0, then of epoch 1, and so on."""
+    """Exactly `count` rows: all rows in the random order of epoch 0, then of epoch 1, and so on.
+
+    The order follows from `seed`: a longer run begins with the rows of a shorter one.
+    """
 
     def __init__(self, rows: Rows, seed: int, count: int) -> None:
         self.rows = rows
@@ -99,11 +102,6 @@ class Ordered(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         return self.rows[self.index(position)]
-
-
-def ordered(rows: Rows, seed: int, count: int) -> Ordered:
-    """`count` rows in the order of `seed`: a longer run begins with the rows of a shorter one."""
-    return Ordered(rows, seed, count)
 
 
 @dataclass(frozen=True)

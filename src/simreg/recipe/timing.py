@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from simreg.capture import attach
 from simreg.recipe import assemble
 from simreg.recipe.config import RunConfig
-from simreg.recipe.data import Corpus, ordered
+from simreg.recipe.data import Corpus, Ordered
 from simreg.recipe.muon import MuonAdamW
 
 T = TypeVar("T")
@@ -24,7 +24,10 @@ LEAST_PAIRS = 8
 
 
 class Stepper:
-    """The model, data and optimizer of a config, without anything around the steps."""
+    """The model, data and optimizer of a config, without anything around the steps.
+
+    Of AdamW only the learning rate is the config's: no other setting changes what a step costs.
+    """
 
     def __init__(self, config: RunConfig, corpus: Corpus, steps: int) -> None:
         """Ready for up to `steps` steps."""
@@ -46,7 +49,7 @@ class Stepper:
             self.optimizer = MuonAdamW(self.model, config.optim, owned)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=config.optim.lr, fused=True)
-        rows = ordered(corpus.train, config.train.seed, steps * config.train.batch_rows)
+        rows = Ordered(corpus.train, config.train.seed, steps * config.train.batch_rows)
         collate = assemble.collator(config)
         self._batches = iter(DataLoader(rows, assemble.micro_batch(config), collate_fn=collate))
 

@@ -17,7 +17,7 @@ from simreg.integrations.transformers import published
 from simreg.objectives import Objective, by_rows
 from simreg.recipe import assemble, checkpoints, models, progress, provenance
 from simreg.recipe.config import RunConfig
-from simreg.recipe.data import Corpus, Rows, ordered, prepare
+from simreg.recipe.data import Corpus, Ordered, Rows, prepare
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.recipe.hub import quiet
@@ -82,7 +82,7 @@ def _run(
         )
     model = assemble.model(config, corpus)
     total, active = models.count_parameters(model.config)
-    rows = ordered(corpus.train, config.train.seed, config.steps * config.train.batch_rows)
+    rows = Ordered(corpus.train, config.train.seed, config.steps * config.train.batch_rows)
     say(_headline(config, corpus, total, active))
     objective = assemble.objective(config, model.config)
     clock = progress.Clock(manifest.get("seconds", 0.0))
