@@ -155,3 +155,58 @@ def test_what_is_no_objective_is_refused_at_once():
         reg(None)
     with pytest.raises(ValueError, match=r"num_items: .* got \[2\]"):
         reg(labels, num_items=torch.tensor([7, 8]))
+    assert reg(labels).requires_grad  # what was refused consumed nothing
+
+
+def test_models_that_do_not_shift_labels_are_refused():
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24
+    )
+    config.is_decoder, config.is_encoder_decoder = True, False
+    model = transformers.BartForCausalLM(config).eval()
+    ids, labels = batch()
+    loss, logits = model(ids, labels=labels, use_cache=False)[:2]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.mT, labels))
+    with pytest.raises(ValueError, match=r"BartForCausalLM takes labels that are aligned with its"):
+        attach(model, SimRegLoss())
+
+    class Mine(transformers.BartForCausalLM):
+        pass
+
+    with pytest.raises(ValueError, match="Mine takes labels that are aligned"):
+        attach(Mine(config), SimRegLoss())
+
+
+def test_what_trains_nothing_is_said():
+    model, (ids, labels) = build(), batch()
+    model.model.requires_grad_(False)
+    objective = SimRegLoss()
+    reg = attach(model, objective)
+    model(ids)
+    with pytest.warns(UserWarning, match="trains nothing"):
+        reg(labels)
+    for weight, grad in ((0.0, True), (1.0, False)):
+        objective.weight = weight
+        model(ids)
+        with torch.set_grad_enabled(grad):
+            reg(labels)  # a warning would be an error here
+
+
+def test_rows_that_are_spread_over_processes_are_not_shifted_here():
+    model, (ids, labels) = build(), batch()
+    objective = Placed()
+    reg = attach(model, objective)
+    objective.group = object()
+    model(ids)
+    with pytest.raises(ValueError, match="shift: the tokens of a row are spread over processes"):
+        reg(labels)
+    reg(labels, shift=False, positions="places")
+    assert objective.positions == "places"
+
+
+class Placed(Pull):
+    group = positions = None
+
+    def __call__(self, *args, positions=None, **options):
+        self.positions = positions
+        return super().__call__(*args, **options)

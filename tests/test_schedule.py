@@ -1,5 +1,6 @@
 """How λ changes over a run."""
 
+import numpy as np
 import pytest
 
 from simreg import Schedule
@@ -21,6 +22,10 @@ def test_share_over_a_run(name, shares):
     assert none(0) == (0 if name == "stop" else 1)
 
 
+def test_numbers_of_numpy():
+    assert Schedule("decay", np.float32(0.5))(0.75) == 0.5
+
+
 def test_a_run_that_goes_on_stays_at_its_end():
     assert Schedule("decay")(1.5) == 0
     assert Schedule("warmup")(1.5) == 1
@@ -32,6 +37,7 @@ def test_a_run_that_goes_on_stays_at_its_end():
         (("linear",), "schedule: expected one of 'constant', 'warmup', 'decay', 'stop', got 'lin"),
         (("decay", 1.5), "fraction: expected a number from 0 to 1, got 1.5"),
         (("decay", float("nan")), "fraction: expected a number from 0 to 1, got nan"),
+        (("decay", True), "fraction: expected a number from 0 to 1, got True"),
         (("decay", "x"), "fraction: expected a number from 0 to 1, got 'x'"),
     ],
 )

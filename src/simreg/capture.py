@@ -14,6 +14,7 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,6 +33,12 @@ _OTHER_TASKS = re.compile(
     "NextSentencePrediction)$"
 )
 
+# Their labels are the tokens to predict, position by position: what a shift would make wrong.
+_NOT_SHIFTED = re.compile(
+    "(Bart|BigBirdPegasus|Blenderbot|BlenderbotSmall|CpmAnt|MBart|Marian|Musicgen|MusicgenMelody|"
+    "Mvp|PLBart|Pegasus|ProphetNet|TrOCR|Whisper)ForCausalLM|XLNetLMHeadModel|XLMWithLMHeadModel"
+)
+
 
 def attach(
     model: nn.Module, objective: Objective, *, module: nn.Module | None = None
@@ -48,10 +55,10 @@ def attach(
     last one (BERT's) is taken as a whole: hidden states are what enters it.
 
     Raises:
-        ValueError: no decoder can be found, or the model is an encoder-decoder (its labels are
-            aligned with the decoder's positions, not shifted) or no language model, or it has not
-            what the objective reads besides (a `get_output_embeddings()`, a list of layers); or
-            `objective` or `module` is none.
+        ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
+            (Bart's: its labels are aligned with its positions, not shifted) or no language model,
+            or it has not what the objective reads besides (a `get_output_embeddings()`, a list of
+            layers); or `objective` or `module` is none.
     """
     _check_objective(objective)
     wanted = reads(objective)
@@ -84,7 +91,7 @@ class Attached:
     """The handle that `attach` returns: call it after each forward pass; detach it when done.
 
     `metrics` holds the detached scalars of the last call. Also a context manager that detaches.
-    Forward passes under `torch.no_grad()` pass it by.
+    Forward passes under `torch.no_grad()` pass it by, and all do while `listening` is False.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Attached:
         """The objective reads the logits of `causal` and what `layers` (one a depth) return."""
         self.objective = objective
         self.metrics: dict[str, Tensor] = {}
+        self.listening = True
         self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
         self._earlier: dict[int, Tensor] = {}
@@ -120,6 +128,7 @@ class Attached:
         *,
         num_items: Tensor | float | None = None,
         shift: bool = True,
+        **options: Any,
     ) -> Tensor:
         """The weighted loss of the last forward pass, a scalar; consumes its hidden states.
 
@@ -129,21 +138,43 @@ class Attached:
             segments: `[B, L]` int, the document of each position; never shifted.
             num_items: the divisor of the summed loss; None: the valid labels of this call.
             shift: False if position t of `labels` already holds the token that follows it.
+            options: what else the objective takes (`positions` of a `ShardedSimRegLoss`).
 
         Raises:
             RuntimeError: detached, or no forward pass since the last call.
-            ValueError: `labels` or `segments` do not fit the hidden states.
+            ValueError: `labels` or `segments` do not fit the hidden states, which are kept then; or
+                labels of rows that are spread over processes are to be shifted here.
         """
-        if self._hidden is not None:
-            _check("labels", labels, self._hidden)
-            if segments is not None:
-                _check("segments", segments, self._hidden)
-        hidden, read = self._take()
+        hidden, read = self._captured()
+        _check("labels", labels, hidden)
+        if segments is not None:
+            _check("segments", segments, hidden)
         if shift:
+            if getattr(self.objective, "group", None) is not None:
+                raise ValueError(
+                    "shift: the tokens of a row are spread over processes, and each would lose the "
+                    "label of its last one: shift labels before they are spread, and say "
+                    "shift=False"
+                )
             labels = shift_left(labels, getattr(self.objective, "ignore_index", IGNORE_INDEX))
-        loss, metrics = self.objective(hidden, labels, segments, num_items=num_items, **read)
+        loss, metrics = self.objective(
+            hidden, labels, segments, num_items=num_items, **read, **options
+        )
+        wanted = torch.is_grad_enabled() and getattr(self.objective, "weight", 1) != 0
+        if wanted and not loss.requires_grad:
+            warnings.warn(
+                "the objective trains nothing: the hidden states it was attached to need no "
+                "gradient (all of the model before its LM head is frozen)",
+                stacklevel=2,
+            )
+        self.forget()  # taken, not read: labels never meet the hidden states of another batch
         self.metrics = {name: value.detach() for name, value in metrics.items()}
         return loss
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the hidden states that wait for a call, if any do."""
+        return None if self._hidden is None else self._hidden.device
 
     def forget(self) -> None:
         """Let go of what the last forward pass left, instead of a call."""
@@ -171,6 +202,7 @@ class Attached:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model (EMA, pickle) has the hook too: there it is detached and empty."""
         empty: dict[str, Any] = {
+            "objective": None,  # whose process groups can't be copied
             "_hidden": None,
             "_logits": None,
             "_earlier": {},
@@ -179,7 +211,7 @@ class Attached:
         return {**vars(self), **empty, "_attached": False}
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._running = self._attached and torch.is_grad_enabled()
+        self._running = self._capturing()
         if self._running:  # what an abandoned step left would hold its graph through this one
             self.forget()
 
@@ -192,15 +224,18 @@ class Attached:
 
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
-        if self._attached and torch.is_grad_enabled():
+        if self._capturing():
             self._hidden = _as_the_head_reads(_last_hidden(output))
         self._running = False
 
     def _capture_logits(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._attached and torch.is_grad_enabled():
+        if self._capturing():
             self._logits = _logits(output)
 
-    def _take(self) -> tuple[Tensor, dict[str, Any]]:
+    def _capturing(self) -> bool:
+        return self._attached and self.listening and torch.is_grad_enabled()
+
+    def _captured(self) -> tuple[Tensor, dict[str, Any]]:
         """The final hidden states and what else the objective reads, by keyword."""
         if not self._attached:
             raise RuntimeError("the objective was detached from the model: attach it again")
@@ -211,10 +246,7 @@ class Attached:
                 "attached before its first call, and after torch.compiler.reset() if one of its "
                 "class was compiled without an objective)"
             )
-        # Taken, not read: labels never meet the hidden states of another batch.
-        hidden, read = self._hidden, self._read(self._hidden)
-        self.forget()
-        return hidden, read
+        return self._hidden, self._read(self._hidden)
 
     def _read(self, hidden: Tensor) -> dict[str, Any]:
         wanted = reads(self.objective)
@@ -275,6 +307,11 @@ def _find_decoder(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"model: expected a decoder-only language model, got {type(inner).__name__}, "
             "an encoder-decoder"
+        )
+    if any(_NOT_SHIFTED.fullmatch(kind.__name__) for kind in type(inner).__mro__):
+        raise ValueError(
+            f"model: {type(inner).__name__} takes labels that are aligned with its positions, "
+            "where all else shifts them; pass module=, and shift=False with each call"
         )
     if callable(getattr(inner, "get_decoder", None)):
         head = _head(inner)

@@ -1,7 +1,8 @@
 """How λ changes over a run: trainers set the weight of their `SimRegLoss` by it, step by step."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 ScheduleName = Literal["constant", "warmup", "decay", "stop"]
 SCHEDULE: ScheduleName = "decay"
@@ -28,9 +29,9 @@ class Schedule:
         if self.name not in get_args(ScheduleName):
             names = ", ".join(map(repr, get_args(ScheduleName)))
             raise ValueError(f"schedule: expected one of {names}, got {self.name!r}")
-        fraction: object = self.fraction
-        good = isinstance(fraction, int | float) and 0 <= fraction <= 1
-        if not (good or fraction is None):
+        fraction: Any = self.fraction
+        number = isinstance(fraction, Real) and not isinstance(fraction, bool)
+        if not (fraction is None or (number and 0 <= fraction <= 1)):
             raise ValueError(f"fraction: expected a number from 0 to 1, got {self.fraction!r}")
 
     @property

@@ -1,7 +1,11 @@
 """λ in the Trainer: what it follows, and an objective without any."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simreg import Schedule, SimRegLoss
 
@@ -80,6 +84,35 @@ def test_weight_is_constant_if_asked_to_be(tmp_path):
         assert record["loss"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="schedule: expected one of"):
         SimRegTrainer(build(), arguments(tmp_path), schedule="linear")
+
+
+def test_graphs_are_not_kept_outside_of_training(tmp_path):
+    model = build()
+    run = train(tmp_path, model, objective=SimRegLoss(**SIMREG), max_steps=1)
+    model.train()
+    hidden = weakref.ref(model.model(rows()[0]["input_ids"][None]).last_hidden_state)
+    gc.collect()
+    assert hidden() is None
+    hooks = [model.model._forward_hooks, model.model._forward_pre_hooks]
+    assert [len(h) for h in hooks] == [1, 1]
+    del run
+    gc.collect()
+    assert [len(h) for h in hooks] == [0, 0]
+
+
+def test_the_last_layer_may_be_on_another_device(tmp_path):
+    def objective(hidden, labels, segments=None, *, num_items=None):
+        assert {hidden.device} == {x.device for x in (labels, segments, num_items)}
+        return hidden.sum() / num_items, {"loss": hidden.sum()}
+
+    run = SimRegTrainer(build(), arguments(tmp_path), objective=objective)
+    with FakeTensorMode(), torch.no_grad():
+        first, last = torch.device("cuda:0"), torch.device("cuda:1")
+        run._reg._hidden = torch.empty(2, 8, 16, device=last)
+        labels = torch.zeros(2, 8, dtype=torch.int64, device=first)
+        items = torch.tensor(14, device=first)
+        loss = run._training_loss(torch.zeros((), device=first), None, labels, labels, items)
+    assert loss.device == first
 
 
 def test_weight_may_begin_at_nothing(tmp_path):

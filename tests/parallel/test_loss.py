@@ -1,5 +1,6 @@
 """Tokens spread over processes, against one process that holds whole rows."""
 
+import copy
 import importlib
 import math
 import time
@@ -7,10 +8,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import fuzz
-from simreg import SimRegLoss, simreg_loss
+from simreg import SimRegLoss, attach, simreg_loss
 from simreg.kernels import rectangular
 from simreg.loss import VARIANTS
 from simreg.parallel import ShardedSimRegLoss, sharded_simreg_loss, shards
@@ -226,6 +228,10 @@ def _refusals(rank):
     else:
         with pytest.raises(ValueError, match="refused on rank 1"):
             sharded_simreg_loss(hidden, labels, **whole)
+    model = nn.Sequential(nn.Linear(4, 4))
+    with attach(model, ShardedSimRegLoss(**whole), module=model[0]):
+        twin = copy.deepcopy(model)  # process groups can't be copied
+        assert twin(hidden).shape == hidden.shape
     loss = sharded_simreg_loss(hidden, labels, group=dist.group.WORLD)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):

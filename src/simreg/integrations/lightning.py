@@ -39,7 +39,8 @@ class SimRegCallback(Callback):
         segments: the same for the document of each position, `[B, L]`; None: rows are whole.
         shift: False if position t of the labels already holds the token that follows it.
         module: the submodule whose output enters the LM head, or a function of the LightningModule
-            that gives it; None: the decoder of the first causal LM of transformers in it.
+            that gives it; None: the decoder of the first causal LM of transformers in it that is
+                trained.
         schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
             start, by default down to 0 over the run ("decay"), whose length `max_steps` or
             `max_epochs` says. With "constant" it is left alone, and so it is where neither says,
@@ -104,8 +105,10 @@ class SimRegCallback(Callback):
             given = self.module
             module = given if isinstance(given, nn.Module) else given(pl_module)
             return attach(pl_module, self.objective, module=module)
-        models = (m for m in pl_module.modules() if callable(getattr(m, "get_decoder", None)))
-        return attach(next(models, pl_module), self.objective)
+        models = [m for m in pl_module.modules() if callable(getattr(m, "get_decoder", None))]
+        trained = (m for m in models if any(p.requires_grad for p in m.parameters()))
+        first = next(iter(models), pl_module)
+        return attach(next(trained, first), self.objective)  # not to a frozen teacher
 
     def _detach(self, pl_module: LightningModule) -> None:
         if self._reg is None:

@@ -5,6 +5,7 @@ trainer.train()
 """
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,7 +49,9 @@ class SimRegTrainer(Trainer):
     (cross-entropy alone), `router_loss` (without its coefficient), the objective's metrics (its
     `loss`, unweighted, as `simreg`), and `clipped`, the fraction of steps whose gradient norm
     exceeded `max_grad_norm`; `simreg_weight` is λ of the last step. Evaluation gains `eval_ce`:
-    cross-entropy alone per token of the whole set, each row counted once, summed in float64.
+    cross-entropy alone per token of the whole set, each row counted once, summed in float64 (on
+    several processes a padding-free collator's rows hold the samples again that fill up the last
+    round).
 
     Training checkpoints keep the model's own parameter names, so that resuming is exact for models
     whose published layout differs; `save_model` writes the published layout, as in `Trainer`.
@@ -101,6 +104,8 @@ class SimRegTrainer(Trainer):
         self._refuse_owned(model)
         try:
             self._reg = attach(model, self._objective)
+            self._reg.listening = False  # but for the steps of training: else it would hold graphs
+            weakref.finalize(self, self._reg.detach).atexit = False
         except ValueError:
             if _idle(self._objective):  # the plain Trainer, unless it gets a weight
                 return
@@ -186,11 +191,10 @@ class SimRegTrainer(Trainer):
         targets = _targets(inputs)
         if self._reg is None and model.training and not _idle(self._objective):
             self._attach(self.model)  # which was refused while it had no weight, and is again
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        if self._reg is not None and self._out_of_use():
-            self._reg.forget()
+        with self._listening(model.training and not self._out_of_use()):
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         if targets is None and model.training and not _idle(self._objective):
             raise ValueError("inputs: expected `labels` in every training batch, for the objective")
         if targets is not None:
@@ -200,6 +204,17 @@ class SimRegTrainer(Trainer):
             elif self._evaluated is not None:
                 self._record_rows(outputs, targets)
         return (loss, outputs) if return_outputs else loss
+
+    @contextmanager
+    def _listening(self, on: bool) -> Iterator[None]:
+        if self._reg is None:
+            yield
+            return
+        self._reg.listening = on
+        try:
+            yield
+        finally:
+            self._reg.listening = False
 
     def _out_of_use(self) -> bool:
         """Whether the objective is left out: one that owns weights never is, for DDP needs them."""
@@ -242,8 +257,11 @@ class SimRegTrainer(Trainer):
             divisor = tokens if num_items is None else num_items
             self._window.add("ce", cross_entropy * divisor / tokens.clamp_min(1), tokens)
         if self._reg is not None and not self._out_of_use():
-            loss = loss + scale * self._reg(targets, segments, num_items=num_items, shift=False)
-            metrics = self._reg.metrics
+            device = self._reg.device
+            labels, ids, items = (_moved(v, device) for v in (targets, segments, num_items))
+            added = self._reg(labels, ids, num_items=items, shift=False)
+            loss = loss + scale * added.to(loss.device)
+            metrics = {name: v.to(tokens.device) for name, v in self._reg.metrics.items()}
             for name, value in metrics.items():
                 # A cosine is a mean over the tokens that have one, the others over all tokens.
                 share = metrics.get(name.replace("_cos", "_fraction"), 1) if "_cos" in name else 1
@@ -334,6 +352,11 @@ class SimRegTrainer(Trainer):
 
 def _idle(objective: object) -> bool:
     return objective is None or getattr(objective, "weight", None) == 0
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    """To where the hidden states are: the last layer of a model may be on another GPU."""
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _documents(inputs: dict[str, Any]) -> Tensor | None:
