@@ -252,6 +252,13 @@ def test_a_folder_of_the_home_directory(runs, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "cache" / "eval").is_dir()
 
 
+def test_a_run_whose_model_is_gone_says_how_to_get_it_back(runs, tmp_path):
+    run = shutil.copytree(runs / "plain" / "seed-1", tmp_path / "run")
+    shutil.rmtree(run / "model")
+    with pytest.raises(UserError, match=r"no trained model: remove .*result.json and finish"):
+        subjects.find([str(run)])
+
+
 def test_results_of_others_are_kept(runs, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

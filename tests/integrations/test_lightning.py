@@ -122,6 +122,21 @@ def test_gradients_are_those_of_the_sum(form: str, accumulate: int) -> None:
     assert {"simreg/pos_cos", "simreg/neg_cos", "simreg/pos_fraction"} < set(run.callback_metrics)
 
 
+def test_a_frozen_teacher_is_not_taken_for_the_model() -> None:
+    class Distilled(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            student = self._modules.pop("model")
+            self.teacher, self.model = make_model().requires_grad_(False), student
+
+        def training_step(self, batch: Any) -> Any:
+            self.teacher(batch["labels"])
+            return super().training_step(batch)
+
+    gradients, _ = fit(SimRegCallback(SimRegLoss(WEIGHT, push=2)), Distilled())
+    torch.testing.assert_close([g for g in gradients[0] if g is not None], by_hand()[0])
+
+
 def test_fields_by_key_and_by_function() -> None:
     expected, _ = by_hand(documents=True)
     keys = {"segments": "documents"}

@@ -229,7 +229,7 @@ def test_too_little_text(tmp_path, texts):
 def test_too_little_held_out(tmp_path):
     message = message_of(make(tmp_path, validation_fraction=1e-6))
     assert "the validation text holds 0 tokens" in message
-    assert "documents fell on the other side, each by chance" in message
+    assert "documents fell on the other side, each by a hash of its text" in message
     assert "raise data.validation_fraction" in message
     assert "data.max_tokens" not in message
     message = message_of(make(tmp_path, validation_fraction=1e-6, max_tokens=300))

@@ -37,6 +37,8 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"train": {"tokens": 0}}, r"train\.tokens"),
         ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
         ({"trian": {}}, r"trian: Unexpected"),
+        ({"train": {"tokens": True}}, r"train\.tokens: .*should be a number \(got True\)"),
+        ({"optim": {"lr": True}, "data": {"validation_fraction": True}}, r"fraction.*optim\.lr"),
         ({"train": {"batch_rows": 6, "accumulate": 4}}, r"^train\.accumulate=4 does not divide"),
         ({"optim": {"schedule": "wsd", "warmup": 0.9}}, r"no room for the decay"),
     ],
@@ -54,10 +56,11 @@ def test_all_wrong_values_are_named_at_once() -> None:
 
 def test_powers_of_ten_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("train: {tokens: 2e+6}\noptim: {lr: 1E-3, warmup: 1.5e-1}\nout: 1e6")
+    text = "train: {tokens: 2e+6}\noptim: {lr: 1E-3, warmup: 1.5e-1}\nout: 1e6\n"
+    file.write_text(text + "model: {vocab_size: 1e5}")
     read = config.load(file)
     assert (read.train.tokens, read.optim.lr, read.optim.warmup) == (2_000_000, 1e-3, 0.15)
-    assert read.out == "1e6"
+    assert (read.out, read.model.vocab_size) == ("1e6", 100_000)
     file.write_text(config.to_yaml(read))
     assert config.load(file) == read
     with pytest.raises(UserError, match=r"train\.tokens"):

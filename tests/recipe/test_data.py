@@ -116,6 +116,18 @@ def test_training_text_that_is_validated_on_is_left_out(tmp_path, monkeypatch):
     assert text_of(corpus, corpus.validation) == DOCUMENTS[::10]
 
 
+def test_a_file_of_text_that_is_validated_on_is_left_out_whole(tmp_path):
+    """It is cut into documents only where it is the one text there is to hold some of them out."""
+    long = "".join(f"paragraph {i} of a document\n\n" for i in range(400))
+    (tmp_path / "val.txt").write_text(long)
+    source = str(write(tmp_path / "some.jsonl", [*DOCUMENTS[:50], long]))
+    corpus = prepared(make(tmp_path, source=source, validation=str(tmp_path / "val.txt")))
+    assert text_of(corpus, corpus.validation) == [long]
+    assert text_of(corpus, corpus.train) == DOCUMENTS[:50]
+    alone = prepared(make(tmp_path, source=str(tmp_path / "val.txt"), validation_fraction=0.5))
+    assert len(alone.train.ends) + len(alone.validation.ends) > 5
+
+
 def test_split_goes_by_content_and_seed(tmp_path):
     def held_out(texts: list[str], seed: int = 0) -> set[str]:
         config = make(tmp_path, source=str(write(tmp_path / "some.jsonl", texts)))

@@ -86,15 +86,18 @@ def test_text_without_blank_lines_is_cut_all_the_same(tmp_path, filler):
 def test_a_text_file_that_is_alone_is_many_documents(tmp_path, compression):
     text = "".join(f"paragraph {i} é " * 20 + "\n\n" for i in range(2000))
     path = write(tmp_path / f"a.txt{compression}", PACK[compression](text.encode()))
-    (alone,) = resolve(str(path), "text")
+    (alone,) = resolve(str(path), "text", in_pieces=True)
     pieces = list(alone.read())
     assert "".join(pieces) == text
     assert 150 < len(pieces) <= 257
     assert alone.key == LocalFile(path).key
+    assert len(list(resolve(str(path), "text")[0].read())) < 20
     short = write(tmp_path / "b.txt", b"a few words\n" * 300)
-    assert len(list(resolve(str(short), "text")[0].read())) == 3
+    assert len(list(resolve(str(short), "text", in_pieces=True)[0].read())) == 3
     apart = [text for file in (path, short) for text in LocalFile(file).read()]
-    assert sorted(interleave(resolve(f"{tmp_path}/*.txt*", "text"))) == sorted(apart)
+    assert sorted(interleave(resolve(f"{tmp_path}/*.txt*", "text", in_pieces=True))) == sorted(
+        apart
+    )
 
 
 def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):

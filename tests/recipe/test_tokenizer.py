@@ -172,3 +172,13 @@ def test_unusable_tokenizers(tmp_path, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     assert "'owner/name'" in message("owner/name")
     assert "connect to the Hub" in message("owner/name")
+
+
+def test_words_without_an_end_are_cut_for_training():
+    """Training takes time with the square of the longest word."""
+    word = "x" * 1023 + "a" + ("b" + "x" * 1022 + "a") * 50
+    assert "ab" not in train_bpe([word], 300).get_vocab()
+    for text, count in ((word, 51), (" " * 3000 + word[:1500], 4), ("a word " * 3000, 1), ("", 1)):
+        parts = list(module._parts(text))
+        assert "".join(parts) == text
+        assert len(parts) == count

@@ -299,3 +299,9 @@ def test_the_studies_of_the_repository_load(path, scale):
     assert study.arm_config(study.reference).simreg.weight == 0
     assert len(study.cells()) >= 2
     run._check_models(study)
+
+
+def test_an_arms_typo_is_told_before_any_arms_size():
+    values = {"arms": {"simreg": {}, "x": {"simreg": {"weigth": 1}}}, "budgets": [0.6, 0.8, 1.0]}
+    with pytest.raises(UserError, match=r"arm 'x': .*weigth"):
+        plan.from_dict(values | {"base": {"train": {"tokens": 100}}})

@@ -133,7 +133,7 @@ def _first(documents: Sequence[str], characters: int) -> list[str]:
 
 
 def _from_text(text: Sequence[str]) -> tuple[list[str], str]:
-    sources = resolve(list(text), "text", setting="--text")
+    sources = resolve(list(text), "text", setting="--text", in_pieces=True)
     documents = [document for document in interleave(sources) if document.strip()]
     return documents, f"text {cache.name([source.key for source in sources])[:12]}"
 

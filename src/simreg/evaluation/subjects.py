@@ -121,8 +121,9 @@ def run(path: Path) -> Subject:
     except (OSError, ValueError, KeyError, TypeError):
         result = None
     if result is None or not (folder.model / "config.json").is_file():
+        way = "finish it" if result is None else f"remove {folder.result} and finish it again"
         raise UserError(
-            f"the run in {path} has no trained model: finish it by the command that began it"
+            f"the run in {path} has no trained model: {way} by the command that began it"
         )
     parts = [part for part in path.resolve().parts if not _SEED_FOLDER.fullmatch(part)]
     return Subject(str(path), folder.model, "/".join(parts[-2:]), config.train.seed, config, corpus)

@@ -14,6 +14,7 @@ import tyro
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
@@ -23,13 +24,23 @@ from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid")
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+def _not_bool(value: Any) -> Any:
+    """YAML's yes and no are none, though pydantic would take them for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
 
 
 def _whole(value: Any) -> Any:
     """1e6, a word to YAML, is a number."""
+    value = _not_bool(value)
     if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,2}", value):
         return float(value)
     return value
@@ -123,7 +134,7 @@ class ModelConfig:
     """Another number of layers than the preset's."""
     tie_embeddings: bool = False
     """Share the input embedding with the LM head."""
-    vocab_size: Annotated[int, Field(gt=0, le=2**24)] | None = None
+    vocab_size: Annotated[Whole, Field(gt=0, le=2**24)] | None = None
     """Rows of the embedding, at least the tokenizer's size; None: just that size."""
     embedding_std: Positive | None = None
     """Standard deviation of the input embedding at the start (Takase et al., arXiv 2312.16903, find
@@ -150,7 +161,7 @@ class DataConfig:
     list of these."""
     validation: str | list[str] | None = None
     """Where validation text comes from; None: documents held out of `source`."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    validation_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.05
     """Share of the documents held out for validation, if `validation` is None."""
     text_field: str = "text"
     """The field of JSON lines, parquet and datasets that holds the text."""
@@ -183,9 +194,9 @@ class OptimConfig:
     """Final learning rate as a fraction of the peak."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay (matrices only)."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """AdamW's decay of the mean gradient."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
     """AdamW's decay of the mean squared gradient."""
     clip: NonNegative = 1.0
     """Maximal gradient norm; 0: no clipping."""
@@ -207,7 +218,7 @@ class SimRegConfig:
     push: NonNegative = PUSH
     """Weight, beside SimReg and times λ (so nothing at λ = 0), of a push between all tokens that
     are too alike (docs/loss.md)."""
-    push_above: Annotated[float, Field(ge=-1, le=1)] = PUSH_ABOVE
+    push_above: Annotated[Number, Field(ge=-1, le=1)] = PUSH_ABOVE
     """The cosine above which they are."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""

@@ -22,7 +22,7 @@ from simreg.recipe.files import expanded
 from simreg.recipe.sources import Source, interleave, resolve
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
-_LAYOUT = 3  # of the cache; a new number makes old entries invisible
+_LAYOUT = 4  # of the cache; a new number makes old entries invisible
 _BATCH_BYTES = 1 << 20
 
 
@@ -136,7 +136,7 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     documents that stand in it too are left out.
     """
     cache_dir = expanded(config.cache_dir)
-    source = resolve(config.source, config.text_field)
+    source = resolve(config.source, config.text_field, in_pieces=config.validation is None)
     validation: list[Source] | None = None
     if config.validation is not None:
         validation = resolve(
@@ -206,7 +206,7 @@ def _held(config: DataConfig, other: Rows, advice: str) -> str:
     """What to say of the documents on the `other` side, if chance put them there."""
     if config.validation is not None or not len(other.ends):
         return ""
-    side = f"{len(other.ends)} documents fell on the other side, each by chance"
+    side = f"{len(other.ends)} documents fell on the other side, each by a hash of its text"
     return f"; {side}: {advice}"
 
 

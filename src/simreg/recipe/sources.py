@@ -48,10 +48,16 @@ class Source(Protocol):
 
 
 def resolve(
-    spec: str | list[str], field: str, *, split: str = "train", setting: str = "data.source"
+    spec: str | list[str],
+    field: str,
+    *,
+    split: str = "train",
+    setting: str = "data.source",
+    in_pieces: bool = False,
 ) -> list[Source]:
     """The sources that `spec` names, in an order that depends on their content alone.
 
+    `in_pieces`: what is one file of text becomes many documents, of which some can be held out.
     UserError, which names the `setting` that `spec` comes from, where there is none.
     """
     sources: dict[str, Source] = {}
@@ -68,7 +74,7 @@ def resolve(
     if not sources:
         raise UserError(f"{setting} names nothing: give python-stdlib, files, or hf:owner/name")
     match list(sources.values()):
-        case [LocalFile(whole=False) as alone]:
+        case [LocalFile(whole=False) as alone] if in_pieces:
             return [dataclasses.replace(alone, alone=True)]
         case found:
             return sorted(found, key=lambda source: source.key)

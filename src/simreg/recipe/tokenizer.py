@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from simreg.recipe.files import expanded, one_line
 
 EOS = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000
+_ENDLESS = re.compile(r"\S{1024}(?=\S)|\s{1024}(?=\s)")
 _USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>")
 _SMALLEST = 257  # all bytes and the end-of-text token
 _LARGEST = 2**24
@@ -60,10 +62,19 @@ def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((part for text in texts for part in _parts(text)), trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, eos_token=EOS, clean_up_tokenization_spaces=False
     )
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text, cut where a word goes on and on (DNA, base64): training is quadratic in words."""
+    start = 0
+    for run in _ENDLESS.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def bounded(texts: Iterable[str], limit: int) -> Iterator[str]:

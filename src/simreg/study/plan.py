@@ -1,6 +1,7 @@
 """The plan of a study: arms × token budgets × seeds, as typed data from YAML or from flags."""
 
 import os
+from collections.abc import Callable
 from dataclasses import field
 from itertools import product
 from pathlib import Path
@@ -82,24 +83,27 @@ class Study:
             raise ValueError(f"timed: unknown arms {', '.join(sorted(unknown))}")
         if 1.0 not in self.budgets_of(self.reference):
             raise ValueError(f"the reference arm {self.reference!r} needs the budget 1.0")
+        self._check_each(self._check)
+        if self.minutes is None:  # else the size is found later, such that budgets differ
+            self._check_each(self._check_steps)
+
+    def _check_each(self, check: Callable[[str], None]) -> None:
         for arm in self.arms:
             try:
-                self._check(arm)
+                check(arm)
             except UserError as error:
                 raise ValueError(f"arm {arm!r}: {error}") from None
 
     def _check(self, arm: str) -> None:
         """What can be known of an arm's runs before any text is read."""
         checks.overrides(arm, self.arms[arm])
-        if arm == REFERENCE and (weight := self.arm_config(arm).simreg.weight):
+        weight = self.arm_config(arm).simreg.weight
+        if arm == REFERENCE and weight:
             raise ValueError(
                 f"arm {REFERENCE!r} may not set simreg.weight={weight:g}: it is the one without "
                 "SimReg; give the arm another name"
             )
-        budgets = self.budgets_of(arm)
-        checks.budgets(arm, budgets)
-        if self.minutes is None:  # else the size is found later, such that budgets differ
-            self._check_steps(arm)
+        checks.budgets(arm, self.budgets_of(arm))
 
     def _check_steps(self, arm: str) -> None:
         budgets = self.budgets_of(arm)
