@@ -45,7 +45,7 @@ def attach(
 ) -> "Attached":
     """Hook `objective` to the final hidden states of `model`; nothing in the model changes.
 
-    `model` is any causal LM of transformers, bare or wrapped (DDP, FSDP, `torch.compile`, PEFT), or
+    `model` is any causal LM of transformers that shifts its labels, bare or wrapped (DDP, FSDP, `torch.compile`, PEFT), or
     any module with a `get_decoder()`. For other models, `module` names the submodule whose output
     is the input of the LM head (its final norm, say): a tensor `[B, L, d]`, a tuple that starts
     with it, or an output with a `last_hidden_state`. Attach before the first call of a compiled
