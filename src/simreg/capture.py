@@ -48,11 +48,12 @@ def attach(
     `model` is any causal LM of transformers that shifts its labels, bare or wrapped (DDP, FSDP,
     `torch.compile`, PEFT), or any module with a `get_decoder()`. For other models, `module` names
     the submodule whose output is the input of the LM head (its final norm, say): a tensor
-    `[B, L, d]`, a tuple that starts with it, or an output with a `last_hidden_state`. Attach before the
-    first call of a compiled model, since a compiled graph does not see hooks that come later; where
-    another model of its class was compiled without, call `torch.compiler.reset()` first. Several
-    handles on one model, even of one objective, are independent of each other. A head with layers
-    of its own before the last one (BERT's) is taken as a whole: hidden states are what enters it.
+    `[B, L, d]`, a tuple that starts with it, or an output with a `last_hidden_state`. Attach before
+    the first call of a compiled model, since a compiled graph does not see hooks that come later;
+    where another model of its class was compiled without, call `torch.compiler.reset()` first.
+    Several handles on one model, even of one objective, are independent of each other. A head with
+    layers of its own before the last one (BERT's) is taken as a whole: hidden states are what
+    enters it.
 
     Raises:
         ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
