@@ -88,11 +88,20 @@ def test_weight_is_constant_if_asked_to_be(tmp_path):
 
 def test_graphs_are_not_kept_outside_of_training(tmp_path):
     model = build()
+
+    def kept():
+        hidden = weakref.ref(model.model(rows()[0]["input_ids"][None]).last_hidden_state)
+        gc.collect()
+        return hidden() is not None
+
+    run = SimRegTrainer(model, arguments(tmp_path), objective=SimRegLoss(**SIMREG))
+    model.train()
+    assert not kept()
+    del run
+    gc.collect()
     run = train(tmp_path, model, objective=SimRegLoss(**SIMREG), max_steps=1)
     model.train()
-    hidden = weakref.ref(model.model(rows()[0]["input_ids"][None]).last_hidden_state)
-    gc.collect()
-    assert hidden() is None
+    assert not kept()
     hooks = [model.model._forward_hooks, model.model._forward_pre_hooks]
     assert [len(h) for h in hooks] == [1, 1]
     del run

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from simreg.recipe import data
 from simreg.recipe.data import Ordered, Rows
+from simreg.recipe.errors import UserError
 from tests.recipe.corpora import (
     DOCUMENTS,
     bytes_tokenizer,
@@ -124,6 +125,9 @@ def test_a_file_of_text_that_is_validated_on_is_left_out_whole(tmp_path):
     corpus = prepared(make(tmp_path, source=source, validation=str(tmp_path / "val.txt")))
     assert text_of(corpus, corpus.validation) == [long]
     assert text_of(corpus, corpus.train) == DOCUMENTS[:50]
+    copy = str(write(tmp_path / "copy.jsonl", [long]))
+    with pytest.raises(UserError, match="holds 0 training tokens"):
+        prepared(make(tmp_path, source=str(tmp_path / "val.txt"), validation=copy))
     alone = prepared(make(tmp_path, source=str(tmp_path / "val.txt"), validation_fraction=0.5))
     assert len(alone.train.ends) + len(alone.validation.ends) > 5
 

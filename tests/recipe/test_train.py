@@ -159,6 +159,21 @@ def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(
     assert train(config)["steps"] == tiny.STEPS  # the good checkpoint still serves
 
 
+def test_saving_leaves_the_trainers_folder_as_it_is(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    original = loop.RunTrainer._evaluate
+
+    def evaluate(self: loop.RunTrainer, *args: Any) -> Any:
+        seen.add(self.args.output_dir)
+        return original(self, *args)
+
+    monkeypatch.setattr(loop.RunTrainer, "_evaluate", evaluate)
+    train(make(train={"save_every": 1, "evals": 3}))
+    assert len(seen) == 1
+
+
 def test_weights_that_are_nan_are_never_saved(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make()
     original = loop.RunTrainer._evaluate

@@ -286,10 +286,10 @@ def _told(num_items: Tensor | float | None) -> str:
 
 def _checksum(*tensors: Tensor | None) -> int:
     total = 0
-    for number, tensor in enumerate(tensors):
+    for tensor in tensors:
         if tensor is not None:
             place = torch.arange(1, tensor.numel() + 1, device=tensor.device)
-            total += (number + 1) * int((tensor.flatten() * place).sum())
+            total += int((tensor.flatten() * place).sum())
     return total
 
 
