@@ -199,7 +199,8 @@ def test_command_line(tmp_path):
     )
     logged = {k: float(v) for k, v in re.findall(r"simreg/(\w+): (-?[\d.]+)", out)}
     total = float(re.search(r"loss: +([\d.]+) .*grad_norm", out)[1])
-    assert set(logged) == {"ce", "loss", "weight", "pos_fraction", "pos_cos", "neg_cos"}
+    metrics = {"ce", "loss", "weight", "pos_fraction", "pos_cos", "neg_fraction", "neg_cos"}
+    assert set(logged) == metrics
     assert logged["weight"] == 0.5
     assert total == pytest.approx(logged["ce"] + 0.5 * logged["loss"], abs=1e-4)
     assert 0 < logged["pos_fraction"] < 1
