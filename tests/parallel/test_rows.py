@@ -157,17 +157,20 @@ def test_ranks_that_are_no_grid_are_refused_on_all():
 def _memory(rank, kind, sizes):
     batch, length, dim = 4, 512, 256
     rows.ROUND = 1  # a row at a time, here half as large as `hidden`
-    hidden = torch.randn(batch, length, dim).bfloat16().requires_grad_()
-    labels = (torch.arange(length) * 7919 % 50).expand(batch, -1).contiguous()
-    with Peak(hidden, labels) as forward:
-        loss = sharded_simreg_loss(hidden, labels, **{kind: dist.group.WORLD})
-    with Peak(hidden, labels) as backward:
-        loss.backward()
-    assert forward.peak <= sizes[0] * hidden.nbytes
-    assert backward.peak <= sizes[1] * hidden.nbytes
+    peaks = []
+    for _ in range(3):  # the least, as a thread of gloo may keep what it has sent a moment longer
+        hidden = torch.randn(batch, length, dim).bfloat16().requires_grad_()
+        labels = (torch.arange(length) * 7919 % 50).expand(batch, -1).contiguous()
+        with Peak(hidden, labels) as forward:
+            loss = sharded_simreg_loss(hidden, labels, **{kind: dist.group.WORLD})
+        with Peak(hidden, labels) as backward:
+            loss.backward()
+        peaks.append((forward.peak / hidden.nbytes, backward.peak / hidden.nbytes))
+    least = [min(way) for way in zip(*peaks, strict=True)]
+    assert least[0] <= sizes[0], peaks
+    assert least[1] <= sizes[1], peaks
 
 
-# Forward, backward. A thread of gloo may keep 0.25 or 0.5 that it has sent a moment longer.
-@pytest.mark.parametrize(("kind", "sizes"), [("group", (1.8, 3.2)), ("replicas", (0.7, 2.2))])
+@pytest.mark.parametrize(("kind", "sizes"), [("group", (1.8, 3.2)), ("replicas", (0.7, 2.0))])
 def test_memory_is_that_of_a_few_rows(kind, sizes):
     worlds.run(_memory, 2, kind, sizes)

@@ -142,13 +142,16 @@ def _memory_of_rows(rank: int) -> None:
         rows.ROUND = costs.ROUND = turn * 512 * 256 * 2
         groups = init_device_mesh("cpu", (cp, tp), mesh_dim_names=("cp", "tp"))
         options = {"group": groups.get_group("cp"), "replicas": groups.get_group("tp")}
-        hidden = torch.randn(16, job.local, 256).bfloat16().requires_grad_()
-        loss = sharded_simreg_loss(hidden, torch.ones(hidden.shape[:2]).long(), **options)
-        with Peak(hidden) as backward:
-            loss.backward()
+        peaks = []
+        for _ in range(3):  # the least, as gloo's threads may hold what they sent a little longer
+            hidden = torch.randn(16, job.local, 256).bfloat16().requires_grad_()
+            loss = sharded_simreg_loss(hidden, torch.ones(hidden.shape[:2]).long(), **options)
+            with Peak(hidden) as backward:
+                loss.backward()
+            peaks.append(backward.peak)
         formula = costs.loss_memory(job, Setting())
-        late = 2 * rows.ROUND  # rounds which gloo's threads may hold a little longer
-        assert 0.75 * formula < backward.peak <= 1.03 * (formula + late), (cp, tp, turn)
+        late = rows.ROUND  # even so
+        assert 0.75 * formula < min(peaks) <= 1.03 * (formula + late), (cp, tp, turn)
 
 
 def _memory(rank: int, dtype: torch.dtype) -> None:

@@ -39,8 +39,8 @@ class SimRegCallback(Callback):
         segments: the same for the document of each position, `[B, L]`; None: rows are whole.
         shift: False if position t of the labels already holds the token that follows it.
         module: the submodule whose output enters the LM head, or a function of the LightningModule
-            that gives it; None: the decoder of the first causal LM of transformers in it that is
-                trained.
+            that gives it; None: the decoder of the first causal LM of transformers in it that has
+            something to train.
         schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
             start, by default down to 0 over the run ("decay"), whose length `max_steps` or
             `max_epochs` says. With "constant" it is left alone, and so it is where neither says,

@@ -284,13 +284,9 @@ def _told(num_items: Tensor | float | None) -> str:
     return str(num_items if num_items is None else float(num_items))
 
 
-def _checksum(*tensors: Tensor | None) -> int:
-    total = 0
-    for tensor in tensors:
-        if tensor is not None:
-            place = torch.arange(1, tensor.numel() + 1, device=tensor.device)
-            total += int((tensor.flatten() * place).sum())
-    return total
+def _checksum(labels: Tensor, *others: Tensor | None) -> int:
+    parts = torch.cat([labels.flatten(), *(x.flatten() for x in others if x is not None)])
+    return int((parts * torch.arange(1, parts.numel() + 1, device=parts.device)).sum())
 
 
 def _check_positions(positions: Tensor | None, labels: Tensor) -> None:
