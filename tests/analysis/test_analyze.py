@@ -3,6 +3,7 @@ import json
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,6 +270,21 @@ def test_the_command(study, tmp_path, capsys, monkeypatch):
     (out / "results.json").write_text('{"study": {}}')
     assert cli.main(["analyze", str(study), "--out", str(out), *common]) == 2
     assert "that `simreg analyze` did not write" in capsys.readouterr().err
+
+
+def test_groups_without_a_class_have_no_metric():
+    sample = problems.sample()
+    none, everything = classes(sample, 10**6), classes(sample)
+    weight, centre = torch.randn(100, sample.hidden.shape[-1]).double(), everything.centre
+    found = measure._class_metrics(none, everything, weight, centre, pairs=10)
+    assert all(map(math.isnan, found.values())), found
+
+
+def test_the_folder_may_be_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"there is no folder \./absent"):
+        run.main(run.AnalyzeOptions(models=["./absent"], out=Path("~/out")))
+    assert (tmp_path / "out").is_dir()
 
 
 def test_only_seeds_that_all_arms_have_are_compared(study, capsys):

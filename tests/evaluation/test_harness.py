@@ -236,3 +236,16 @@ def test_a_truncated_context_is_the_harness_own(data, model, no_network):
     ):
         assert answer[0] == pytest.approx(log_likelihood, abs=1e-4)
         assert answer[1] == is_greedy
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_bars_are_as_they_were_afterwards(disabled):
+    before = datasets.are_progress_bars_disabled()
+    switch = {True: datasets.disable_progress_bars, False: datasets.enable_progress_bars}
+    switch[disabled]()
+    try:
+        with harness._silence():
+            assert datasets.are_progress_bars_disabled()
+        assert datasets.are_progress_bars_disabled() == disabled
+    finally:
+        switch[before]()

@@ -189,7 +189,10 @@ def _refusals(rank):
         sharded_simreg_loss(hidden, labels, temperature=0.1 + rank, **whole)
     with pytest.raises(ValueError, match=f"{same}.*push"):
         sharded_simreg_loss(hidden, labels, push=1.0 + rank, **whole)
-    for reduction in ("sum", "other", "weighted"):
+    for other in ("other", "weighted"):  # on all ranks
+        with pytest.raises(ValueError, match="reduction: expected one of"):
+            sharded_simreg_loss(hidden, labels, reduction=other, **whole)
+    for reduction in ("sum", "other"):
         with pytest.raises(ValueError, match="reduction" if rank else f"{same}|refused on rank 1"):
             sharded_simreg_loss(hidden, labels, reduction=reduction if rank else "mean", **whole)
     with pytest.raises(ValueError, match=f"{same}.*weight"):
