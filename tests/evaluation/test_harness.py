@@ -175,6 +175,13 @@ def test_keys_follow_the_items(tmp_path, data, no_network):
     assert whole.key()["lm_eval"] == harness.version("lm-eval")
 
 
+def test_items_are_listed_once_for_all_models(data, no_network, monkeypatch):
+    [benchmark] = harness.load(["boolq"], data[0], 3)
+    key = benchmark.key()
+    monkeypatch.setattr(harness.hashlib, "blake2b", None)
+    assert benchmark.key() == key
+
+
 def test_missing_files_are_all_named(tmp_path):
     items.write(tmp_path, leave_out=("hellaswag", "boolq"))
     with pytest.raises(UserError) as error:

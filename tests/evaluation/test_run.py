@@ -146,30 +146,40 @@ def change(run, tmp_path, **values):
     return copy
 
 
+def with_other_corpus(run):
+    result = json.loads((run / "result.json").read_text())
+    result["corpus"]["fingerprint"] = "0" * 32
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
 def test_runs_of_other_text_are_refused(runs, evaluate, tmp_path):
     run = runs / "plain" / "seed-1"
-    other = change(run, tmp_path, data={"validation_fraction": 0.2})
+    fraction = {"validation_fraction": 0.2}
+    other = with_other_corpus(change(run, tmp_path, data=fraction | {"seq_len": 8}))
     status, _, _, error = evaluate(run, other)
     assert status == 2
     assert "were trained on different text" in error
 
 
+def test_runs_of_the_same_text_in_other_files_are_compared(runs, evaluate, tmp_path):
+    run = runs / "plain" / "seed-1"
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(runs / "text.jsonl", moved)
+    status, _, _, error = evaluate(run, change(run, tmp_path, data={"source": str(moved)}))
+    assert status == 0, error
+
+
 def test_runs_of_other_rows_share_their_text(runs, evaluate, tmp_path):
     run = runs / "plain" / "seed-1"
-    other = change(run, tmp_path, data={"seq_len": 8})
-    result = json.loads((other / "result.json").read_text())
-    result["corpus"]["fingerprint"] = "0" * 32  # as it is of other rows
-    (other / "result.json").write_text(json.dumps(result))
+    other = with_other_corpus(change(run, tmp_path, data={"seq_len": 8}))
     status, _, _, error = evaluate(run, other)
     assert status == 0, error
 
 
 def test_a_later_run_of_other_content_is_refused(runs, evaluate, tmp_path):
     run = runs / "plain" / "seed-1"
-    other = change(run, tmp_path)
-    result = json.loads((other / "result.json").read_text())
-    result["corpus"]["fingerprint"] = "0" * 32
-    (other / "result.json").write_text(json.dumps(result))
+    other = with_other_corpus(change(run, tmp_path))
     status, _, _, error = evaluate(run, other)
     assert status == 2
     assert "were trained on different text" in error

@@ -70,6 +70,8 @@ CASES = {
     "chunks of a shard": (4, 1, Setting(chunk=LENGTH)),
     "chunks of half a shard": (4, 1, Setting(chunk=LENGTH // 2)),
     "chunks of half a tile": (2, 1, Setting(chunk=worlds.BLOCK // 2)),
+    "chunks of three quarters of a shard": (4, 1, Setting(chunk=3 * LENGTH // 4)),
+    "chunks of one and a half shards": (4, 1, Setting(chunk=3 * LENGTH // 2)),
     "shared by TP": (2, 2, Setting()),
     "repeated by TP": (2, 2, Setting(split=False)),
     "TP alone": (1, 4, Setting()),
@@ -110,6 +112,9 @@ def _compare(rank: int) -> None:
         most = torch.tensor(flops)  # a last rank may have fewer rows
         dist.all_reduce(most, dist.ReduceOp.MAX)
         flops = most.tolist()
+        mean = torch.tensor(received, dtype=torch.float64)  # shards differ in what chunks cut
+        dist.all_reduce(mean)
+        received = (mean / dist.get_world_size()).tolist()
         # How many tiles hold positives is a matter of chance, with so few tokens.
         near = 0.15 if setting.variant == "decoupled" else 0.05
         formula = costs.loss_flops(job, setting)

@@ -71,6 +71,13 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "out, whole rows" in printed("--model llama-8b --bound 0.02 --seq 32768", capsys)
 
 
+def test_one_is_not_many(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "llama-130m"]) == 0
+    text = capsys.readouterr().out
+    assert "1 GPU = data" in text
+    assert "for 1 rank in" in text
+
+
 def test_report_where_nothing_is_within_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed("--model llama-8b --bound 1e-7", capsys)
     assert "no setting is within < 0.01 %" in text
@@ -94,12 +101,20 @@ def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model gpt-9", "--model: no model 'gpt-9'; there are llama-tiny"),
         ("--model llama-8b --layers 3", "--model: give a preset, or"),
         ("--params 1e9 --active-params 2e9 --hidden 64 --layers 2", "--active-params: expected"),
-        ("--params -1 --hidden 64 --layers 2", "--params: expected a positive number, got -1"),
+        (
+            "--params -1 --hidden 64 --layers 2",
+            "--params: expected a positive, finite number, got -1",
+        ),
         ("--model llama-8b --gpus 12 --tp 8", "--gpus: 12 is not a multiple of tp × cp × pp = 8"),
         ("--model llama-8b --gpus 3 --cp 3", "--seq: 8192 is not a multiple of --cp 3"),
-        ("--model llama-8b --chunk 0", "--chunk: expected a positive number, got 0"),
-        ("--model llama-8b --bound nan", "--bound: expected a positive number, got nan"),
-        ("--table --link 0", "--link: expected a positive number, got 0"),
+        ("--model llama-8b --chunk 0", "--chunk: expected a positive, finite number, got 0"),
+        ("--model llama-8b --bound nan", "--bound: expected a positive, finite number, got nan"),
+        ("--model llama-8b --tflops inf", "--tflops: expected a positive, finite number, got inf"),
+        ("--params inf --hidden 64 --layers 2", "--params: expected a positive, finite number"),
+        ("--params 0.5 --hidden 64 --layers 2", "--params: expected a number of parameters"),
+        ("--model llama-8b --gpus 64 --pp 64", "--pp: 64 stages are more than the 32 layers"),
+        ("--table --chunk 512", "--chunk: the table of --table"),
+        ("--table --link 0", "--link: expected a positive, finite number, got 0"),
     ],
 )
 def test_what_is_refused(arguments: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

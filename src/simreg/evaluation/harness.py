@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,15 +49,21 @@ class Benchmark:
     note: str = ""
     """What differs from the harness's own evaluation."""
 
+    @cached_property
+    def _items(self) -> str:
+        """Of a digest; once for all models, as the harness processes a whole task to list it."""
+        digest = hashlib.blake2b()
+        with _silence():
+            for name, task in sorted(self.tasks.items()):
+                for _, doc in task.doc_iterator(limit=self.limit):
+                    digest.update(json.dumps([name, doc], sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:32]
+
     def key(self) -> dict[str, Any]:
         """What its result depends on besides the model: items, definition, version."""
-        digest = hashlib.blake2b()
-        for name, task in sorted(self.tasks.items()):
-            for _, doc in task.doc_iterator(limit=self.limit):
-                digest.update(json.dumps([name, doc], sort_keys=True, default=str).encode())
         return {
             "task": self.name,
-            "items": digest.hexdigest()[:32],
+            "items": self._items,
             "lm_eval": version("lm-eval"),
             "versions": sorted({str(task.VERSION) for task in self.tasks.values()}),
         }

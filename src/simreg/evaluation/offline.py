@@ -151,9 +151,11 @@ def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list
     for other in runs[1:]:
         assert other.config is not None
         # A fingerprint is of rows of tokens: it tells nothing of a run with other ones.
-        same_rows = _rows(other.config.data) == _rows(first.config.data)
-        changed = same_rows and other.corpus != first.corpus  # the same files, other content
-        if changed or _text(other.config.data) != _text(first.config.data):
+        if _rows(other.config.data) == _rows(first.config.data):
+            same = other.corpus == first.corpus  # whatever the files are called
+        else:
+            same = _text(other.config.data) == _text(first.config.data)
+        if not same:
             raise UserError(
                 f"{first.name} and {other.name} were trained on different text: evaluate them one "
                 "by one, or name text that neither has seen with --text FILES"

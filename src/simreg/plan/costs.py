@@ -253,15 +253,26 @@ def model_memory(job: Job) -> float:
 def arriving(job: Job, setting: Setting) -> float:
     """Hidden states (tokens of a row) that come from other ranks of CP in a pass over the columns.
 
-    Those of the ranks that hold tokens of its chunks, where chunks and shards divide each other. Of
-    documents only the first and the last are cut, in the middle on average; parts travel whole.
+    Parts travel whole. Of chunks, the mean of the ranks: those that chunks cut receive. Of
+    documents only the first and the last are cut, in the middle on average.
     """
-    chunk = setting.chunk or job.length
-    whole = min(job.cp - 1, -(-chunk // job.local) - 1) * job.local
-    if setting.span(job) == min(chunk, job.length):
-        return whole
+    chunk = min(setting.chunk or job.length, job.length)
     part = max(1, IN_FLIGHT // (WIDE_TILE * job.model.hidden * job.itemsize)) * WIDE_TILE
-    return min(whole, job.context + part)
+    shards = range(0, job.length, job.local)
+    whole = sum(_beyond(job, start, chunk, part) for start in shards) / job.cp
+    return whole if setting.span(job) == chunk else min(whole, job.context + part)
+
+
+def _beyond(job: Job, start: int, chunk: int, part: int) -> int:
+    """Tokens in parts of other shards that share a chunk with the shard from `start` on."""
+    stop = start + job.local
+    first, last = start // chunk * chunk, min(-(-stop // chunk) * chunk, job.length)
+
+    def edge(position: int, round_up: bool) -> int:
+        shard, inside = position // job.local * job.local, position % job.local
+        return shard + min((-(-inside // part) if round_up else inside // part) * part, job.local)
+
+    return start - edge(first, False) + edge(last, True) - stop
 
 
 def loss_traffic(job: Job, setting: Setting) -> Passes:

@@ -1,7 +1,8 @@
 """`simreg plan`: what the loss costs on a cluster, and which setting costs little enough."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from simreg.plan import costs, models
@@ -63,8 +64,19 @@ def main(chosen: PlanOptions) -> None:
     """Run the command; UserError for options that cannot be met."""
     _check_positive(chosen, "bound", "tflops", "link")
     rate = {"tflops": chosen.tflops, "link": chosen.link}
+    if chosen.table:
+        _check_no_others(chosen)
     lines = grid(bound=chosen.bound, **rate) if chosen.table else _report(chosen, rate)
     print("\n".join(lines))
+
+
+def _check_no_others(chosen: PlanOptions) -> None:
+    for field in fields(chosen):
+        if field.name in ("table", "bound", "tflops", "link"):
+            continue
+        if getattr(chosen, field.name) != field.default:
+            flag = field.name.replace("_", "-")
+            raise UserError(f"--{flag}: the table of --table has models and clusters of its own")
 
 
 def _report(chosen: PlanOptions, rate: dict[str, float]) -> Iterator[str]:
@@ -80,9 +92,9 @@ def _report(chosen: PlanOptions, rate: dict[str, float]) -> Iterator[str]:
 def _check_positive(chosen: PlanOptions, *names: str) -> None:
     for field in names:
         value = getattr(chosen, field)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             flag = field.replace("_", "-")
-            raise UserError(f"--{flag}: expected a positive number, got {value}")
+            raise UserError(f"--{flag}: expected a positive, finite number, got {value}")
 
 
 def _job(chosen: PlanOptions) -> Job:
@@ -91,8 +103,11 @@ def _job(chosen: PlanOptions) -> Job:
         raise UserError(f"--gpus: {chosen.gpus} is not a multiple of tp × cp × pp = {ranks}")
     if chosen.seq % chosen.cp:
         raise UserError(f"--seq: {chosen.seq} is not a multiple of --cp {chosen.cp}")
+    model = _model(chosen)
+    if chosen.pp > model.layers:
+        raise UserError(f"--pp: {chosen.pp} stages are more than the {model.layers} layers")
     return Job(
-        _model(chosen),
+        model,
         length=chosen.seq,
         rows=chosen.rows,
         gpus=chosen.gpus,
@@ -113,6 +128,11 @@ def _model(chosen: PlanOptions) -> Model:
     if params is None or active is None or hidden is None or layers is None:
         raise UserError("give --model, such as llama-8b, or all of --params, --hidden and --layers")
     _check_positive(chosen, "params", "active_params", "hidden", "layers")
+    for flag, number in (("params", params), ("active-params", active)):
+        if number < 1:
+            raise UserError(
+                f"--{flag}: expected a number of parameters, such as 8e9; got {number:g}"
+            )
     if active > params:
         raise UserError(f"--active-params: expected at most --params, got {active:g}")
     return Model("your model", hidden, layers, int(params), int(active), keys=hidden)
@@ -126,9 +146,14 @@ def _situation(job: Job) -> Iterator[str]:
     )
     documents = f" (documents of {job.document:,})" if job.document else ""
     yield (
-        f"{job.gpus:,} GPUs = data {data:,} × tp {job.tp} × cp {job.cp} × pp {job.pp}; "
-        f"{job.rows} × {job.length:,} tokens{documents} for {job.cp * job.tp} ranks in a pass"
+        f"{_counted(job.gpus, 'GPU')} = data {data:,} × tp {job.tp} × cp {job.cp} × pp {job.pp}; "
+        f"{job.rows} × {job.length:,} tokens{documents} for {_counted(job.cp * job.tp, 'rank')} "
+        "in a pass"
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _costs(job: Job, setting: Setting, shares: costs.Shares) -> Iterator[str]:
