@@ -86,7 +86,7 @@ def test_memory_can_be_left_out(tmp_path, measured, monkeypatch):
         ("--tokens 0", "--tokens: expected a positive number, got 0"),
         ("--chunks 7", "--chunks: 7 does not divide the length 256"),
         ("--variants up", "--variants: expected any of out, in, decoupled, got 'up'"),
-        ("--contenders fast", "--contenders: expected any of bare matmuls, naive,"),
+        ("--contenders fast", "--contenders: expected any of 'bare matmuls', naive,"),
         ("--rounds 2", "--rounds: expected 3 or more, got 2"),
         ("--out {tmp}", "--out {tmp}: expected a file name, this is a folder"),
         ("--out {tmp}/file/b.json", "--out {tmp}/file/b.json: cannot write there: "),

@@ -189,6 +189,10 @@ def test_what_names_no_file_is_an_error(tmp_path):
         with pytest.raises(UserError) as caught:
             resolve(spec, "text")
         assert message in str(caught.value)
+    for name in ("a.txt", "b.jsonl.xz", "c.jsonl.xz"):
+        write(tmp_path / name, b"")
+    with pytest.raises(UserError, match=r"for example '.*/\*\.jsonl\.xz'"):
+        resolve(str(tmp_path), "text")
     with pytest.raises(UserError, match=r"data\.source names nothing"):
         resolve([], "text")
     with pytest.raises(UserError, match="there is no file 'absent': check --text"):

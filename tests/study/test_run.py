@@ -108,6 +108,12 @@ def test_processes_that_share_a_study_end_it_one_after_the_other(lab, study, mon
     assert sum("waiting for another process that" in screen for screen in screens) >= 1
 
 
+def test_several_processes_of_a_launcher_are_refused(lab, study, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        compare(study)
+
+
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_study_stops_after_a_time_as_if_asked_to(lab, tmp_path, before):
     options = CompareOptions(out=str(tmp_path / "s"), tokens=1_000_000, stop_after=0.002)

@@ -123,7 +123,8 @@ def _chosen(options: BenchOptions, device: torch.device) -> list[Contender]:
     names = {contender.name: None for contender in every}
     for name in options.contenders:
         if name not in names:
-            raise UserError(f"--contenders: expected any of {', '.join(names)}, got {name!r}")
+            every_name = ", ".join(map(shlex.quote, names))  # some of which have spaces
+            raise UserError(f"--contenders: expected any of {every_name}; got {name!r}")
     chosen = {BARE, *(options.contenders or names)}
     return [contender for contender in every if contender.name in chosen]
 

@@ -26,6 +26,7 @@ from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.head import start_at_unigram
+from simreg.recipe.processes import world_size
 
 
 def model(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
@@ -82,7 +83,7 @@ def collator(config: RunConfig) -> Callable[[list[dict[str, Tensor]]], dict[str,
 
 def micro_batch(config: RunConfig) -> int:
     """Rows a forward pass of one process; UserError if the batch does not divide evenly."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     rows, parts = config.train.batch_rows, config.train.accumulate * processes
     if rows % parts:
         raise UserError(
@@ -131,7 +132,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """
     train, optim = config.train, config.optim
     on_cpu = device().type == "cpu"
-    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if on_cpu and world_size() > 1:
         # Joined here, since with use_cpu transformers 5.23 leaves ddp_timeout out.
         PartialState(cpu=True, timeout=timedelta(seconds=train.timeout))
     arguments = TrainingArguments(

@@ -13,6 +13,11 @@ from simreg.recipe.errors import UserError
 T = TypeVar("T")
 
 
+def world_size() -> int:
+    """How many processes the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def is_main_process() -> bool:
     """True in the process that writes, the first of all nodes."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -4,11 +4,13 @@ A source has a `key` (its identity by content), a `weight` (estimated bytes of t
 which streams its documents. `interleave` mixes sources so that every prefix is a fair sample.
 """
 
+import contextlib
 import dataclasses
 import glob
 import heapq
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -209,7 +211,8 @@ def _paths(item: str, setting: str) -> list[Path]:
     path = expanded(item)
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder: name its files, for example '{path}/*.jsonl'")
+            example = path / f"*{_commonest_ending(path)}"
+            raise UserError(f"{path} is a folder: name its files, for example '{example}'")
         if path.exists():
             return [path]
     except OSError as error:
@@ -221,6 +224,16 @@ def _paths(item: str, setting: str) -> list[Path]:
         hint = f"; a Hugging Face dataset is written hf:{item}" if item.count("/") == 1 else ""
         raise UserError(f"{kind} {item!r}: check {setting}{hint}")
     return files
+
+
+def _commonest_ending(folder: Path) -> str:
+    """Of the files there that can be read, such as `.jsonl.xz`."""
+    endings: Counter[str] = Counter()
+    for path in folder.iterdir():
+        with contextlib.suppress(UserError):
+            file = LocalFile(path)
+            endings[path.name[-len(file.format + (file.compression or "")) :]] += 1
+    return endings.most_common(1)[0][0] if endings else ".jsonl"
 
 
 def _is_utf8(path: Path) -> bool:

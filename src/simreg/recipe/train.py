@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from simreg.recipe.folder import RunFolder, storage_errors, warn
 from simreg.recipe.hub import quiet
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
-from simreg.recipe.processes import from_main, is_main_process, lost_contact
+from simreg.recipe.processes import from_main, is_main_process, lost_contact, world_size
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -158,7 +157,7 @@ def _split_anew(
 
 def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str:
     per_step = config.train.batch_rows * config.data.seq_len
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     where = assemble.device().type + (f" × {processes}" if processes > 1 else "")
     of_active = "" if active == total else f" ({models.millions(active)} active)"
     return (

@@ -31,6 +31,7 @@ from simreg.recipe.folder import (
     storage_errors,
     warn,
 )
+from simreg.recipe.processes import world_size
 from simreg.recipe.progress import duration, log_line
 from simreg.study import plan, records, report, results, sizing, summary, zeroshot
 from simreg.study.plan import Cell, CompareOptions, Study
@@ -73,9 +74,15 @@ def compare(
 ) -> dict[str, Any]:
     """Run what is missing of the study, write results.json and the report; returns the results.
 
-    UserError if the study's folder holds one with another base configuration or other data.
+    UserError if the study's folder holds one with another base configuration or other data, or in
+    one of several processes of a launcher.
     """
     console = console or Console(highlight=False)
+    if world_size() > 1:
+        raise UserError(
+            "simreg compare trains each run in one process: start it without torchrun, once for "
+            "each GPU if you like; commands with the same --out share the runs"
+        )
     out = Path(study.out)
     began = time.monotonic()
     check_results(out, "study", "simreg compare")
