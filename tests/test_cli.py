@@ -228,7 +228,9 @@ def test_a_reader_that_leaves_is_no_failure(arguments: str) -> None:
 
 def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--list-models"]) == 0
-    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    text = capsys.readouterr().out
+    assert "a vocabulary of 32,000" in text
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
     assert lines["llama-60m"] == ["58.07M", "58.07M"]
     assert lines["mixtral-8x7b"] == ["46702.79M", "12879.93M"]
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +160,19 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, text: Path) -> None:
     said = interrupt_at(9, config, tmp_path, presses)
     assert said == "stopped at once; the same command continues from the last checkpoint"
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-0000007"]
+
+
+def test_a_launcher_that_passes_an_interrupt_on_is_not_impatient(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer, now = SimpleNamespace(interrupted=False), 1.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    with loop.interruptible(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert trainer.interrupted
+        now = 3.0
+        with pytest.raises(KeyboardInterrupt, match="at once"):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_training_seconds_are_carried_over(tmp_path: Path, text: Path) -> None:

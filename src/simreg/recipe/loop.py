@@ -23,10 +23,11 @@ from simreg.recipe.errors import Diverged
 from simreg.recipe.folder import RunFolder, storage_errors
 from simreg.recipe.muon import MuonAdamW
 from simreg.recipe.probe import Probe
-from simreg.recipe.processes import is_main_process
+from simreg.recipe.processes import is_main_process, world_size
 from simreg.recipe.progress import Clock, MetricsFile
 
 _OBJECTIVE_KEYS = ("simreg", "pos_cos", "neg_cos", "pos_fraction")
+_ECHO = 1.0  # seconds within which a launcher passes on a signal that the process has had itself
 
 
 class RunTrainer(SimRegTrainer):
@@ -250,20 +251,23 @@ def interruptible(trainer: RunTrainer) -> Iterator[None]:
     """Ctrl-C, SIGTERM and a lost terminal save at the next step boundary and stop; a second Ctrl-C
     stops at once.
 
-    Not a second SIGTERM: schedulers send it to every process, and torchrun passes its own on.
+    Not a second SIGTERM: schedulers send it to every process, and torchrun passes its own on. Nor,
+    in one of several processes, a second SIGINT that comes with the first, for the same reason.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
-    pressed = False
+    first, echo = math.inf, _ECHO if world_size() > 1 else 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed and number == signal.SIGINT:
-            raise KeyboardInterrupt(
-                "stopped at once; the same command continues from the last checkpoint"
-            )
-        pressed |= number == signal.SIGINT
+        nonlocal first
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - first >= echo:
+                raise KeyboardInterrupt(
+                    "stopped at once; the same command continues from the last checkpoint"
+                )
+            first = min(first, now)
         trainer.interrupted = True
 
     heeded = [signal.SIGINT, signal.SIGTERM]

@@ -149,6 +149,7 @@ def table() -> str:
         config = model_config(name, vocab_size=PUBLISHED_VOCABULARY, seq_len=2048)
         total, active = count_parameters(config)
         lines.append(f"{name:<16}{millions(total):>10}{millions(active):>10}")
+    lines.append(f"parameters with a vocabulary of {PUBLISHED_VOCABULARY:,}; active: of a token")
     return "\n".join(lines)
 
 
