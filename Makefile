@@ -15,6 +15,8 @@ test: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python -m pytest -m gpu -n $(or $(JOBS),2); fi
 
 # The tables of README.md and docs/results.md, from the records they name.
 tables: $(VENV)/train

@@ -1,10 +1,20 @@
-"""Without a GPU Triton interprets the kernels; its switch is read when they are defined."""
+"""Tests see no GPU, so that they are the same everywhere, but those of `-m gpu`.
+
+Triton interprets its kernels then; its switch is read when they are defined, before any test.
+"""
 
 import os
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # What deterministic algorithms, which the tests of the kernels switch on, ask of cuBLAS.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything asks for a GPU or imports a kernel."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")

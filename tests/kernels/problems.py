@@ -40,6 +40,19 @@ def small_tiles(backend: str, blocks: Any = None, **limits: int) -> Iterator[Non
         yield
 
 
+each_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 each_backend = pytest.mark.parametrize(
     "backend", ["blockwise", "reference", pytest.param("triton", marks=needs_triton)]

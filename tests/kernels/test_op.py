@@ -13,29 +13,44 @@ from torch.utils.checkpoint import checkpoint
 import simreg
 from simreg import SimRegLoss, simreg_loss
 from simreg.kernels import op
-from tests.kernels.problems import each_backend, each_variant, problem, quiet, small_tiles
+from tests.kernels.problems import (
+    each_backend,
+    each_device,
+    each_variant,
+    problem,
+    quiet,
+    small_tiles,
+)
 from tests.test_loss import per_token, value_and_grad
 
 pytestmark = quiet
 
 
 @pytest.fixture(autouse=True)
-def _small():
+def _small(request):
+    if request.node.get_closest_marker("gpu"):  # where tiles are what they are
+        yield
+        return
     with small_tiles("blockwise"), small_tiles("triton"):
         yield
+
+
+def on(device, *tensors):
+    return [tensor.to(device) for tensor in tensors]
 
 
 def both_equal(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@each_device
 @each_backend
 @each_variant
-def test_custom_op_is_well_formed(backend, variant):
-    hidden = torch.randn(2, 20, 4, requires_grad=True)
+def test_custom_op_is_well_formed(backend, variant, device):
+    hidden = torch.randn(2, 20, 4, device=device, requires_grad=True)
     labels, ids = torch.arange(20).expand(2, 20) % 3, torch.arange(20).expand(2, 20) // 10
     # Every token has positives and negatives: opcheck takes NaN (a mean of none) for a difference.
-    labels, ids = labels.contiguous(), ids.contiguous()
+    labels, ids = on(device, labels.contiguous(), ids.contiguous())
     for push in (0.0, 3.0):
         torch.library.opcheck(op.loss, (hidden, labels, ids, 0.1, variant, push, 0.5, backend))
     # Batches that were laid out sequence first
@@ -91,8 +106,9 @@ def test_chunks_copy_nothing(backend):
     assert hidden.untyped_storage().data_ptr() in saved
 
 
+@each_device
 @each_backend
-def test_compiles_once_for_all_lengths(backend):
+def test_compiles_once_for_all_lengths(backend, device):
     graphs = []
 
     def count(graph, inputs):
@@ -101,17 +117,18 @@ def test_compiles_once_for_all_lengths(backend):
 
     compiled = torch.compile(per_token, fullgraph=True, backend=count, dynamic=True)
     for length in (20, 28, 33):
-        hidden, labels, _ = problem(2, length, 8, 5, dtype=torch.float32)
+        hidden, labels = on(device, *problem(2, length, 8, 5, dtype=torch.float32)[:2])
         ours = value_and_grad(compiled, hidden, labels, backend=backend)
         assert both_equal(ours, value_and_grad(per_token, hidden, labels, backend=backend))
     assert len(graphs) == 1
 
 
+@each_device
 @each_backend
-def test_inductor_leaves_gradients_as_they_are(backend):
+def test_inductor_leaves_gradients_as_they_are(backend, device):
     if not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
-    hidden, labels, _ = problem(2, 20, 8, 5, dtype=torch.float32)
+    hidden, labels = on(device, *problem(2, 20, 8, 5, dtype=torch.float32)[:2])
     compiled = torch.compile(simreg_loss, fullgraph=True)
     grads = []
     for loss in (simreg_loss, compiled):
@@ -133,16 +150,17 @@ def test_module_compiles_while_its_weight_is_scheduled(dynamic):
         torch.testing.assert_close(metrics, expected)
 
 
+@each_device
 @each_backend
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_autocast_and_checkpointing_change_nothing(backend, reentrant):
-    hidden, labels, _ = problem(2, 20, 8, 5, dtype=torch.float32)
+def test_autocast_and_checkpointing_change_nothing(backend, reentrant, device):
+    hidden, labels = on(device, *problem(2, 20, 8, 5, dtype=torch.float32)[:2])
 
     def loss(h, y):
         return per_token(h, y, backend=backend)
 
     def under_autocast(h, y):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             return loss(h, y)
 
     def checkpointed(h, y):
@@ -198,9 +216,10 @@ def test_dtensors_are_refused():
         dist.destroy_process_group()
 
 
+@each_device
 @each_backend
-def test_two_runs_are_bitwise_equal(backend):
-    hidden, labels, _ = problem(2, 60, 33, 20, dtype=torch.float32)
+def test_two_runs_are_bitwise_equal(backend, device):
+    hidden, labels = on(device, *problem(2, 60, 33, 20, dtype=torch.float32)[:2])
     first, second = (value_and_grad(per_token, hidden, labels, backend=backend) for _ in range(2))
     assert both_equal(first, second)
 
