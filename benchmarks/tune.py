@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, tried on the GPU at hand: what `simreg.kernels.triton.blocks`
 should say for it.
 
-    python benchmarks/tune.py                     # the shapes of benchmarks/gpu_queue.md
+    python benchmarks/tune.py                     # three shapes, from llama-130m's to wide ones
     python benchmarks/tune.py --shapes 4096x2048
 
 Compiles the choices in several processes, then prints the time of each: forward and backward, and

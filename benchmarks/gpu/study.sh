@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# benchmarks/gpu/study.sh STUDY.yaml [flags of simreg compare]: what eight minutes train of a study, by several
+# processes that share its runs; again until it says that none is missing. JOBS=14 for small models.
+source "$(dirname "${BASH_SOURCE[0]}")/check.sh"
+# Without it processes take turns on the GPU.
+if command -v nvidia-cuda-mps-control >/dev/null; then nvidia-cuda-mps-control -d 2>/dev/null || true; fi
+mkdir -p runs
+export OMP_NUM_THREADS=1
+jobs=()
+for i in $(seq "${JOBS:-6}"); do
+  python -m simreg.cli compare "$@" --stop-after 6.5 >"runs/study-$i.log" 2>&1 &
+  jobs+=($!)
+  if [ "$i" = 1 ]; then sleep 15; fi # the first tokenises
+done
+failed=0
+for job in "${jobs[@]}"; do wait "$job" || failed=$?; done
+tail -n 3 runs/study-*.log
+if [ "$failed" = 0 ]; then echo "all runs are finished"; else echo "status $failed: 130 is time that ran out, run it again"; fi
+exit "$failed"
