@@ -219,6 +219,7 @@ def _unlaunched(monkeypatch):
     monkeypatch.setattr(triton, "blocks", lambda *_: triton.Blocks(128, 64, 8, 4, 3, 256, 64, 8, 8))
 
 
+META = {"dtype": torch.bfloat16, "device": "meta"}
 SHAPES = [
     (32, 2048, 768),
     (8, 8192, 4096),
@@ -251,6 +252,34 @@ def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
         grad = triton.backward(loss, hidden, labels, None, saved, form)
     assert grad.shape == hidden.shape
     assert hidden.numel() * 2 < backward.peak <= budget - kept
+
+
+@pytest.mark.parametrize("kind", ["every other token", "sequence first", "width 4090"])
+@pytest.mark.parametrize("shape", [(8, 8192), (1, 131_072), (64, 512)], ids=str)
+def test_what_has_to_be_copied_is_within_budget(monkeypatch, kind, shape):
+    """The copy takes the place of the scratch that long rows have else."""
+    from simreg.kernels import triton
+
+    _unlaunched(monkeypatch)
+    batch, length = shape
+    hidden = {
+        "every other token": lambda: torch.empty(batch, 2 * length, 4096, **META)[:, ::2],
+        "sequence first": lambda: torch.empty(length, batch, 8192, **META)[..., ::2].transpose(
+            0, 1
+        ),
+        "width 4090": lambda: torch.empty(batch, length, 4090, **META),
+    }[kind]()
+    labels = torch.empty(shape, dtype=torch.int64, device="meta")
+    form = Form(0.1, "out", 3.0)
+    padded = batch * length * 4096 * 2
+    with Peak(hidden) as forward:
+        loss, _, _, *saved = triton.forward(hidden, labels, None, form)
+    assert padded <= forward.peak <= 2 * padded + 64 * 2**20
+    kept = sum(value.untyped_storage().nbytes() for value in saved)
+    with Peak(hidden) as backward:
+        grad = triton.backward(loss, hidden, labels, None, saved, form)
+    assert grad.is_contiguous()
+    assert 2 * padded <= backward.peak <= 2 * padded + 64 * 2**20 - kept
 
 
 class Operations(TorchDispatchMode):

@@ -96,6 +96,7 @@ class Problem:
         # Rows that begin at multiples of 16 numbers can be copied 16 bytes at a time.
         spare = -hidden.shape[-1] % 16
         self.hidden = (F.pad(hidden, (0, spare)) if spare else hidden).contiguous()
+        self.copied = self.hidden is not hidden
         self.batch, self.length, self.dim = self.hidden.shape
         self.blocks = blocks(hidden.dtype, hidden.device)
         self.tiles: int = triton.cdiv(self.length, self.blocks.tile)
@@ -262,7 +263,7 @@ def backward(
 
     b = problem.blocks
     tile_bytes = b.tile * problem.tiles * b.tile * hidden.element_size()  # of M
-    room = SCRATCH // 2 + hidden.numel() * hidden.element_size()
+    room = SCRATCH // 2 + (0 if problem.copied else hidden.numel() * hidden.element_size())
     room = max(0, room - TOKEN * labels.numel() - room // 16)  # statistics, and slots beside M
     symmetric = tile_bytes * problem.tiles <= room
     limit = min(room, max(WHOLE_ROWS, tile_bytes * problem.tiles)) if symmetric else room
@@ -285,6 +286,7 @@ def backward(
             TILE=b.tile, DEPTH=b.step, WIDE=b.wide, SMALLEST=EPS, INTERPRETED=INTERPRETED,
             num_warps=b.wide_warps, num_stages=b.wide_stages,
         )  # fmt: skip
+    del problem, slots, m  # before what may be another copy
     return out[..., : hidden.shape[-1]].contiguous()
 
 
