@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simreg import SimRegLoss, simreg_loss
 from simreg.baselines.simctg import SimCTG
-from simreg.loss import VARIANTS
+from simreg.loss import LEAST_TEMPERATURE, VARIANTS
 from tests.truth import brute_force
 
 KERNELS = ("reference", "blockwise")
@@ -69,6 +69,18 @@ def test_equals_the_definition(backend, problem):
     scale = 1 / options["temperature"]
     torch.testing.assert_close(grad, truth_grad, rtol=1e-9, atol=1e-9 * scale)
     assert (grad[labels == -100] == 0).all()
+
+
+@each_kernel
+@each_variant
+def test_the_least_temperature_is_finite(backend, variant):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 20, 8, generator=generator)
+    labels = torch.randint(0, 4, (1, 20), generator=generator)
+    options = {"temperature": LEAST_TEMPERATURE, "variant": variant, "push": 3.0}
+    for value in value_and_grad(per_token, hidden, labels, backend=backend, **options):
+        assert value.isfinite().all()
+        assert value.count_nonzero()
 
 
 @each_kernel
@@ -392,6 +404,7 @@ H, Y = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
         ((H, Y), {"segments": Y.to("meta")}, "segments"),
         ((H, Y), {"temperature": 0.0}, "temperature"),
         ((H, Y), {"temperature": float("nan")}, "temperature"),
+        ((H, Y), {"temperature": 1e-40}, "temperature"),
         ((H, Y), {"variant": "both"}, "variant"),
         ((H, Y), {"push": -1.0}, "push"),
         ((H, Y), {"push": float("inf")}, "push"),

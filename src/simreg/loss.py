@@ -12,6 +12,7 @@ from simreg.kernels import op
 from simreg.kernels.order import Form
 
 VARIANTS = ("out", "in", "decoupled")
+LEAST_TEMPERATURE = 1e-30  # 1/τ, and sums of a few, are still float32
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -57,7 +58,7 @@ def simreg_loss(
         labels: ``[B, L]`` or ``[T]`` int64, already shifted: the token that follows each position.
             ``ignore_index`` and negative labels are ignored. Kept for the backward pass, like
             ``hidden``: change neither in place before it.
-        temperature: τ > 0.
+        temperature: τ, at least 1e-30.
         variant: ``"out"``, ``"in"`` or ``"decoupled"``.
         push: ≥ 0, weight of the push beside the loss of the variant.
         push_above: cosine above which pairs are pushed apart, from -1 to 1.
@@ -256,7 +257,7 @@ def per_token(
     check_options(form, chunk_size, backend)
     check_ignore_index(ignore_index)
     check_tensors(hidden, labels, segments)
-    check_transforms(hidden)
+    check_transforms(hidden, labels, segments)
     valid, y = labels >= 0, labels
     if ignore_index >= 0:
         valid &= labels != ignore_index
@@ -289,8 +290,11 @@ def per_token(
 def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
     """Refuse settings that mean nothing."""
     temperature, variant, push, push_above = form
-    if not (is_number(temperature) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    if not (is_number(temperature) and LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ValueError(
+            f"temperature: expected a finite number of at least {LEAST_TEMPERATURE}, "
+            f"got {temperature!r}"
+        )
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
     if not (is_number(push) and 0 <= push < math.inf):
@@ -360,11 +364,12 @@ def check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> No
         )
 
 
-def check_transforms(hidden: Tensor) -> None:
-    """Refuse what the operator would answer wrongly (a tangent of 0) or obscurely."""
+def check_transforms(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> None:
+    """Refuse what the operator would answer wrongly (a tangent of 0), obscurely or one by one."""
     if forward_ad.unpack_dual(hidden).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError("simreg_loss: forward-mode differentiation is not supported")
     if torch.compiler.is_compiling():  # which can't trace the next test, nor needs it
         return
-    if torch.func.debug_unwrap(hidden, recurse=False) is not hidden:
-        raise RuntimeError("simreg_loss: not supported under transforms of torch.func")
+    for tensor in (hidden, labels, segments):
+        if tensor is not None and torch.func.debug_unwrap(tensor, recurse=False) is not tensor:
+            raise RuntimeError("simreg_loss: not supported under transforms of torch.func")

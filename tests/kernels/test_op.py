@@ -52,7 +52,12 @@ def test_custom_op_is_well_formed(backend, variant, device):
     # Every token has positives and negatives: opcheck takes NaN (a mean of none) for a difference.
     labels, ids = on(device, labels.contiguous(), ids.contiguous())
     for push in (0.0, 3.0):
-        torch.library.opcheck(op.loss, (hidden, labels, ids, 0.1, variant, push, 0.5, backend))
+        options = (0.1, variant, push, 0.5, backend)
+        torch.library.opcheck(op.loss, (hidden, labels, ids, *options))
+        saved = [value.detach() for value in op.loss(hidden, labels, ids, *options)[3:]]
+        grad = torch.randn(labels.shape, device=device)
+        backward = (grad, hidden.detach(), labels, ids, *saved, *options)
+        torch.library.opcheck(op.loss_backward, backward)
     # Batches that were laid out sequence first
     turned = (x.mT.contiguous().mT for x in (labels, ids))
     torch.library.opcheck(op.loss, (hidden, *turned, 0.1, variant, 3.0, 0.5, backend))
@@ -198,6 +203,12 @@ def test_transforms_of_torch_func_are_refused():
     for transform in (torch.func.grad, torch.func.vmap, torch.func.hessian):
         with pytest.raises(RuntimeError, match=r"simreg_loss: (not supported under|forward-mode)"):
             transform(loss)(hidden if transform is not torch.func.vmap else hidden[None])
+    for over in (
+        lambda y: simreg_loss(hidden, y),
+        lambda y: simreg_loss(hidden, labels, segments=y),
+    ):
+        with pytest.raises(RuntimeError, match="simreg_loss: not supported under"):
+            torch.func.vmap(over)(labels[None])
 
 
 def test_dtensors_are_refused():

@@ -252,7 +252,7 @@ def _checked(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     check_tensors(hidden, labels, segments)
-    check_transforms(hidden)
+    check_transforms(hidden, labels, segments)
     _check_positions(positions, labels)
     common = {
         "rows": 1 if hidden.ndim == 2 else len(hidden),
