@@ -68,7 +68,7 @@ def variants(
     merging = {"LABELS": 0b1100, "LOGS": 0 if bounded else 0b1001, "SYMMETRIC": True}
     for again in (True, False):
         flags = {"SUMS": 5 if push else 4, **merging, "AGAIN": again, "TILE": blocks.tile}
-        yield tokens.merge, flags, 4, 3
+        yield tokens.merge, flags, host.MERGING[not bounded], 3
     wide = {"DEPTH": blocks.step, "WIDE": blocks.wide, "SMALLEST": EPS}
     yield tiles.apply, {**rescaled, **wide, **size}, blocks.wide_warps, blocks.wide_stages
 

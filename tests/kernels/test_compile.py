@@ -37,8 +37,10 @@ def test_kernels_compile_for_a_single_token():
 
 CONFIGURATIONS = [
     (80, "bfloat16", ()),
+    (80, "float16", ("push", "unbounded")),
     (90, "bfloat16", ("push", "unbounded")),
     (100, "bfloat16", ()),
+    (100, "float16", ("push",)),  # below τ = 0.05 `gradients` spill 24 bytes, and without 32
     (90, "float16", ()),
     (90, "float32", ()),
 ]

@@ -27,6 +27,7 @@ from simreg.kernels.reference import EPS
 SLOTS = 32 * 2**20  # bytes
 SCRATCH = 64 * 2**20  # bytes
 WHOLE_ROWS = 256 * 2**20  # bytes of M at a time, if it need not come in panels
+MERGING = {False: 4, True: 2}  # warps; with logarithms 4 spill on compute capability 8.0
 TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.inverses, triton.JITFunction)
 MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
@@ -185,6 +186,7 @@ class Problem:
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * self.blocks.tile,
             SUMS=len(into), LOGS=logs, LABELS=labels, SYMMETRIC=symmetric,
             AGAIN=symmetric and launch.first_tile > 0, TILE=self.blocks.tile,
+            num_warps=MERGING[bool(logs)],
         )  # fmt: skip
 
 
