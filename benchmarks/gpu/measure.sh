@@ -22,7 +22,7 @@ case "${1:-}" in
   rows) # the loss as a row of matrix products of a library and what is between them, beside tiles
     limit python -m simreg.cli bench --seconds 3 --contenders triton "sharded, one rank" --out $out/rows-cuda.json ;;
   step-1b)
-    step step-llama-1b-push-cuda.json model.preset=llama-1b,data.seq_len=4096,train.batch_rows=8,train.gradient_checkpointing=true ;;
+    step step-llama-1b-push-cuda.json model.preset=llama-1b,data.seq_len=4096,train.batch_rows=8,train.gradient_checkpointing=true,simreg.push=3.333 ;;
   fuzz-triton | fuzz-blockwise)
     python benchmarks/fuzz.py "${1#fuzz-}" --jobs 7 --minutes 6.5 ;;
   tune)

@@ -13,7 +13,12 @@ for i in $(seq "${JOBS:-6}"); do
   if [ "$i" = 1 ]; then sleep 15; fi # the first tokenises
 done
 failed=0
-for job in "${jobs[@]}"; do wait "$job" || failed=$?; done
+for job in "${jobs[@]}"; do
+  status=0
+  wait "$job" || status=$?
+  # A process that failed counts for more than one whose time ran out.
+  if [ "$failed" = 0 ] || [ "$failed" = 130 ] && [ "$status" != 0 ]; then failed=$status; fi
+done
 tail -n 3 runs/study-*.log
 if [ "$failed" = 0 ]; then echo "all runs are finished"; else echo "status $failed: 130 is time that ran out, run it again"; fi
 exit "$failed"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import fuzz
 from simreg.bench.contenders import contenders
 from simreg.bench.memory import peak_extra_bytes
 from simreg.bench.problem import Shape
@@ -69,3 +70,15 @@ def test_peak_memory_at_long_sequences():
     peak = peak_extra_bytes(loss, shape, cpu)  # the naive loss needs over 4 GiB
     assert peak >= 4 * shape.length * shape.dim  # at least the gradient: the watch does see memory
     assert peak < 400 * 2**20
+
+
+def test_a_quarter_of_the_fuzzed_problems_are_several_tiles_with_mixed_up_segments(monkeypatch):
+    monkeypatch.setattr(fuzz, "clear_of_pairs", lambda hidden: 0.5)  # which takes most of the time
+    several = 0
+    for seed in range(300):
+        problem = fuzz.random_problem(seed, fuzz.SMALL)
+        length = min(problem.labels.shape[1], problem.chunk_size or problem.labels.shape[1])
+        kept = problem.labels[:, :length] >= 0
+        mixed = problem.segments is not None and (problem.segments[:, :length].unique().numel() > 1)
+        several += mixed and int(kept.sum(1).max()) > fuzz.SMALL
+    assert several >= 300 / 4

@@ -66,7 +66,9 @@ def main(chosen: PlanOptions) -> None:
     rate = {"tflops": chosen.tflops, "link": chosen.link}
     if chosen.table:
         _check_no_others(chosen)
-    lines = grid(bound=chosen.bound, **rate) if chosen.table else _report(chosen, rate)
+        lines = grid(bound=chosen.bound, **rate)
+    else:
+        lines = _report(chosen, rate)
     print("\n".join(lines))
 
 
