@@ -113,7 +113,8 @@ def test_chunks_copy_nothing(backend):
 
 @each_device
 @each_backend
-def test_compiles_once_for_all_lengths(backend, device):
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed-chunks"])
+def test_compiles_once_for_all_lengths(packed, backend, device):
     graphs = []
 
     def count(graph, inputs):
@@ -122,9 +123,11 @@ def test_compiles_once_for_all_lengths(backend, device):
 
     compiled = torch.compile(per_token, fullgraph=True, backend=count, dynamic=True)
     for length in (20, 28, 33):
-        hidden, labels = on(device, *problem(2, length, 8, 5, dtype=torch.float32)[:2])
-        ours = value_and_grad(compiled, hidden, labels, backend=backend)
-        assert both_equal(ours, value_and_grad(per_token, hidden, labels, backend=backend))
+        hidden, labels, segments = on(device, *problem(2, length, 8, 5, 3, torch.float32))
+        options = {"segments": segments, "chunk_size": 16} if packed else {}
+        ours = value_and_grad(compiled, hidden, labels, backend=backend, **options)
+        plain = value_and_grad(per_token, hidden, labels, backend=backend, **options)
+        assert both_equal(ours, plain)
     assert len(graphs) == 1
 
 
