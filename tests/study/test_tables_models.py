@@ -85,8 +85,8 @@ def analysis(low=-0.0409, high=-0.0231):
 
     return {
         "means": {
-            "base": {"all": group(4.5, 57.29), "tail": group(6, 20)},
-            "new": {"all": group(4.468, 54.6), "tail": group(5.9, 19)},
+            "base": {"all": group(4.5, 57.29), "decile-10": group(6, 20)},
+            "new": {"all": group(4.468, 54.6), "decile-10": group(5.9, 19)},
         },
         "minus_reference": {
             "new": {
@@ -94,7 +94,7 @@ def analysis(low=-0.0409, high=-0.0231):
                     "loss": entry(-0.032, low, high),
                     "effective_rank": entry(-2.69, -5, -0.4),
                 },
-                "tail": {"loss": entry(-0.1, -0.2, 0.1)},
+                "decile-10": {"loss": entry(-0.1, -0.2, 0.1)},
             }
         },
         "reference": "base",
@@ -116,14 +116,16 @@ def test_geometry(tmp_path):
 
 
 def test_geometry_of_chosen_metrics_and_groups(tmp_path):
-    drawn = draw(tmp_path, "geometry", analysis(), "metrics=effective_rank,loss groups=all,tail")
+    drawn = draw(
+        tmp_path, "geometry", analysis(), "metrics=effective_rank,loss groups=all,decile-10"
+    )
     assert [line.split(" | ")[:2] for line in drawn.split("\n\n")[0].splitlines()[2:]] == [
         ["| effective rank", "all"],
-        ["| effective rank", "tail"],
+        ["| effective rank", "decile-10"],
         ["| loss (nats)", "all"],
-        ["| loss (nats)", "tail"],
+        ["| loss (nats)", "decile-10"],
     ]
-    assert "| effective rank | tail | 20.00 | 19.00 | – |" in drawn
+    assert "| effective rank | decile-10 | 20.00 | 19.00 | – |" in drawn
     with pytest.raises(UserError, match="none of these metrics and groups was measured"):
         draw(tmp_path, "geometry", analysis(), "metrics=nc1")
     with pytest.raises(UserError, match="groups: unknown 'torso'"):

@@ -67,7 +67,8 @@ def geometry(request: Request) -> str:
     found = request.source.content
     labels = dict(described.ROWS)
     metrics = request.names("metrics", labels) or list(labels)
-    groups = request.names("groups", described.GROUPS) or ["all"]
+    # Whatever the analysis told apart: head and tail, deciles of frequency, quarters of the row.
+    groups = request.names("groups", found["means"][found["reference"]]) or ["all"]
     others = list(found["minus_reference"])
     named = ["metric", "tokens"] if len(groups) > 1 else ["metric"]
     head = [*named, *found["means"], *(f"{arm} minus {found['reference']}" for arm in others)]
