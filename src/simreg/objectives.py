@@ -1,8 +1,10 @@
 """The protocol that SimReg and its rivals share: trainers and studies know no particular one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -64,6 +66,50 @@ class Objective(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted scalar loss, and its metrics."""
         ...
+
+
+class AtDepths(nn.Module):
+    """An objective at hidden states within the model besides the final ones: the losses add.
+
+    Args:
+        objective: one that reads nothing but final hidden states, such as `SimRegLoss()`.
+        depths: where else, as fractions of the depth above 0 and up to 1 (`Reads.depths`).
+
+    The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere.
+
+    Raises:
+        ValueError: for depths that are no such fractions or occur twice, or no objective of that
+            kind.
+    """
+
+    def __init__(self, objective: Objective, depths: Sequence[float]) -> None:
+        super().__init__()
+        if reads(objective) != Reads():
+            raise ValueError("objective: reads more than the final hidden states itself")
+        if not depths or not all(isinstance(d, int | float) and 0 < d <= 1 for d in depths):
+            raise ValueError(f"depths: expected fractions above 0 and up to 1, got {depths!r}")
+        if len(set(depths)) < len(depths):
+            raise ValueError(f"depths: each once, got {depths!r}")
+        self.objective = objective
+        self.reads = Reads(depths=tuple(map(float, depths)))
+        self.by_rows = by_rows(objective)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        earlier: Sequence[Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Objective`; `earlier`: hidden states `[B, L, d]`, one for each of the depths."""
+        (loss, metrics), *others = (
+            self.objective(states, labels, segments, num_items=num_items)
+            for states in (hidden, *earlier)
+        )
+        below = torch.stack([found["loss"] for _, found in others]).mean()
+        return loss + sum(own for own, _ in others), {**metrics, "earlier": below}
 
 
 class Sum(nn.Module):

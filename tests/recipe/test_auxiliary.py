@@ -65,7 +65,7 @@ def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> Non
     config = tiny.config(tmp_path, text, {"simreg": options})
     loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
     assert {name: getattr(loss, name) for name in options} == options
-    others = {"scope", "schedule", "schedule_fraction"}
+    others = {"depths", "scope", "schedule", "schedule_fraction"}  # depths: tested below
     assert {f.name for f in fields(SimRegConfig)} == options.keys() | others
 
 
@@ -145,9 +145,13 @@ def test_a_learned_temperature_is_timed_too(tmp_path: Path, text: Path) -> None:
     assert not torch.equal(before[0], after[0])
 
 
-@pytest.mark.parametrize("auxiliary", [{}, {"name": "z-loss"}])
+@pytest.mark.parametrize(("auxiliary", "depths"), [({}, []), ({"name": "z-loss"}, []), ({}, [0.5])])
 def test_each_step_has_its_weight(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, auxiliary: dict[str, Any]
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    auxiliary: dict[str, Any],
+    depths: list[float],
 ) -> None:
     seen = []
     original = loop.RunTrainer.training_step
@@ -158,10 +162,24 @@ def test_each_step_has_its_weight(
         return loss
 
     monkeypatch.setattr(loop.RunTrainer, "training_step", spy)
-    simreg = {"weight": 0.5, "schedule": "decay", "schedule_fraction": 0.5}
+    simreg = {"weight": 0.5, "depths": depths, "schedule": "decay", "schedule_fraction": 0.5}
     run(tmp_path, text, {"simreg": simreg, "auxiliary": auxiliary})
     expected = [0.5] * 10 + [0.5 * (1 - step / 20) / 0.5 for step in range(10, 20)]
     assert seen == pytest.approx(expected)
+
+
+def test_simreg_at_depths_trains_and_is_recorded(tmp_path: Path, text: Path) -> None:
+    simreg = {"weight": 0.5, "depths": [0.5]}
+    _, result = run(tmp_path / "both", text, {"simreg": simreg})
+    assert result["objective"]["depths"] == [0.5]
+    _, alone = run(tmp_path / "final", text, {"simreg": {"weight": 0.5}})
+    assert result["final_ce"] != alone["final_ce"]
+    # The other way to the same loss: no auxiliary has a push, and this one does not decay.
+    simreg = {"weight": 0.5, "push": 0.0, "schedule": "constant"}
+    _, ours = run(tmp_path / "ours", text, {"simreg": {**simreg, "depths": [0.5]}})
+    variant = {"name": "simreg-variant", "options": {"weight": 0.5, "depths": [0.5]}}
+    _, theirs = run(tmp_path / "theirs", text, {"simreg": simreg, "auxiliary": variant})
+    assert ours["final_ce"] == pytest.approx(theirs["final_ce"], rel=1e-5)
 
 
 def test_two_processes_train_its_parameters(tmp_path: Path, text: Path) -> None:

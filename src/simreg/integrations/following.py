@@ -1,7 +1,7 @@
 """The weight of an objective in training, step by step: what all integrations share."""
 
 from simreg.loss import SimRegLoss
-from simreg.objectives import Sum
+from simreg.objectives import AtDepths, Sum
 from simreg.schedule import Schedule
 
 
@@ -27,10 +27,13 @@ class Following:
 
 
 def regularizer(objective: object) -> SimRegLoss | None:
-    """The part of an objective whose weight is λ: itself, or what a `Sum` has, compiled or not."""
+    """The part of an objective whose weight is λ: itself, or what an `AtDepths` or a `Sum` has,
+    compiled or not."""
     inner = getattr(objective, "_orig_mod", objective)
     if isinstance(inner, SimRegLoss):
         return inner
+    if isinstance(inner, AtDepths):
+        return regularizer(inner.objective)
     parts = (inner.simreg, inner.auxiliary) if isinstance(inner, Sum) else ()
     return next((found for part in parts if (found := regularizer(part)) is not None), None)
 

@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import (
 
 from simreg.baselines import registry
 from simreg.loss import SimRegLoss
-from simreg.objectives import Objective, Sum
+from simreg.objectives import AtDepths, Objective, Sum
 from simreg.recipe import models
 from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
 from simreg.recipe.data import Corpus
@@ -45,7 +45,7 @@ def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
     What they initialise follows from the seed, and takes nothing from the model's random numbers.
     """
     own, other = config.simreg, config.auxiliary
-    simreg = None
+    simreg: Objective | None = None
     if own.weight > 0:
         simreg = SimRegLoss(
             weight=own.weight,
@@ -55,6 +55,8 @@ def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
             push=own.push,
             push_above=own.push_above,
         )
+        if own.depths:
+            simreg = AtDepths(simreg, own.depths)
     if other.name is None:
         return simreg
     with torch.random.fork_rng(devices=[]):

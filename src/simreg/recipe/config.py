@@ -36,6 +36,7 @@ Number = Annotated[float, BeforeValidator(_not_bool)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+Depth = Annotated[Number, Field(gt=0, le=1)]
 
 
 def _whole(value: Any) -> Any:
@@ -220,6 +221,9 @@ class SimRegConfig:
     are too alike (docs/loss.md)."""
     push_above: Annotated[Number, Field(ge=-1, le=1)] = PUSH_ABOVE
     """The cosine above which they are."""
+    depths: list[Depth] = field(default_factory=list)
+    """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
+    which counts once for each."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE
