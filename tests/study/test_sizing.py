@@ -169,6 +169,20 @@ def test_options_left_open_do_not_count_so_that_later_ones_change_no_record(stud
     assert sizing._configs(changed, "simreg") != sizing._configs(study, "simreg")
 
 
+RECORDS = Path(__file__).parents[2] / "docs/results"
+
+
+@pytest.mark.parametrize(
+    "record", sorted(RECORDS.glob(f"*/{sizing.STEP_TIME_FILE}")), ids=lambda path: path.parent.name
+)
+def test_the_step_times_on_record_still_count(record):
+    """A new field of the config must not make them those of other configs."""
+    study = dataclasses.replace(plan.load(record.parent / "study.yaml"), out=str(record.parent))
+    recorded = json.loads(record.read_text(encoding="utf-8")).keys()
+    assert recorded
+    assert recorded <= sizing.cached_step_times(study, any_machine=True).keys()
+
+
 def test_a_step_time_of_another_machine_is_still_of_its_configs(tmp_path, monkeypatch):
     """A finished study may name another reference: the ratio on record is not to that."""
     monkeypatch.setattr(sizing.timing, "step_time_ratio", lambda *args: TIMES)

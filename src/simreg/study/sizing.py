@@ -118,7 +118,7 @@ def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
 def _cost(study: Study, arm: str) -> dict[str, Any]:
     """The part of an arm's config that the cost of a step depends on.
 
-    Without what is left open (None), so that records outlive options that come later.
+    Without what is left open (None, no depths), so that records outlive options that come later.
     """
     found = study.arm_config(arm)
     config = recipe.to_dict(found)
@@ -130,6 +130,7 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
             k: v
             for k, v in values.items()
             if v is not None
+            and v != []
             and (k not in _FREE.get(section, ()) or (section == "simreg" and _stops(found.simreg)))
         }
         for section, values in config.items()
