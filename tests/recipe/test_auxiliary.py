@@ -1,5 +1,6 @@
 """Runs with another objective than SimReg, or with a weight that changes."""
 
+import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -170,8 +171,11 @@ def test_each_step_has_its_weight(
 
 def test_simreg_at_depths_trains_and_is_recorded(tmp_path: Path, text: Path) -> None:
     simreg = {"weight": 0.5, "depths": [0.5]}
-    _, result = run(tmp_path / "both", text, {"simreg": simreg})
+    config, result = run(tmp_path / "both", text, {"simreg": simreg})
     assert result["objective"]["depths"] == [0.5]
+    lines = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = [record for line in lines if (record := json.loads(line))["kind"] == "train"]
+    assert all(record["earlier"] > 0 for record in trained)
     _, alone = run(tmp_path / "final", text, {"simreg": {"weight": 0.5}})
     assert result["final_ce"] != alone["final_ce"]
     # The other way to the same loss: no auxiliary has a push, and this one does not decay.

@@ -221,7 +221,7 @@ class RunCallback(TrainerCallback):
             **position,
             "ce": logs["ce"],
             **{key: logs.get(key) for key in _OBJECTIVE_KEYS},
-            **{key: logs[key] for key in ("router_loss", "auxiliary") if key in logs},
+            **{key: logs[key] for key in ("router_loss", "auxiliary", "earlier") if key in logs},
             "lr": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
             "clipped": logs["clipped"],
