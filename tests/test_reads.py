@@ -9,9 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from simreg.capture import attach, shift_left
-from simreg.loss import SimRegLoss
-from simreg.objectives import AtDepths, Reads, Sum, by_rows, reads
+from simreg.capture import attach
+from simreg.objectives import Reads, Sum, layer_at, reads
 from tests.test_capture import CONFIGS, SMALL, batch, build
 
 transformers = pytest.importorskip("transformers")
@@ -158,6 +157,7 @@ def test_the_layer_of_a_depth_is_counted_upwards():
     reg(labels)
     for found, layer in zip(keeps.seen["earlier"], (1, 1, 7, 8), strict=True):
         assert found is given[layer]
+    assert [layer_at(depth, 4) for depth in (1e-9, 0.25, 0.26, 1.0)] == [1, 1, 2, 4]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -282,44 +282,3 @@ def test_sum_gives_each_what_it_asked_for():
     alone, ones = Sum(None, other), torch.ones(1, 2, 3)
     _, metrics = alone(ones, torch.zeros(1, 2), logits=ones, earlier=(ones,))
     assert metrics.keys() == {"auxiliary"}
-
-
-def test_losses_at_depths_add():
-    own = SimRegLoss(weight=0.3)
-    at = AtDepths(own, [0.5, 0.25])
-    assert reads(at) == Reads(depths=(0.5, 0.25))
-    assert by_rows(at)
-    labels = torch.tensor([[1, 2, 1, 2, 3, -100]])
-    states = [torch.randn(1, 6, 4, requires_grad=True) for _ in range(3)]
-    loss, metrics = at(states[0], labels, None, num_items=7, earlier=states[1:])
-    apart = [own(h, labels, num_items=7) for h in states]
-    torch.testing.assert_close(loss, sum(each for each, _ in apart))
-    grads = torch.autograd.grad(loss, states)
-    for grad, h, (each, _) in zip(grads, states, apart, strict=True):
-        torch.testing.assert_close(grad, *torch.autograd.grad(each, h), rtol=0, atol=0)
-    (_, final), *others = apart
-    below = torch.stack([found["loss"] for _, found in others]).mean()
-    assert metrics == {**final, "earlier": below}
-
-
-@pytest.mark.parametrize("segments", [None, "documents"])
-def test_of_a_model_the_middle_layer_is_regularized_too(segments):
-    model, own = build(), SimRegLoss()
-    ids, labels = batch()[:2]
-    segments = segments and (torch.arange(ids.shape[1]) // 5).expand_as(ids)
-    reg = attach(model, AtDepths(own, [0.5]))
-    model(input_ids=ids)
-    loss = reg(labels, segments=segments)
-    reg.detach()
-    states = model.get_decoder()(input_ids=ids, output_hidden_states=True)
-    shifted = shift_left(labels)
-    both = states.last_hidden_state, states.hidden_states[len(model.get_decoder().layers) // 2]
-    torch.testing.assert_close(loss, sum(own(h, shifted, segments)[0] for h in both))
-
-
-@pytest.mark.parametrize("depths", [[], [0], [1.5], [float("nan")], ["0.5"], [0.5, 0.5]])
-def test_depths_that_are_none_are_refused(depths):
-    with pytest.raises(ValueError, match="depths"):
-        AtDepths(SimRegLoss(), depths)
-    with pytest.raises(ValueError, match="objective: reads more"):
-        AtDepths(Keeps(logits=True), [0.5])

@@ -1,8 +1,9 @@
 """SimReg: embedding similarity regularization for language-model pretraining."""
 
 from simreg.capture import attach
+from simreg.depths import AtDepths
 from simreg.loss import SimRegLoss, explain, simreg_loss
 from simreg.schedule import Schedule
 
-__all__ = ["Schedule", "SimRegLoss", "attach", "explain", "simreg_loss"]
+__all__ = ["AtDepths", "Schedule", "SimRegLoss", "attach", "explain", "simreg_loss"]
 __version__ = "0.1.0.dev0"

@@ -12,7 +12,6 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 """
 
 import inspect
-import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simreg.objectives import Objective, Reads, reads
+from simreg.objectives import Objective, Reads, layer_at, reads
 
 IGNORE_INDEX = -100
 _OTHER_TASKS = re.compile(
@@ -293,8 +292,7 @@ def _find_layers(decoder: nn.Module, depths: Sequence[float]) -> list[nn.Module]
     for depth in depths:
         if not 0 < depth <= 1:
             raise ValueError(f"depth: expected a fraction of the layers in (0, 1], got {depth!r}")
-    # Rounded, since 0.28 · 25 is a little more than 7.
-    return [layers[math.ceil(round(depth * len(layers), 6)) - 1] for depth in depths]
+    return [layers[layer_at(depth, len(layers)) - 1] for depth in depths]
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:

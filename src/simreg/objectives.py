@@ -1,10 +1,9 @@
 """The protocol that SimReg and its rivals share: trainers and studies know no particular one."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 
@@ -33,6 +32,12 @@ def reads(objective: object) -> Reads:
     """What `objective` declares in its attribute `reads`; nothing more if it has none."""
     declared = getattr(objective, "reads", None)
     return declared if isinstance(declared, Reads) else Reads()
+
+
+def layer_at(depth: float, layers: int) -> int:
+    """Which of so many layers is at a fraction of the depth, counted from 1: ⌈depth · layers⌉."""
+    # Rounded, since 0.28 · 25 is a little more than 7.
+    return max(1, math.ceil(round(depth * layers, 6)))
 
 
 def by_rows(objective: object) -> bool:
@@ -68,50 +73,6 @@ class Objective(Protocol):
         ...
 
 
-class AtDepths(nn.Module):
-    """An objective at hidden states within the model besides the final ones: the losses add.
-
-    Args:
-        objective: one that reads nothing but final hidden states, such as `SimRegLoss()`.
-        depths: where else, as fractions of the depth above 0 and up to 1 (`Reads.depths`).
-
-    The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere.
-
-    Raises:
-        ValueError: for depths that are no such fractions or occur twice, or no objective of that
-            kind.
-    """
-
-    def __init__(self, objective: Objective, depths: Sequence[float]) -> None:
-        super().__init__()
-        if reads(objective) != Reads():
-            raise ValueError("objective: reads more than the final hidden states itself")
-        if not depths or not all(isinstance(d, int | float) and 0 < d <= 1 for d in depths):
-            raise ValueError(f"depths: expected fractions above 0 and up to 1, got {depths!r}")
-        if len(set(depths)) < len(depths):
-            raise ValueError(f"depths: each once, got {depths!r}")
-        self.objective = objective
-        self.reads = Reads(depths=tuple(map(float, depths)))
-        self.by_rows = by_rows(objective)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None = None,
-        *,
-        num_items: Tensor | float | None = None,
-        earlier: Sequence[Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `Objective`; `earlier`: hidden states `[B, L, d]`, one for each of the depths."""
-        (loss, metrics), *others = (
-            self.objective(states, labels, segments, num_items=num_items)
-            for states in (hidden, *earlier)
-        )
-        below = torch.stack([found["loss"] for _, found in others]).mean()
-        return loss + sum(own for own, _ in others), {**metrics, "earlier": below}
-
-
 class Sum(nn.Module):
     """SimReg and another objective as one: their losses add.
 
@@ -138,7 +99,7 @@ class Sum(nn.Module):
             hidden, labels, segments, num_items=num_items, **self._share(self.auxiliary, read)
         )
         found = {"auxiliary": metrics["loss"]}
-        if self.simreg is not None:
+        if self.simreg is not None and getattr(self.simreg, "weight", 1) != 0:
             own, metrics = self.simreg(
                 hidden, labels, segments, num_items=num_items, **self._share(self.simreg, read)
             )

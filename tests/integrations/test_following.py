@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from simreg import Schedule, SimRegLoss
+from simreg.depths import AtDepths
 from simreg.integrations.following import Following, as_schedule, regularizer
-from simreg.objectives import AtDepths, Sum
+from simreg.objectives import Sum
 
 
 def test_a_weight_follows_until_something_else_sets_it():
@@ -32,7 +33,7 @@ def test_the_regularizer_is_found_in_what_holds_it():
     assert regularizer(loss) is loss
     assert regularizer(torch.compile(loss)) is loss
     assert regularizer(Sum(None, Sum(loss, nn.Identity()))) is loss
-    assert regularizer(Sum(AtDepths(loss, [0.5]), nn.Identity())) is loss
+    assert regularizer(Sum(AtDepths(torch.compile(loss), [0.5]), nn.Identity())) is loss
     assert regularizer(Sum(None, nn.Identity())) is None
     assert regularizer(None) is None
 

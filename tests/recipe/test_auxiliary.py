@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simreg import SimRegLoss
 from simreg.baselines import registry
 from simreg.objectives import Sum
 from simreg.recipe import assemble, loop, models
@@ -169,7 +170,16 @@ def test_each_step_has_its_weight(
     assert seen == pytest.approx(expected)
 
 
-def test_simreg_at_depths_trains_and_is_recorded(tmp_path: Path, text: Path) -> None:
+def test_simreg_at_depths_trains_and_is_recorded(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = SimRegLoss.forward
+
+    def spy(self: SimRegLoss, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self.weight)
+        return original(self, *args, **kwargs)
+
     simreg = {"weight": 0.5, "depths": [0.5]}
     config, result = run(tmp_path / "both", text, {"simreg": simreg})
     assert result["objective"]["depths"] == [0.5]
@@ -178,6 +188,11 @@ def test_simreg_at_depths_trains_and_is_recorded(tmp_path: Path, text: Path) -> 
     assert all(record["earlier"] > 0 for record in trained)
     _, alone = run(tmp_path / "final", text, {"simreg": {"weight": 0.5}})
     assert result["final_ce"] != alone["final_ce"]
+    monkeypatch.setattr(SimRegLoss, "forward", spy)
+    stops = {"weight": 0.5, "depths": [0.25, 0.5], "schedule": "stop", "schedule_fraction": 0.5}
+    run(tmp_path / "stops", text, {"simreg": stops, "model": {"layers": 4}})
+    assert calls == [0.5] * 3 * 10  # three layers a step, and nothing at a λ of 0
+    monkeypatch.undo()
     # The other way to the same loss: no auxiliary has a push, and this one does not decay.
     simreg = {"weight": 0.5, "push": 0.0, "schedule": "constant"}
     _, ours = run(tmp_path / "ours", text, {"simreg": {**simreg, "depths": [0.5]}})

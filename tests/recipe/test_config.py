@@ -34,6 +34,17 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"simreg": {"weight": -0.1}}, r"simreg\.weight: .*greater than or equal to 0"),
         ({"simreg": {"temperature": 0}}, r"simreg\.temperature"),
         ({"simreg": {"variant": "inout"}}, r"simreg\.variant: .*'out', 'in' or 'decoupled'"),
+        ({"simreg": {"depths": [0]}}, r"simreg\.depths\.0: .*greater than 0"),
+        ({"simreg": {"depths": [1]}}, r"simreg\.depths\.0: .*less than 1"),
+        ({"simreg": {"depths": 0.5}}, r"simreg\.depths: .*list"),
+        (
+            {"simreg": {"depths": [0.5, 0.5]}},
+            r"simreg\.depths: \[0\.5, 0\.5\] are layers \[2, 2\] of 4",
+        ),
+        (
+            {"model": {"layers": 2}, "simreg": {"depths": [0.25, 0.5]}},
+            r"simreg\.depths: .* are layers \[1, 1\] of 2, each may come once",
+        ),
         ({"train": {"tokens": 0}}, r"train\.tokens"),
         ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
         ({"trian": {}}, r"trian: Unexpected"),

@@ -1,7 +1,8 @@
 """The weight of an objective in training, step by step: what all integrations share."""
 
+from simreg.depths import AtDepths
 from simreg.loss import SimRegLoss
-from simreg.objectives import AtDepths, Sum
+from simreg.objectives import Sum
 from simreg.schedule import Schedule
 
 
@@ -33,7 +34,7 @@ def regularizer(objective: object) -> SimRegLoss | None:
     if isinstance(inner, SimRegLoss):
         return inner
     if isinstance(inner, AtDepths):
-        return regularizer(inner.objective)
+        return regularizer(inner.simreg)
     parts = (inner.simreg, inner.auxiliary) if isinstance(inner, Sum) else ()
     return next((found for part in parts if (found := regularizer(part)) is not None), None)
 

@@ -19,8 +19,9 @@ from transformers.integrations.integration_utils import (
 )
 
 from simreg.baselines import registry
+from simreg.depths import AtDepths
 from simreg.loss import SimRegLoss
-from simreg.objectives import AtDepths, Objective, Sum
+from simreg.objectives import Objective, Sum
 from simreg.recipe import models
 from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
 from simreg.recipe.data import Corpus

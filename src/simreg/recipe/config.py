@@ -18,7 +18,9 @@ from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
+from simreg.objectives import layer_at
 from simreg.recipe.errors import UserError
+from simreg.recipe.presets import PRESETS
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ Number = Annotated[float, BeforeValidator(_not_bool)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-Depth = Annotated[Number, Field(gt=0, le=1)]
+Depth = Annotated[Number, Field(gt=0, lt=1)]
 
 
 def _whole(value: Any) -> Any:
@@ -221,7 +223,7 @@ class SimRegConfig:
     are too alike (docs/loss.md)."""
     push_above: Annotated[Number, Field(ge=-1, le=1)] = PUSH_ABOVE
     """The cosine above which they are."""
-    depths: list[Depth] = field(default_factory=list)
+    depths: Annotated[list[Depth], default_of("none")] = field(default_factory=list)
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
     which counts once for each."""
     scope: Literal["row", "document"] = "row"
@@ -333,6 +335,19 @@ class RunConfig:
                 f"optim.warmup={self.optim.warmup} leaves no room for the decay of the wsd "
                 f"schedule, which takes the last {WSD_DECAY:.0%} of the steps"
             )
+
+        self._check_depths()
+
+    def _check_depths(self) -> None:
+        """ValueError for depths that are the same layer, whose λ would count twice."""
+        if self.model.preset in PRESETS:
+            layers = self.model.layers or PRESETS[self.model.preset].layers
+            at = [layer_at(depth, layers) for depth in self.simreg.depths]
+            if len(set(at)) < len(at):
+                raise ValueError(
+                    f"simreg.depths: {self.simreg.depths} are layers {at} of {layers}, each may "
+                    "come once"
+                )
 
     @property
     def steps(self) -> int:

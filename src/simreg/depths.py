@@ -1,0 +1,69 @@
+"""SimReg at layers within a model, besides the final hidden states."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simreg.loss import SimRegLoss, is_number
+from simreg.objectives import Reads
+
+
+class AtDepths(nn.Module):
+    """SimReg at hidden states within the model besides the final ones: the losses add.
+
+    Args:
+        simreg: a `SimRegLoss`, or that compiled; not one whose sequences are spread over processes.
+        depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
+            each of another layer.
+
+    The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    def __init__(self, simreg: nn.Module, depths: Sequence[float]) -> None:
+        super().__init__()
+        inner = getattr(simreg, "_orig_mod", simreg)
+        if not isinstance(inner, SimRegLoss) or hasattr(inner, "group"):
+            raise ValueError(f"simreg: expected a SimRegLoss() of whole sequences, got {simreg!r}")
+        if isinstance(depths, str) or not isinstance(depths, Sequence) or not depths:
+            raise ValueError(f"depths: expected a list of fractions, got {depths!r}")
+        if not all(is_number(depth) and 0 < depth < 1 for depth in depths):
+            raise ValueError(f"depths: expected fractions between 0 and 1, got {depths!r}")
+        if len(set(depths)) < len(depths):
+            raise ValueError(f"depths: each once, got {depths!r}")
+        self.simreg = simreg
+        self.reads = Reads(depths=tuple(map(float, depths)))
+
+    @property
+    def weight(self) -> float:
+        """λ, of each layer: where it is 0 trainers leave the objective out."""
+        return self.simreg.weight  # type: ignore[return-value]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        *,
+        num_items: Tensor | float | None = None,
+        earlier: Sequence[Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Objective`; `earlier`: hidden states `[B, L, d]`, one for each of the depths."""
+        loss, metrics = self.simreg(hidden, labels, segments, num_items=num_items)
+        below = []
+        for states, _ in zip(earlier, self.reads.depths, strict=True):
+            there = [  # layers may be spread over devices
+                given.to(states.device) if isinstance(given, Tensor) else given
+                for given in (labels, segments, num_items)
+            ]
+            own, found = self.simreg(states, *there[:2], num_items=there[2])
+            loss = loss + own.to(loss.device)
+            below.append(found["loss"].to(loss.device))
+        return loss, {**metrics, "earlier": torch.stack(below).mean()}
+
+    def extra_repr(self) -> str:
+        """The depths, for `print(model)`."""
+        return f"depths={list(self.reads.depths)}"

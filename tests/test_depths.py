@@ -1,0 +1,85 @@
+"""SimReg at layers within the model."""
+
+import pytest
+import torch
+
+from simreg import AtDepths, SimRegLoss, attach
+from simreg.capture import shift_left
+from simreg.objectives import Reads, Sum, reads
+from simreg.parallel import ShardedSimRegLoss
+from tests.test_capture import batch, build
+from tests.test_reads import Keeps
+
+
+def test_losses_at_depths_add():
+    own = SimRegLoss(weight=0.3)
+    at = AtDepths(own, [0.5, 0.25])
+    assert reads(at) == Reads(depths=(0.5, 0.25))
+    assert repr(at).startswith("AtDepths(\n  depths=[0.5, 0.25]\n")
+    labels = torch.tensor([[1, 2, 1, 2, 3, -100]])
+    states = [torch.randn(1, 6, 4, requires_grad=True) for _ in range(3)]
+    loss, metrics = at(states[0], labels, None, num_items=7, earlier=states[1:])
+    apart = [own(h, labels, num_items=7) for h in states]
+    torch.testing.assert_close(loss, sum(each for each, _ in apart))
+    grads = torch.autograd.grad(loss, states)
+    for grad, h, (each, _) in zip(grads, states, apart, strict=True):
+        torch.testing.assert_close(grad, *torch.autograd.grad(each, h), rtol=0, atol=0)
+    (_, final), *others = apart
+    below = torch.stack([found["loss"] for _, found in others]).mean()
+    assert metrics == {**final, "earlier": below}
+    for wrong in (states[1:2], states):
+        with pytest.raises(ValueError, match="zip"):
+            at(states[0], labels, earlier=wrong)
+
+
+def test_at_depths_has_the_weight_of_its_loss():
+    own = SimRegLoss(weight=0.3)
+    at = AtDepths(own, [0.5])
+    own.weight = 0.0
+    assert at.weight == 0
+    other = Keeps()
+    both, states = Sum(own, other), torch.ones(1, 2, 3)
+    _, metrics = both(states, torch.zeros(1, 2, dtype=torch.long))
+    assert metrics.keys() == {"auxiliary"}  # nothing was computed for a λ of 0
+
+
+@pytest.mark.parametrize("segments", [None, "documents"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_of_a_model_the_middle_layer_is_regularized_too(beside, segments):
+    model, own, other = build(), SimRegLoss(), Keeps(depths=(1.0,))
+    ids, labels = batch()[:2]
+    segments = segments and (torch.arange(ids.shape[1]) // 5).expand_as(ids)
+    at = AtDepths(own, [0.5])
+    reg = attach(model, Sum(at, other) if beside else at)
+    model(input_ids=ids)
+    loss = reg(labels, segments=segments)
+    if beside:
+        loss = loss - reg.metrics["auxiliary"]
+    reg.detach()
+    states = model.get_decoder()(input_ids=ids, output_hidden_states=True)
+    both = states.last_hidden_state, states.hidden_states[len(model.get_decoder().layers) // 2]
+    torch.testing.assert_close(loss, sum(own(h, shift_left(labels), segments)[0] for h in both))
+
+
+@pytest.mark.parametrize(
+    "depths",
+    [
+        *(None, 0.5, "0.5", torch.tensor([0.5]), {0.5, 0.25}),
+        *([], [0], [1.0], [1.5], [float("nan")], ["0.5"], [True], [0.5, 0.5]),
+    ],
+    ids=str,
+)
+def test_depths_that_are_none_are_refused(depths):
+    with pytest.raises(ValueError, match="depths: "):
+        AtDepths(SimRegLoss(), depths)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [None, SimRegLoss, Keeps(), AtDepths(SimRegLoss(), [0.5]), ShardedSimRegLoss()],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_at_depths_is_of_a_loss_of_whole_sequences(objective):
+    with pytest.raises(ValueError, match="simreg: expected a SimRegLoss"):
+        AtDepths(objective, [0.5])
+    AtDepths(torch.compile(SimRegLoss()), [0.5])
