@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simreg import SimRegLoss, simreg_loss
+from simreg import AtDepths, SimRegLoss, simreg_loss
 from simreg.baselines.center import Center
 from simreg.capture import shift_left
 from simreg.integrations.lightning import SimRegCallback
@@ -203,7 +203,8 @@ def test_weight_follows_epochs_where_accumulation_changes() -> None:
     objective = SimRegLoss(WEIGHT)
     weights = Weights(objective, 6)
     more = GradientAccumulationScheduler({0: 1, 1: 2})
-    run = trainer(SimRegCallback(objective), weights, more, steps=-1, max_epochs=2)
+    within = SimRegCallback(AtDepths(objective, [0.5]))
+    run = trainer(within, weights, more, steps=-1, max_epochs=2)
     run.fit(Module(), DataLoader(make_rows(), batch_size=ROWS // 4))
     shares = [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 2 / 8]
     assert weights.seen == pytest.approx([WEIGHT * share for share in shares])
