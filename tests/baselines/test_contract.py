@@ -215,6 +215,7 @@ def test_options(name):
         ("dispersion", "temperature", 0.0),
         ("dispersion", "depths", [0.5, 1.5]),
         ("dispersion", "depths", [0]),
+        ("simctg", "depths", [1.5]),
         ("nitp", "depth", 0),
         ("nitp", "expansion", 1.5),
         ("mtp", "horizon", 1),

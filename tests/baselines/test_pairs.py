@@ -26,13 +26,13 @@ from tests.baselines.problems import (
 few = settings(max_examples=60, deadline=None)
 
 
-def simctg(margin):
+def simctg(margin, layer="hidden"):
     def naive(p):
-        total = 0
+        total, states = 0, p["hidden"] if layer == "hidden" else p["earlier"][layer]
         for b, i, _ in tokens(p):
-            e, js = unit(p["hidden"][b, i]), others(p, b, i)
+            e, js = unit(states[b, i]), others(p, b, i)
             for j in js:
-                gap = margin - e.dot(e) + e.dot(unit(p["hidden"][b, j]))
+                gap = margin - e.dot(e) + e.dot(unit(states[b, j]))
                 total = total + (gap if gap > 1e-12 else 0 * gap) / len(js)
         return total
 
@@ -43,6 +43,15 @@ def simctg(margin):
 @given(p=problems(), margin=st.sampled_from([0.0, 0.5, 1.3]))
 def test_simctg(p, margin):
     assert_equals(make("simctg", p, margin=margin, weight=0.7), p, simctg(margin))
+
+
+def test_simctg_of_several_layers():
+    p = problem(documents=2)
+    objective = make("simctg", p, depths=[0.25, 0.5])
+    assert objective.reads.depths == (0.25, 0.5)
+    layers = [simctg(0.5, layer) for layer in ("hidden", 0, 1)]
+    assert len({round(float(naive(p)), 6) for naive in layers}) == 3
+    assert_equals(objective, p, lambda p: sum(naive(p) for naive in layers) / 3)
 
 
 def cosine(p, threshold=None):
