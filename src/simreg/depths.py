@@ -12,6 +12,8 @@ from simreg.objectives import Reads
 class AtDepths(nn.Module):
     """SimReg at hidden states within the model besides the final ones: the losses add.
 
+    Not of the paper, which has the final ones alone; what it is worth is in docs/results.md.
+
     Args:
         simreg: a `SimRegLoss`, or that compiled; not one whose sequences are spread over processes.
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
