@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from simreg.baselines import terms
-from simreg.baselines.rival import Rival
-from simreg.objectives import Reads
+from simreg.baselines.rival import OfLayers
 
 STRAIGHT = 1 - 1e-6
 """Cosines beyond it count as it, without gradient: arccos has an infinite slope at 1."""
 
 
-class Dispersion(Rival):
+class Dispersion(OfLayers):
     """weight · Σ_i D(i), D = log mean_{i≠j} exp(−arccos(cos(h_i, h_j)) / (π · temperature)).
 
     D is one number for each segment of a row (the row if there are none), so that it weighs as
@@ -32,24 +31,11 @@ class Dispersion(Rival):
     def __init__(
         self, weight: float = 0.1, temperature: float = 0.5, depths: Sequence[float] = ()
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, depths)
         self.temperature = terms.check("temperature", temperature, 0.02)  # sums don't underflow
-        self.reads = Reads(depths=terms.check_depths("depths", depths))
 
-    def losses(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None,
-        *,
-        earlier: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """As `Rival`; takes memory for L × L cosines of each row and layer."""
-        layers = [self._disperse(states, labels, segments) for states in (hidden, *earlier)]
-        return torch.stack(layers).mean(0)
-
-    def _disperse(self, states: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
-        """The D of each token's segment, `[B, L]`."""
+    def of_layer(self, states: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+        """The D of each token's segment, `[B, L]`; takes memory for L × L cosines of each row."""
         units = terms.unit(states, labels)
         angles = terms.products(units).clamp(-STRAIGHT, STRAIGHT).arccos()
         met = terms.pairs(labels, segments)

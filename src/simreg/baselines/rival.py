@@ -1,12 +1,14 @@
 """What all rival objectives are: a weight, and a loss for each token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from simreg.baselines import terms
 from simreg.loss import per_item
+from simreg.objectives import Reads
 
 
 class Rival(nn.Module):
@@ -45,3 +47,30 @@ class Rival(nn.Module):
         count = terms.valid(labels).sum().clamp_min(1)
         loss = self.weight * per_item(total, count, num_items)
         return loss, {"loss": total.detach() / count}
+
+
+class OfLayers(Rival):
+    """A rival that is the mean of one loss of the final hidden states and of those at `depths`.
+
+    A subclass gives that loss, `of_layer`.
+    """
+
+    of_layer: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(states, labels, segments) to `[B, L]`, as `losses` of one layer."""
+
+    def __init__(self, weight: float, depths: Sequence[float]) -> None:
+        """ValueError for depths that are no fractions (`Reads.depths`); none: the final alone."""
+        super().__init__(weight)
+        self.reads = Reads(depths=terms.check_depths("depths", depths))
+
+    def losses(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        segments: Tensor | None,
+        *,
+        earlier: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """As `Rival`."""
+        layers = [self.of_layer(states, labels, segments) for states in (hidden, *earlier)]
+        return torch.stack(layers).mean(0)

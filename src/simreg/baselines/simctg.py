@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from simreg.baselines import terms
-from simreg.baselines.rival import Rival
-from simreg.objectives import Reads
+from simreg.baselines.rival import OfLayers
 
 
-class SimCTG(Rival):
+class SimCTG(OfLayers):
     """weight · Σ_i mean_{j≠i} max(0, margin − s_ii + s_ij), s the cosine of final embeddings.
 
     Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", arXiv 2202.06417,
@@ -23,24 +21,11 @@ class SimCTG(Rival):
     def __init__(
         self, weight: float = 1.0, margin: float = 0.5, depths: Sequence[float] = ()
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, depths)
         self.margin = terms.check("margin", margin, 0, 2)
-        self.reads = Reads(depths=terms.check_depths("depths", depths))
 
-    def losses(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        segments: Tensor | None,
-        *,
-        earlier: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """As `Rival`; takes memory for L × L cosines of each row and layer."""
-        layers = [self._excess(states, labels, segments) for states in (hidden, *earlier)]
-        return torch.stack(layers).mean(0)
-
-    def _excess(self, states: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
-        """What each token's loss is in one layer, `[B, L]`."""
+    def of_layer(self, states: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
+        """As `OfLayers`; takes memory for L × L cosines of each row."""
         units = terms.unit(states, labels)
         cosines = terms.products(units)
         own = units.square().sum(-1, keepdim=True)
