@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simreg.loss import SimRegLoss, is_number
-from simreg.objectives import Reads
+from simreg.objectives import Reads, moved
 
 
 class AtDepths(nn.Module):
@@ -57,11 +57,8 @@ class AtDepths(nn.Module):
         loss, metrics = self.simreg(hidden, labels, segments, num_items=num_items)
         below = []
         for states, _ in zip(earlier, self.reads.depths, strict=True):
-            there = [  # layers may be spread over devices
-                given.to(states.device) if isinstance(given, Tensor) else given
-                for given in (labels, segments, num_items)
-            ]
-            own, found = self.simreg(states, *there[:2], num_items=there[2])
+            ids, documents, items = (moved(v, states.device) for v in (labels, segments, num_items))
+            own, found = self.simreg(states, ids, documents, num_items=items)
             loss = loss + own.to(loss.device)
             below.append(found["loss"].to(loss.device))
         return loss, {**metrics, "earlier": torch.stack(below).mean()}

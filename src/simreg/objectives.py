@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -38,6 +39,11 @@ def layer_at(depth: float, layers: int) -> int:
     """Which of so many layers is at a fraction of the depth, counted from 1: ⌈depth · layers⌉."""
     # Rounded, since 0.28 · 25 is a little more than 7.
     return max(1, math.ceil(round(depth * layers, 6)))
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """A tensor on that device, anything else as it is: layers may be spread over devices."""
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def by_rows(objective: object) -> bool:

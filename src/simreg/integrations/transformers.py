@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from simreg.capture import IGNORE_INDEX, Attached, attach, shift_left
 from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.integrations.window import Window, wide
-from simreg.objectives import Objective
+from simreg.objectives import Objective, moved
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 SEGMENTS = "segments"
@@ -258,7 +258,7 @@ class SimRegTrainer(Trainer):
             self._window.add("ce", cross_entropy * divisor / tokens.clamp_min(1), tokens)
         if self._reg is not None and not self._out_of_use():
             device = self._reg.device
-            labels, ids, items = (_moved(v, device) for v in (targets, segments, num_items))
+            labels, ids, items = (moved(v, device) for v in (targets, segments, num_items))
             added = self._reg(labels, ids, num_items=items, shift=False)
             loss = loss + scale * added.to(loss.device)
             metrics = {name: v.to(tokens.device) for name, v in self._reg.metrics.items()}
@@ -352,11 +352,6 @@ class SimRegTrainer(Trainer):
 
 def _idle(objective: object) -> bool:
     return objective is None or getattr(objective, "weight", None) == 0
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    """To where the hidden states are: the last layer of a model may be on another GPU."""
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _documents(inputs: dict[str, Any]) -> Tensor | None:
