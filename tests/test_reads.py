@@ -102,6 +102,17 @@ def test_logits_are_those_of_cross_entropy(name, return_dict):
     torch.testing.assert_close(mean, loss)
 
 
+def test_the_head_is_that_of_the_model_now():
+    model, keeps = build(), Keeps(head=True)
+    ids, labels = batch()[:2]
+    with attach(torch.compile(model, backend="eager"), keeps) as reg:
+        model(input_ids=ids)
+        assert reg._logits is None  # nobody asked for them
+        model.set_output_embeddings(nn.Linear(4, 4))
+        reg(labels)
+    assert keeps.seen["head"] is model.get_output_embeddings()
+
+
 def test_a_model_may_return_bare_logits():
     class Bare(transformers.LlamaForCausalLM):
         def forward(self, input_ids):
@@ -245,6 +256,8 @@ def test_what_a_model_lacks_is_named():
     model.get_output_embeddings = lambda: None
     with pytest.raises(ValueError, match=r"get_output_embeddings\(\) on LlamaForCausalLM"):
         attach(model, Keeps(logits=True))
+    with pytest.raises(ValueError, match=r"get_output_embeddings\(\) on LlamaForCausalLM"):
+        attach(model, Keeps(head=True))
     model.get_decoder = lambda: nn.Linear(2, 2)
     with pytest.raises(ValueError, match="list of layers in Linear"):
         attach(model, Keeps(depths=(0.5,)))
@@ -265,15 +278,17 @@ def test_a_copy_of_the_model_keeps_nothing():
 
 
 def test_sum_gives_each_what_it_asked_for():
-    one, other = Keeps(depths=(1.0, 0.5)), Keeps(depths=(0.5,), logits=True)
+    one, other = Keeps(depths=(1.0, 0.5), head=True), Keeps(depths=(0.5,), logits=True)
     both = Sum(one, other)
-    assert reads(both) == Reads(logits=True, depths=(1.0, 0.5))
+    assert reads(both) == Reads(logits=True, depths=(1.0, 0.5), head=True)
     model = build()
     ids, labels = batch()[:2]
     reg = attach(model, both)
     out = model(input_ids=ids)
     loss = reg(labels)
-    assert one.seen.keys() == {"hidden", "earlier"}
+    assert one.seen.keys() == {"hidden", "earlier", "head"}
+    assert one.seen["head"] is model.lm_head
+    assert other.seen.keys() == {"hidden", "earlier", "logits"}
     assert len(one.seen["earlier"]) == 2
     assert other.seen["logits"] is out.logits
     assert other.seen["earlier"][0] is one.seen["earlier"][1]

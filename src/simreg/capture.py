@@ -67,7 +67,7 @@ def attach(
         return Attached(
             decoder,
             objective,
-            causal=_find_causal(model) if wanted.logits else None,
+            causal=_find_causal(model) if wanted.logits or wanted.head else None,
             layers=_find_layers(decoder, wanted.depths) if wanted.depths else (),
         )
     if wanted != Reads():
@@ -102,7 +102,8 @@ class Attached:
         causal: nn.Module | None = None,
         layers: Sequence[nn.Module] = (),
     ) -> None:
-        """The objective reads the logits of `causal` and what `layers` (one a depth) return."""
+        """The objective reads logits or the head of `causal`, and what `layers` (one a depth)
+        return."""
         self.objective = objective
         self.metrics: dict[str, Tensor] = {}
         self.listening = True
@@ -110,6 +111,7 @@ class Attached:
         self._logits: Tensor | None = None
         self._earlier: dict[int, Tensor] = {}
         self._layers = len(layers)
+        self._causal = causal
         self._running = False  # the decoder, in a forward pass with gradients
         self._attached = True
         self._hooks = [
@@ -118,7 +120,7 @@ class Attached:
         ]
         for i, layer in enumerate(layers):
             self._hooks.append(layer.register_forward_hook(partial(self._capture_layer, i)))
-        if causal is not None:
+        if causal is not None and reads(objective).logits:
             self._hooks.append(causal.register_forward_hook(self._capture_logits))
 
     def __call__(
@@ -203,6 +205,7 @@ class Attached:
         """A copy of the model (EMA, pickle) has the hook too: there it is detached and empty."""
         empty: dict[str, Any] = {
             "objective": None,  # whose process groups can't be copied
+            "_causal": None,
             "_hidden": None,
             "_logits": None,
             "_earlier": {},
@@ -259,6 +262,9 @@ class Attached:
                     "logits_to_keep alone, and call the attached model itself"
                 )
             read["logits"] = self._logits
+        if wanted.head:
+            assert self._causal is not None
+            read["head"] = _head(self._causal)
         if wanted.depths:
             if len(self._earlier) < self._layers:
                 raise RuntimeError(
@@ -275,7 +281,7 @@ def _find_causal(model: nn.Module) -> nn.Module:
     if _head(inner) is None:
         raise ValueError(
             f"model: found no get_output_embeddings() on {type(inner).__name__}, the LM head "
-            "whose logits the objective reads"
+            "that the objective reads"
         )
     return inner
 

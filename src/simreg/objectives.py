@@ -21,12 +21,14 @@ class Reads:
     depths: tuple[float, ...] = ()
     """`earlier`: for each fraction of the depth, the hidden states `[B, L, d]` that leave the layer
     there (of n layers, layer ⌈fraction · n⌉), before any norm."""
+    head: bool = False
+    """`head`: the LM head, to be called on other states of width d; its parameters must be whole
+    by then."""
 
     def __or__(self, other: "Reads") -> "Reads":
         """What both read; depths without repetition, in the order of their first mention."""
-        return Reads(
-            self.logits or other.logits, tuple(dict.fromkeys((*self.depths, *other.depths)))
-        )
+        depths = tuple(dict.fromkeys((*self.depths, *other.depths)))
+        return Reads(self.logits or other.logits, depths, self.head or other.head)
 
 
 def reads(objective: object) -> Reads:
@@ -115,7 +117,7 @@ class Sum(nn.Module):
     def _share(self, objective: Objective, read: dict[str, Any]) -> dict[str, Any]:
         """Of all that was read, what this objective asked for."""
         wanted = reads(objective)
-        share = {"logits": read["logits"]} if wanted.logits else {}
+        share = {name: read[name] for name in ("logits", "head") if getattr(wanted, name)}
         if wanted.depths:
             at = dict(zip(self.reads.depths, read["earlier"], strict=True))
             share["earlier"] = tuple(at[depth] for depth in wanted.depths)

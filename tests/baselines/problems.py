@@ -1,5 +1,7 @@
 """Batches for rival objectives, and the comparison with loops over their tokens in float64."""
 
+import copy
+
 import torch
 from hypothesis import strategies as st
 
@@ -8,7 +10,10 @@ from simreg.objectives import reads
 
 
 def problem(seed=0, batch=2, length=7, dim=4, vocab=6, ignored=0.25, documents=0):
-    """Hidden states, two earlier ones, logits, labels and segments (not contiguous), float64."""
+    """Hidden states, two earlier ones, logits, labels and segments (not contiguous), float64.
+
+    The LM head has a bias, and parameters that bfloat16 holds; logits are not what it gives.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -18,10 +23,14 @@ def problem(seed=0, batch=2, length=7, dim=4, vocab=6, ignored=0.25, documents=0
     labels = torch.randint(0, vocab, shape, generator=generator)
     labels[torch.rand(shape, generator=generator) < ignored] = -100
     segments = torch.randint(-1, documents, shape, generator=generator) if documents else None
+    head = torch.nn.Linear(dim, vocab, dtype=torch.float64)
+    for parameter in head.parameters():
+        parameter.data = normal(*parameter.shape).bfloat16().double()
     return {
         "hidden": normal(*shape, dim),
         "earlier": (normal(*shape, dim), normal(*shape, dim)),
         "logits": 3 * normal(*shape, vocab),
+        "head": head,
         "labels": labels,
         "segments": segments,
     }
@@ -69,6 +78,10 @@ def read(objective, p):
     found = {"logits": p["logits"]} if wanted.logits else {}
     if wanted.depths:
         found["earlier"] = p["earlier"][: len(wanted.depths)]
+    if wanted.head:
+        dtype = torch.promote_types(p["hidden"].dtype, torch.float32)
+        same = p["head"].weight.dtype == dtype
+        found["head"] = p["head"] if same else copy.deepcopy(p["head"]).to(dtype)
     return found
 
 
@@ -89,7 +102,7 @@ def gradients(loss, inputs):
 def assert_equals(objective, p, naive, tolerance=1e-9):
     """The loss is weight · naive(p) / num_items, in value and gradient; so is its metric."""
     p, inputs = leaves(p)
-    inputs += list(objective.parameters())
+    inputs += [*objective.parameters(), *p["head"].parameters()]
     loss, metrics = call(objective, p, num_items=7.0)
     truth = naive(p) + 0 * p["hidden"].sum()
     torch.testing.assert_close(loss, objective.weight * truth / 7, rtol=tolerance, atol=tolerance)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from simreg.baselines.reweighting import STRATEGIES
-from simreg.capture import shift_left
+from simreg.capture import attach, shift_left
 from tests.baselines.problems import (
     assert_equals,
     call,
@@ -22,6 +22,7 @@ from tests.baselines.problems import (
     problems,
     tokens,
 )
+from tests.test_capture import batch, build
 
 few = settings(max_examples=60, deadline=None)
 
@@ -62,6 +63,30 @@ def test_label_smoothing_makes_that_of_torch(epsilon):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for a, e in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@few
+@given(p=problems())
+def test_deep_supervision(p):
+    def naive(p):
+        total = 0
+        for b, i, y in tokens(p):
+            state = p["earlier"][0][b, i]
+            size = (state.square().mean() + 1e-6).sqrt()
+            total = total + surprise(p["head"].weight @ (state / size) + p["head"].bias, y)
+        return total
+
+    assert_equals(make("deep-supervision", p, weight=0.7), p, naive)
+
+
+def test_deep_supervision_of_the_last_layer_is_cross_entropy():
+    """As long as the gain of the final norm is 1."""
+    model = build()
+    ids, labels = batch()[:2]
+    objective = make("deep-supervision", problem(), weight=1.0, depth=1.0)
+    with attach(model, objective) as reg:
+        out = model(input_ids=ids, labels=labels)
+        torch.testing.assert_close(reg(labels), out.loss)
 
 
 @few

@@ -7,6 +7,7 @@ from typing import Any
 from simreg.baselines.center import Center
 from simreg.baselines.contraclm import ContraCLM
 from simreg.baselines.cosine import Cosine
+from simreg.baselines.deep_supervision import DeepSupervision
 from simreg.baselines.dispersion import Dispersion
 from simreg.baselines.label_smoothing import LabelSmoothing
 from simreg.baselines.mtp import MTP
@@ -21,6 +22,7 @@ OBJECTIVES: dict[str, type[Rival]] = {
     "center": Center,
     "contraclm": ContraCLM,
     "cosine": Cosine,
+    "deep-supervision": DeepSupervision,
     "dispersion": Dispersion,
     "label-smoothing": LabelSmoothing,
     "mtp": MTP,
