@@ -270,6 +270,7 @@ def test_a_copy_of_the_model_keeps_nothing():
     model(input_ids=ids)
     twin = copy.deepcopy(model)
     twin(input_ids=ids)
+    assert copy.copy(reg)._causal is None
     reg(labels)
     reg.detach()
     model(input_ids=ids)
@@ -281,6 +282,7 @@ def test_sum_gives_each_what_it_asked_for():
     one, other = Keeps(depths=(1.0, 0.5), head=True), Keeps(depths=(0.5,), logits=True)
     both = Sum(one, other)
     assert reads(both) == Reads(logits=True, depths=(1.0, 0.5), head=True)
+    assert reads(Sum(other, one)).head
     model = build()
     ids, labels = batch()[:2]
     reg = attach(model, both)
