@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from simreg.loss import SimRegLoss, is_number
 from simreg.objectives import Reads, moved
 
+DEPTHS = (0.5,)
+"""Where the recipe has it: in the middle (docs/results.md, "Which defaults, and why?")."""
+
 
 class AtDepths(nn.Module):
     """SimReg at hidden states within the model besides the final ones: the losses add.

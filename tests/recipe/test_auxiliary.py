@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from simreg import SimRegLoss
 from simreg.baselines import registry
-from simreg.objectives import Sum
+from simreg.objectives import Reads, Sum
 from simreg.recipe import assemble, loop, models
 from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
@@ -64,10 +64,12 @@ def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> Non
         "push": 2.0,
         "push_above": 0.4,
     }
-    config = tiny.config(tmp_path, text, {"simreg": options})
+    changes = {"simreg": options | {"depths": [0.25, 0.75]}}
+    config = tiny.config(tmp_path, text, changes)
     loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
-    assert {name: getattr(loss, name) for name in options} == options
-    others = {"depths", "scope", "schedule", "schedule_fraction"}  # depths: tested below
+    assert loss.reads == Reads(depths=(0.25, 0.75))
+    assert {name: getattr(loss.simreg, name) for name in options} == options
+    others = {"depths", "scope", "schedule", "schedule_fraction"}
     assert {f.name for f in fields(SimRegConfig)} == options.keys() | others
 
 
@@ -180,13 +182,13 @@ def test_simreg_at_depths_trains_and_is_recorded(
         calls.append(self.weight)
         return original(self, *args, **kwargs)
 
-    simreg = {"weight": 0.5, "depths": [0.5]}
+    simreg = {"weight": 0.5}  # and in the middle, as is the default
     config, result = run(tmp_path / "both", text, {"simreg": simreg})
     assert result["objective"]["depths"] == [0.5]
     lines = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     trained = [record for line in lines if (record := json.loads(line))["kind"] == "train"]
     assert all(record["earlier"] > 0 for record in trained)
-    _, alone = run(tmp_path / "final", text, {"simreg": {"weight": 0.5}})
+    _, alone = run(tmp_path / "final", text, {"simreg": {"weight": 0.5, "depths": []}})
     assert result["final_ce"] != alone["final_ce"]
     monkeypatch.setattr(SimRegLoss, "forward", spy)
     stops = {"weight": 0.5, "depths": [0.25, 0.5], "schedule": "stop", "schedule_fraction": 0.5}
@@ -195,9 +197,10 @@ def test_simreg_at_depths_trains_and_is_recorded(
     monkeypatch.undo()
     # The other way to the same loss: no auxiliary has a push, and this one does not decay.
     simreg = {"weight": 0.5, "push": 0.0, "schedule": "constant"}
-    _, ours = run(tmp_path / "ours", text, {"simreg": {**simreg, "depths": [0.5]}})
+    _, ours = run(tmp_path / "ours", text, {"simreg": simreg})
     variant = {"name": "simreg-variant", "options": {"weight": 0.5, "depths": [0.5]}}
-    _, theirs = run(tmp_path / "theirs", text, {"simreg": simreg, "auxiliary": variant})
+    two = {"simreg": {**simreg, "depths": []}, "auxiliary": variant}
+    _, theirs = run(tmp_path / "theirs", text, two)
     assert ours["final_ce"] == pytest.approx(theirs["final_ce"], rel=1e-5)
 
 

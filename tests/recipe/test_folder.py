@@ -116,16 +116,21 @@ def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     assert train(make())["steps"] == tiny.STEPS
 
 
-def test_a_run_of_before_the_push_is_none_with_it(make: Make) -> None:
-    config = make(simreg={"push": 0.0, "schedule": "constant"})
+def test_a_run_of_before_an_option_is_none_with_it(make: Make) -> None:
+    config = make(simreg={"push": 0.0, "depths": [], "schedule": "constant"})
     folder = RunFolder(config.out)
     folder.root.mkdir(parents=True)
     folder.metrics.write_text('{"step": 1}\n')
     lines = run_config.to_yaml(config).splitlines()
-    folder.config.write_text("\n".join(line for line in lines if " push: " not in line))
+    later = (" push: ", " depths: ")
+    before = [line for line in lines if not any(name in line for name in later)]
+    assert len(before) == len(lines) - 2
+    folder.config.write_text("\n".join(before))
     folder.check(config)
     with pytest.raises(UserError, match=r"simreg\.push is 0\.0 there and 3\.333 now"):
         folder.check(with_overrides(config, {"simreg": {"push": 3.333}}))
+    with pytest.raises(UserError, match=r"simreg\.depths is \[\] there and \[0\.5\] now"):
+        folder.check(with_overrides(config, {"simreg": {"depths": [0.5]}}))
 
 
 def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:

@@ -65,6 +65,7 @@ def test_metrics_at_the_steps_asked_for(make: Make) -> None:
     record = lines(config, "train")[0]
     assert record.keys() == {"kind", "step", "tokens", "ce", "simreg", "pos_cos", "neg_cos"} | {
         "pos_fraction",
+        "earlier",
         "lr",
         "grad_norm",
         "clipped",

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
+from simreg.depths import DEPTHS
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
 from simreg.objectives import layer_at
 from simreg.recipe.errors import UserError
@@ -223,9 +224,9 @@ class SimRegConfig:
     are too alike (docs/loss.md)."""
     push_above: Annotated[Number, Field(ge=-1, le=1)] = PUSH_ABOVE
     """The cosine above which they are."""
-    depths: Annotated[list[Depth], default_of("none")] = field(default_factory=list)
+    depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
-    which counts once for each."""
+    which counts once for each; without a value nowhere."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE

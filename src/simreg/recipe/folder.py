@@ -34,7 +34,7 @@ FREE_FIELDS = (
     "train.timeout",
 )
 # Runs write all fields; those of a version that did not know one of these did as here.
-_BEFORE = {"simreg": {"push": 0.0, "schedule": "constant", "schedule_fraction": 0.5}}
+_BEFORE = {"simreg": {"push": 0.0, "depths": [], "schedule": "constant", "schedule_fraction": 0.5}}
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
