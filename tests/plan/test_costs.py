@@ -183,6 +183,17 @@ def test_memory_of_shards() -> None:
     assert costs.loss_memory(job, Setting(split=False)) == shared + hidden
 
 
+@pytest.mark.parametrize("variant", ["out", "decoupled"])
+def test_layers_within_cost_as_much_each(variant: str) -> None:
+    setting, one = Setting(variant), Job(L8B, length=2048, rows=4)
+    three = replace(one, within=2)
+    once = costs.loss_flops(one, setting)
+    assert costs.loss_flops(three, setting) == (3 * once.forward, 3 * once.backward)
+    assert costs.model_flops(three) == costs.model_flops(one)
+    more = costs.loss_memory(three, setting) - costs.loss_memory(one, setting)
+    assert more == 2 * one.hidden_bytes
+
+
 def test_spans() -> None:
     job = Job(SMALL, length=8192, document=3000)
     assert Setting().span(job) == 3000

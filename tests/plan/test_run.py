@@ -93,10 +93,21 @@ def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert share == pytest.approx(100 * 5 * 8192 * 4096 / model, rel=0.03)
 
 
+def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    alone, both = (printed(f"--model llama-130m{more}", capsys) for more in ("", " --depths 1"))
+    assert "SimReg: out, whole rows; receives" in alone
+    assert "SimReg: out, whole rows, and in 1 layer within the model; receives" in both
+    times = [float(re.search(r"^time.* (\S+) %", text, re.M)[1]) for text in (alone, both)]  # type: ignore[index]
+    assert times[1] == pytest.approx(2 * times[0], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ("", "give --model"),
+        ("--model llama-8b --depths 1 --gpus 2 --pp 2", "--depths: layers within the model have"),
+        ("--model llama-8b --depths 32", "--depths: expected 0 to 31 of the 32 layers"),
+        ("--model llama-8b --depths -1", "--depths: expected 0 to 31 of the 32 layers"),
         ("--params 1e9 --hidden 64", "give --model"),
         ("--model gpt-9", "--model: no model 'gpt-9'; there are llama-tiny"),
         ("--model llama-8b --layers 3", "--model: give a preset, or"),

@@ -52,6 +52,8 @@ class Job:
     """Tokens of a document, where rows are packed and nothing looks beyond a document."""
     itemsize: int = 2
     """Bytes of a hidden state's number, and of a weight as it travels."""
+    within: int = 0
+    """Layers within the model that have the loss too (`AtDepths`)."""
 
     @property
     def local(self) -> int:
@@ -190,7 +192,7 @@ def covered(job: Job, setting: Setting, tile: int) -> int:
 
 
 def loss_flops(job: Job, setting: Setting) -> Passes:
-    """Of the loss. "decoupled" goes a second time over the tiles that hold positives."""
+    """Of the loss, in all layers. "decoupled" goes over the tiles that hold positives again."""
     d = job.model.hidden
     own = setting.dealt(job)
     if setting.sharded(job) and own is None:
@@ -204,9 +206,10 @@ def loss_flops(job: Job, setting: Setting) -> Passes:
         span, symmetric = covered(alone, setting, TILE), symmetric_backward(turn, within)
         once = symmetric_flops(alone.tokens, span, d, tile=TILE, symmetric_backward=symmetric)
         again = positive_share(span, TILE)
-    if setting.variant != "decoupled":
-        return once
-    return once._replace(forward=once.forward * (1 + again))
+    if setting.variant == "decoupled":
+        once = once._replace(forward=once.forward * (1 + again))
+    layers = 1 + job.within
+    return Passes(layers * once.forward, layers * once.backward)
 
 
 def model_flops(job: Job) -> float:
@@ -221,8 +224,11 @@ def model_flops(job: Job) -> float:
 
 
 def loss_memory(job: Job, setting: Setting) -> float:
-    """Bytes at the peak of the loss, beyond what the model and `hidden` take; the gradient too."""
-    gradient = job.hidden_bytes
+    """Bytes at the peak of the loss, beyond what the model and `hidden` take; gradients too.
+
+    Those of layers within wait for backward to come to their layer.
+    """
+    gradient = (1 + job.within) * job.hidden_bytes
     if not setting.sharded(job):
         return gradient + job.hidden_bytes + SCRATCH  # of triton, at most
     if own := setting.dealt(job):

@@ -46,6 +46,8 @@ class PlanOptions:
     """Context parallelism."""
     pp: int = 1
     """Pipeline parallelism."""
+    depths: int = 0
+    """How many layers within the model have the loss too; not with tp, cp or pp."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Of the loss."""
     chunk: int | None = None
@@ -106,6 +108,12 @@ def _job(chosen: PlanOptions) -> Job:
     if chosen.seq % chosen.cp:
         raise UserError(f"--seq: {chosen.seq} is not a multiple of --cp {chosen.cp}")
     model = _model(chosen)
+    if chosen.depths and ranks > 1:
+        raise UserError(
+            "--depths: layers within the model have the loss only without tp, cp and pp"
+        )
+    if not 0 <= chosen.depths < model.layers:
+        raise UserError(f"--depths: expected 0 to {model.layers - 1} of the {model.layers} layers")
     if chosen.pp > model.layers:
         raise UserError(f"--pp: {chosen.pp} stages are more than the {model.layers} layers")
     return Job(
@@ -117,6 +125,7 @@ def _job(chosen: PlanOptions) -> Job:
         cp=chosen.cp,
         pp=chosen.pp,
         document=chosen.document,
+        within=chosen.depths,
     )
 
 
@@ -170,7 +179,8 @@ def _costs(job: Job, setting: Setting, shares: costs.Shares) -> Iterator[str]:
     for what, unit, loss, model, share in rows:
         yield f"{what:<16}{unit(loss):>12}{unit(model):>12}{percent(share):>10}"
     yield f"{'time, estimated':<40}{percent(shares.time):>10}"
-    yield f"SimReg: {name(job, setting)}; receives {size(received.forward)} in forward"
+    within = f", and in {_counted(job.within, 'layer')} within the model" if job.within else ""
+    yield f"SimReg: {name(job, setting)}{within}; receives {size(received.forward)} in forward"
     parts = zip(traffic._fields, traffic, strict=True)
     yield "the model receives for " + ", ".join(f"{kind} {size(part)}" for kind, part in parts)
 
