@@ -21,13 +21,17 @@ case "${1:-}" in
     limit python -m simreg.cli bench --shapes 1x131072x4096 --contenders triton --rounds 3 --seconds 5 --out $out/long-cuda.json ;;
   rows) # the loss as a row of matrix products of a library and what is between them, beside tiles
     limit python -m simreg.cli bench --seconds 3 --contenders triton "sharded, one rank" --out $out/rows-cuda.json ;;
-  step-1b)
-    step step-llama-1b-push-cuda.json model.preset=llama-1b,data.seq_len=4096,train.batch_rows=8,train.gradient_checkpointing=true,simreg.push=3.333 ;;
+  step) # of whole models: the push, and the middle layer as well, which is the default
+    small=model.preset=llama-130m,data.seq_len=2048,train.batch_rows=32
+    large=model.preset=llama-1b,data.seq_len=4096,train.batch_rows=8,train.gradient_checkpointing=true
+    step step-llama-130m-depths-cuda.json "$small"
+    step step-llama-1b-depths-cuda.json "$large"
+    step step-llama-1b-push-cuda.json "$large,simreg.depths=[]" ;;
   fuzz-triton | fuzz-blockwise)
     python benchmarks/fuzz.py "${1#fuzz-}" --jobs 7 --minutes 6.5 ;;
   tune)
     limit python benchmarks/tune.py --jobs 8 ;;
   *)
-    echo "expected captured, loss, variants, chunks, long, rows, step-1b, fuzz-triton, fuzz-blockwise or tune" >&2
+    echo "expected captured, loss, variants, chunks, long, rows, step, fuzz-triton, fuzz-blockwise or tune" >&2
     exit 2 ;;
 esac

@@ -23,10 +23,10 @@ RECORD = {
         "model": {"preset": "m"},
         "data": {"seq_len": 8},
         "train": {"batch_rows": 2},
-        "simreg": {"push": 3.5},
+        "simreg": {"push": 3.5, "depths": [0.5]},
     },
 }
-ROW = "| m | A, 1 threads | 2 × 8 | 3.5 | 0.400 | 0.500 | 1.250 [1.200, 1.300] | 7 |"
+ROW = "| m | A, 1 threads | 2 × 8 | 3.5 | 2 | 0.400 | 0.500 | 1.250 [1.200, 1.300] | 7 |"
 MARKED = "<!-- table: step b/r.json -->\n<!-- /table -->\n"
 
 

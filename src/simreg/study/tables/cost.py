@@ -15,6 +15,7 @@ def step(request: Request) -> str:
         "machine",
         "batch",
         "push",
+        "layers",
         "step without (s)",
         "with (s)",
         "ratio [quartiles]",
@@ -30,6 +31,7 @@ def _step(record: dict[str, Any]) -> list[str]:
         markdown.machine(record["machine"]),
         f"{config['train']['batch_rows']} × {config['data']['seq_len']}",
         f"{config['simreg'].get('push', 0):g}",
+        str(1 + len(config["simreg"].get("depths", []))),  # the final one, and those within
         f"{record['base_s']:.3f}",
         f"{record['arm_s']:.3f}",
         markdown.step_time(record),
