@@ -1,6 +1,8 @@
 """What an objective reads besides the final hidden states: logits and earlier layers."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -276,6 +278,20 @@ def test_a_copy_of_the_model_keeps_nothing():
     model(input_ids=ids)
     assert reg._hidden is None
     assert reg._earlier == {}
+
+
+@pytest.mark.parametrize("declared", [{"head": True}, {"logits": True}, {"depths": (0.5,)}])
+def test_a_handle_keeps_no_model(declared):
+    model = build()
+    attach(model, Keeps(**declared))
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()  # what no reference holds is gone at once
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_sum_gives_each_what_it_asked_for():

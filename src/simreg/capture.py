@@ -14,6 +14,7 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 import inspect
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -111,7 +112,8 @@ class Attached:
         self._logits: Tensor | None = None
         self._earlier: dict[int, Tensor] = {}
         self._layers = len(layers)
-        self._causal = causal
+        # Weak: the model has the hooks, and they this; hooks leave no model to the collector.
+        self._causal = None if causal is None else weakref.ref(causal)
         self._running = False  # the decoder, in a forward pass with gradients
         self._attached = True
         self._hooks = [
@@ -263,8 +265,7 @@ class Attached:
                 )
             read["logits"] = self._logits
         if wanted.head:
-            assert self._causal is not None
-            read["head"] = _head(self._causal)
+            read["head"] = _head(self._causal()) if self._causal else None
         if wanted.depths:
             if len(self._earlier) < self._layers:
                 raise RuntimeError(
@@ -356,7 +357,7 @@ def _contains(decoder: nn.Module, head: nn.Module | None) -> bool:
     return any(part is head for part in decoder.modules())
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def _head(model: nn.Module | None) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     head = None
     with suppress(NotImplementedError):

@@ -79,6 +79,33 @@ def test_deep_supervision(p):
     assert_equals(make("deep-supervision", p, weight=0.7), p, naive)
 
 
+@pytest.mark.parametrize(
+    ("states", "weights"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),  # autocast
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_deep_supervision_has_the_models_precision(states, weights):
+    p = changed(problem(), lambda x: x.to(states))
+    seen = []
+    p["head"].to(weights).register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    hidden, labels = p["hidden"], p["labels"]
+    objective = make("deep-supervision", p)
+    loss, _ = objective(hidden, labels, head=p["head"], earlier=p["earlier"][:1])
+    assert seen == [states]
+    assert loss.dtype == torch.float32
+
+
+def test_deep_supervision_says_that_the_head_does_not_fit():
+    p = problem()
+    with pytest.raises(ValueError, match=r"the LM head takes states of width 4, .* layer have 3"):
+        make("deep-supervision", p)(
+            p["hidden"], p["labels"], head=p["head"], earlier=[p["earlier"][0][..., :3]]
+        )
+
+
 def test_deep_supervision_of_the_last_layer_is_cross_entropy():
     """As long as the gain of the final norm is 1."""
     model = build()

@@ -45,6 +45,8 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
             {"model": {"layers": 2}, "simreg": {"depths": [0.25, 0.5]}},
             r"simreg\.depths: .* are layers \[1, 1\] of 2, each may come once",
         ),
+        ({"simreg": {"depths": [0.9]}}, r"\[0\.9\] are layers \[4\] of 4, .* the last has SimReg"),
+        ({"model": {"layers": 1}}, r"\[0\.5\] are layers \[1\] of 1, .*; \[\] leaves it at that"),
         ({"train": {"tokens": 0}}, r"train\.tokens"),
         ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
         ({"trian": {}}, r"trian: Unexpected"),

@@ -133,6 +133,20 @@ def test_a_run_of_before_an_option_is_none_with_it(make: Make) -> None:
         folder.check(with_overrides(config, {"simreg": {"depths": [0.5]}}))
 
 
+def test_without_weight_the_rest_of_simreg_may_differ(make: Make) -> None:
+    config = make(simreg={"weight": 0})
+    folder = RunFolder(config.out)
+    folder.root.mkdir(parents=True)
+    folder.metrics.write_text('{"step": 1}\n')
+    folder.config.write_text(run_config.to_yaml(config))
+    folder.check(with_overrides(config, {"simreg": {"depths": [], "push": 1.0}}))
+    for there, here in ((0, 0.3), (0.3, 0), (0.3, 0.3)):
+        saved = with_overrides(config, {"simreg": {"weight": there}})
+        folder.config.write_text(run_config.to_yaml(saved))
+        with pytest.raises(UserError, match=r"simreg\.depths is \[0\.5\] there and \[\] now"):
+            folder.check(with_overrides(config, {"simreg": {"weight": here, "depths": []}}))
+
+
 def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:
     config = make()
     folder = RunFolder(config.out)

@@ -1,4 +1,5 @@
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,17 @@ def test_saving_changes_a_file_only_where_it_must(tmp_path):
         plan.load(path)
 
 
+def test_a_study_of_before_an_option_is_none_with_it(tmp_path):
+    path = tmp_path / "study.yaml"
+    plan.save(plan.from_dict({"base": {"simreg": {"push": 1.0}}}), path)
+    lines = path.read_text().splitlines()
+    at = lines.index("    depths:")
+    assert lines[at + 1] == "    - 0.5"
+    path.write_text("\n".join(lines[:at] + lines[at + 2 :]))
+    found = plan.load(path).base.simreg
+    assert (found.depths, found.push) == ([], 1.0)
+
+
 def test_a_failed_save_keeps_the_file(tmp_path, monkeypatch):
     path = tmp_path / "study.yaml"
     plan.save(plan.from_dict({}), path)
@@ -286,9 +298,11 @@ def test_a_failed_save_keeps_the_file(tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
+ROOT = Path(__file__).parents[2]
+RECORDS = sorted(ROOT.glob("docs/results/*/study.yaml"))
 STUDIES = [
     (path, scale)
-    for path in sorted(Path(__file__).parents[2].glob("studies/*.yaml"))
+    for path in sorted(ROOT.glob("studies/*.yaml"))
     for scale in (None, *recipe.read_yaml(path).get("scales", {}))
 ]
 
@@ -299,6 +313,14 @@ def test_the_studies_of_the_repository_load(path, scale):
     assert study.arm_config(study.reference).simreg.weight == 0
     assert len(study.cells()) >= 2
     run._check_models(study)
+    stated = recipe.read_yaml(path)["base"]["simreg"]
+    assert {"push", "depths", "schedule"} <= stated.keys()  # defaults come to change
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
+def test_the_records_of_the_repository_state_all_of_simreg(path):
+    stated = recipe.read_yaml(path)["base"]["simreg"].keys()
+    assert stated == {field.name for field in fields(recipe.SimRegConfig)}
 
 
 def test_an_arms_typo_is_told_before_any_arms_size():

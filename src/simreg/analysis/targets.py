@@ -80,7 +80,7 @@ def _expand(name: str, series: bool) -> list[Target]:
 
 def _of_run(path: Path, arm: str, series: bool) -> list[Target]:
     """The models of a run, in the order of their steps."""
-    folder, run = RunFolder(path), config.load(path / "config.yaml")
+    folder, run = RunFolder(path), config.recorded(path / "config.yaml")
     a_step = run.train.batch_rows * run.data.seq_len
 
     def target(model: Path, step: int, final: bool) -> Target:

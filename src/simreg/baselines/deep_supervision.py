@@ -1,7 +1,9 @@
 """Deep supervision: the LM head also reads a layer within the model."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +18,7 @@ class DeepSupervision(Rival):
     Source: Lee et al. 2015, "Deeply-Supervised Nets", arXiv 1409.5185; with the model's own head,
     as the early exits of LayerSkip have it (Elhoushi et al. 2024, arXiv 2404.16710). Adapted: one
     layer and one weight throughout, and a norm without gain in place of the model's final norm.
+    Logits are those of the head itself, before a scale or a soft cap that the model gives its own.
     """
 
     def __init__(self, weight: float = 0.3, depth: float = 0.5) -> None:
@@ -31,8 +34,18 @@ class DeepSupervision(Rival):
         head: nn.Module,
         earlier: Sequence[Tensor],
     ) -> Tensor:
-        """As `Rival`; the logits are computed in the dtype of the head, or of autocast."""
+        """As `Rival`; logits of half precision where the states are, as the model's own are.
+
+        ValueError for a head that takes states of another width.
+        """
         (states,) = earlier
+        if states.shape[-1] != hidden.shape[-1]:
+            raise ValueError(
+                f"depth: the LM head takes states of width {hidden.shape[-1]}, those of the layer "
+                f"have {states.shape[-1]}"
+            )
         units = F.rms_norm(terms.seen(states, labels), states.shape[-1:], eps=terms.EPS)
-        logits: Tensor = head(units.to(next(head.parameters()).dtype))
+        half = states.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(states.device.type, states.dtype) if half else nullcontext():
+            logits: Tensor = head(units)
         return terms.cross_entropy(logits, labels)

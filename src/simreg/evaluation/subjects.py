@@ -114,7 +114,7 @@ def _natural(text: str) -> list[Any]:
 def run(path: Path) -> Subject:
     """The finished run in a folder; UserError if it holds no model."""
     folder = RunFolder(path)
-    config = recipe.load(folder.config)
+    config = recipe.recorded(folder.config)
     try:
         result = json.loads(folder.result.read_text(encoding="utf-8"))
         corpus = result["corpus"]["fingerprint"]

@@ -73,6 +73,10 @@ Whole = Annotated[
 Count = Annotated[Whole, Field(gt=0)]
 
 WSD_DECAY = 0.2
+BEFORE: dict[str, Any] = {
+    "simreg": {"push": 0.0, "depths": [], "schedule": "constant", "schedule_fraction": 0.5}
+}
+"""Runs and studies write all fields; those of a version that did not know one did as here."""
 """Share of the steps over which the `wsd` schedule decays."""
 
 
@@ -340,14 +344,14 @@ class RunConfig:
         self._check_depths()
 
     def _check_depths(self) -> None:
-        """ValueError for depths that are the same layer, whose λ would count twice."""
-        if self.model.preset in PRESETS:
+        """ValueError for depths that are the same layer, or the last, whose λ would count twice."""
+        if self.model.preset in PRESETS and self.simreg.weight > 0:
             layers = self.model.layers or PRESETS[self.model.preset].layers
             at = [layer_at(depth, layers) for depth in self.simreg.depths]
-            if len(set(at)) < len(at):
+            if len({*at, layers}) <= len(at):
                 raise ValueError(
                     f"simreg.depths: {self.simreg.depths} are layers {at} of {layers}, each may "
-                    "come once"
+                    "come once, and the last has SimReg anyway; [] leaves it at that"
                 )
 
     @property
@@ -404,6 +408,11 @@ def _other_name(old: dict[str, Any], new: dict[str, Any]) -> bool:
 def load(path: str | Path) -> RunConfig:
     """Read a YAML file of any subset of the fields."""
     return from_dict(read_yaml(path))
+
+
+def recorded(path: str | Path) -> RunConfig:
+    """Read the YAML file of all fields that a run of this version or an older one wrote."""
+    return from_dict(merge(BEFORE, read_yaml(path)))
 
 
 class _Loader(yaml.SafeLoader):

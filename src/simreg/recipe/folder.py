@@ -33,8 +33,6 @@ FREE_FIELDS = (
     "train.report_to",
     "train.timeout",
 )
-# Runs write all fields; those of a version that did not know one of these did as here.
-_BEFORE = {"simreg": {"push": 0.0, "depths": [], "schedule": "constant", "schedule_fraction": 0.5}}
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -85,17 +83,19 @@ class RunFolder:
         """UserError if the folder holds a run of another config."""
         if not self.config.exists() or not self._begun():
             return  # a command that failed before its first step claims nothing
-        saved = run_config.from_dict(run_config.merge(_BEFORE, run_config.read_yaml(self.config)))
+        saved = run_config.recorded(self.config)
         there, here = (_flat(run_config.to_dict(each)) for each in (saved, config))
         differing = [
             f"{name} is {there[name]} there and {here[name]} now"
             for name in here
             if here[name] != there[name] and name not in FREE_FIELDS
+            # At λ = 0 nothing else of it is used.
+            if not (name.startswith("simreg.") and saved.simreg.weight == config.simreg.weight == 0)
         ]
         if differing:
             raise UserError(
                 f"{self.root} holds a run of another config ({'; '.join(differing)}): "
-                "choose another `out` folder, or delete this one"
+                "give it the values of there, choose another `out` folder, or delete this one"
             )
 
     @contextlib.contextmanager

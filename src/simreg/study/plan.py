@@ -197,7 +197,8 @@ def load(path: str | Path) -> Study:
     values = recipe.read_yaml(path)
     try:
         if values:
-            return from_dict(values)
+            base = recipe.merge(recipe.BEFORE, values.get("base", {}))
+            return from_dict({**values, "base": base})
         error = "it is empty"
     except UserError as wrong:
         error = str(wrong)

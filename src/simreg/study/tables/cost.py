@@ -15,7 +15,7 @@ def step(request: Request) -> str:
         "machine",
         "batch",
         "push",
-        "layers",
+        "layers with the loss",
         "step without (s)",
         "with (s)",
         "ratio [quartiles]",
