@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -240,6 +241,14 @@ def test_unfinished_runs_below_a_folder_are_left_out(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "a" / "done")
     with pytest.raises(UserError, match=r"no run below .*a has a trained model"):
         subjects.find([str(tmp_path / "a")])
+
+
+def test_a_run_of_before_the_depths_had_none(runs, tmp_path):
+    run = shutil.copytree(runs / "plain" / "seed-1", tmp_path / "old")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"(?m)^  depths:.*\n(  +- .*\n)*", "", text))
+    assert "depths" not in (run / "config.yaml").read_text()
+    assert subjects.find([str(run)])[0].config.simreg.depths == []
 
 
 def test_a_model_without_its_head_is_refused(model, runs, evaluate, tmp_path):

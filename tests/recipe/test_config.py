@@ -62,6 +62,11 @@ def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_model_of_one_layer_trains_on_cross_entropy_alone_as_it_is() -> None:
+    plain = config.from_dict({"model": {"layers": 1}, "simreg": {"weight": 0}})
+    assert plain.simreg.depths == [0.5]
+
+
 def test_all_wrong_values_are_named_at_once() -> None:
     with pytest.raises(UserError, match=r"optim\.lr.*train\.seed"):
         config.from_dict({"optim": {"lr": 0}, "train": {"seed": -1}})
