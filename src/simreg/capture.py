@@ -112,7 +112,7 @@ class Attached:
         self._logits: Tensor | None = None
         self._earlier: dict[int, Tensor] = {}
         self._layers = len(layers)
-        # Weak: the model has the hooks, and they this; hooks leave no model to the collector.
+        # Weak: the model has the hooks that have this, and would wait for the garbage collector.
         self._causal = None if causal is None else weakref.ref(causal)
         self._running = False  # the decoder, in a forward pass with gradients
         self._attached = True
