@@ -64,13 +64,20 @@ def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> Non
         "push": 2.0,
         "push_above": 0.4,
     }
-    changes = {"simreg": options | {"depths": [0.25, 0.75]}}
+    changes = {"simreg": options | {"depths": [0.25, 0.75]}, "model": {"layers": 4}}
     config = tiny.config(tmp_path, text, changes)
     loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
     assert loss.reads == Reads(depths=(0.25, 0.75))
     assert {name: getattr(loss.simreg, name) for name in options} == options
     others = {"depths", "scope", "schedule", "schedule_fraction"}
     assert {f.name for f in fields(SimRegConfig)} == options.keys() | others
+
+
+def test_a_model_of_one_layer_has_none_within(text: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, text, {"model": {"layers": 1}})
+    assert config.simreg.depths == [0.5]
+    loss = assemble.objective(config, models.of_run(config, vocab_size=300))
+    assert isinstance(loss, SimRegLoss)
 
 
 def test_it_takes_nothing_from_the_models_random_numbers(text: Path, tmp_path: Path) -> None:

@@ -46,7 +46,6 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
             r"simreg\.depths: .* are layers \[1, 1\] of 2, each may come once",
         ),
         ({"simreg": {"depths": [0.9]}}, r"\[0\.9\] are layers \[4\] of 4, .* the last has SimReg"),
-        ({"model": {"layers": 1}}, r"\[0\.5\] are layers \[1\] of 1, .*; \[\] leaves it at that"),
         ({"train": {"tokens": 0}}, r"train\.tokens"),
         ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
         ({"trian": {}}, r"trian: Unexpected"),
@@ -62,9 +61,9 @@ def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_model_of_one_layer_trains_on_cross_entropy_alone_as_it_is() -> None:
-    plain = config.from_dict({"model": {"layers": 1}, "simreg": {"weight": 0}})
-    assert plain.simreg.depths == [0.5]
+def test_without_weight_depths_do_not_matter() -> None:
+    plain = config.from_dict({"simreg": {"weight": 0, "depths": [0.9]}})
+    assert plain.simreg.depths == [0.9]
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

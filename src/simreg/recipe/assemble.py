@@ -56,7 +56,7 @@ def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
             push=own.push,
             push_above=own.push_above,
         )
-        if own.depths:
+        if own.depths and model.num_hidden_layers > 1:  # one layer has none within
             simreg = AtDepths(simreg, own.depths)
     if other.name is None:
         return simreg

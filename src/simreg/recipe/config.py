@@ -230,7 +230,7 @@ class SimRegConfig:
     """The cosine above which they are."""
     depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
-    which counts once for each; without a value nowhere."""
+    which counts once for each; without a value nowhere, as in a model of one layer."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE
@@ -348,7 +348,7 @@ class RunConfig:
         if self.model.preset in PRESETS and self.simreg.weight > 0:
             layers = self.model.layers or PRESETS[self.model.preset].layers
             at = [layer_at(depth, layers) for depth in self.simreg.depths]
-            if len({*at, layers}) <= len(at):
+            if layers > 1 and len({*at, layers}) <= len(at):
                 raise ValueError(
                     f"simreg.depths: {self.simreg.depths} are layers {at} of {layers}, each may "
                     "come once, and the last has SimReg anyway; [] leaves it at that"
