@@ -32,41 +32,45 @@ BACKEND, SP, SCHEDULE = (
     "parallelism.pipeline_parallel_schedule",
 )
 DOCUMENTS, CHUNKS = {"loss.scope": "document"}, {"loss.chunk_size": 12, "loss.variant": "decoupled"}
+DEPTHS = {"loss.depths": [0.5]}  # the first of two layers
 
 # name: (what one process does, or None; how else to do it). The global batch is 4 rows.
 ONE = {
     "row": (None, {}),
     "document": (None, DOCUMENTS),
     "chunks": (None, CHUNKS),
-    "deepseek": (None, DEEPSEEK),
+    "deepseek": (None, {**DEEPSEEK, **DEPTHS}),
+    "depths": (None, DEPTHS),
+    "document, depths": (None, {**DOCUMENTS, **DEPTHS}),
     "accumulation": ("row", {BATCH: 1, "training.global_batch_size": 4}),
     "cross-entropy in one chunk": ("row", {"loss.num_chunks": 1}),
-    "full activation checkpointing": ("row", {"full_checkpointing": True}),
+    "full activation checkpointing": ("depths", {"full_checkpointing": True, **DEPTHS}),
     "constant": (None, {"loss.schedule": "constant"}),
-    "compile": ("row", {"compile.enable": True, "compile.backend": "aot_eager"}),
+    "compile": ("depths", {"compile.enable": True, "compile.backend": "aot_eager", **DEPTHS}),
     "spmd_types": ("row", {BACKEND: "spmd_types"}),
 }
 TWO = {
-    "FSDP": ("row", {BATCH: 2}),
+    "FSDP": ("depths", {BATCH: 2, **DEPTHS}),
     "FSDP, documents": ("document", {BATCH: 2, **DOCUMENTS}),
-    "FSDP, full_dtensor": ("row", {BATCH: 2, BACKEND: "full_dtensor"}),
-    "TP, SP": ("row", {TP: 2}),
+    "FSDP, full_dtensor": ("depths", {BATCH: 2, BACKEND: "full_dtensor", **DEPTHS}),
+    "TP, SP": ("depths", {TP: 2, **DEPTHS}),
     "TP": ("chunks", {TP: 2, SP: False, **CHUNKS}),
-    "TP, full_dtensor": ("document", {TP: 2, BACKEND: "full_dtensor", **DOCUMENTS}),
+    "TP, depths": ("depths", {TP: 2, SP: False, **DEPTHS}),
+    "TP, SP, full_dtensor": ("depths", {TP: 2, BACKEND: "full_dtensor", **DEPTHS}),
     "PP": ("row", {PP: 2, SCHEDULE: "1F1B"}),
     "PP, interleaved, documents": ("document", {PP: 2, **DOCUMENTS}),
-    "EP": ("deepseek", {EP: 2, BATCH: 2, **DEEPSEEK}),
-    "CP": ("row", {CP: 2}),
+    "EP": ("deepseek", {EP: 2, BATCH: 2, **DEEPSEEK, **DEPTHS}),
+    "CP": ("depths", {CP: 2, **DEPTHS}),
     "CP, documents": ("document", {CP: 2, **DOCUMENTS}),
     "CP, chunks": ("chunks", {CP: 2, **CHUNKS}),
 }
 FOUR = {
-    "FSDP, TP": ("row", {TP: 2, BATCH: 2}),
+    "FSDP, TP": ("depths", {TP: 2, BATCH: 2, **DEPTHS}),
     "HSDP": ("row", {REPLICATE: 2, BATCH: 1}),
     "PP, FSDP": ("document", {PP: 2, BATCH: 2, SCHEDULE: "1F1B", **DOCUMENTS}),
     "PP, TP": ("row", {PP: 2, TP: 2, SCHEDULE: "1F1B"}),
-    "EP, FSDP": ("deepseek", {EP: 2, BATCH: 1, **DEEPSEEK}),
-    "CP, TP": ("document", {CP: 2, TP: 2, **DOCUMENTS}),
+    "EP, FSDP": ("deepseek", {EP: 2, BATCH: 1, **DEEPSEEK, **DEPTHS}),
+    "CP, TP": ("document, depths", {CP: 2, TP: 2, **DOCUMENTS, **DEPTHS}),
 }
 
 INSPECTED = {
@@ -75,6 +79,7 @@ INSPECTED = {
     "loss.variant": "in",
     "loss.push": 2.0,
     "loss.push_above": 0.1,
+    "loss.depths": [0.5],
 }
 SCOPES = ("row", "document")
 
@@ -89,6 +94,7 @@ def single(tmp_path_factory):
         **{name: ("train", job) for name, (_, job) in ONE.items()},
         **{f"inspect {s}": ("inspect", {**INSPECTED, "loss.scope": s}) for s in SCOPES},
         "head": ("vocabulary_parallel", {}),
+        "head, sequence parallel": ("vocabulary_parallel", {"sequence": True}),
     }
     return folder, work(folder, 1, jobs)
 
@@ -109,7 +115,8 @@ def compare(found, wanted, name):
             tolerance = 1e-3 if step else 1e-4
         mine, truth = dict(mine), dict(truth)
         weight = 0.3 * (1 - step / 3)  # decays over the run
-        assert truth["total"] == pytest.approx(truth["ce"] + weight * truth["loss"], rel=1e-6)
+        regularizer = truth["loss"] + truth.get("earlier", 0)
+        assert truth["total"] == pytest.approx(truth["ce"] + weight * regularizer, rel=1e-6)
         gradients, true_gradients = mine.pop("gradients"), truth.pop("gradients")
         if "full_dtensor" in name:  # torchtitan logs the loss times the data-parallel ranks
             mine.pop("total"), truth.pop("total")
@@ -130,12 +137,17 @@ def test_one_process(single):
 def test_two_processes_equal_one(single):
     folder, results = single
     jobs = {name: ("train", job) for name, (_, job) in TWO.items()}
-    found = work(folder, 2, {**jobs, "head": ("vocabulary_parallel", {})})
+    heads = {"head": {}, "head, sequence parallel": {"sequence": True}}
+    for name, job in heads.items():
+        jobs[name] = "vocabulary_parallel", job
+    found = work(folder, 2, jobs)
     for name, (reference, _) in TWO.items():
         compare(found[name], results[reference], name)
-    mine, truth = found["head"], results["head"]
-    assert mine["total"] == pytest.approx(truth["total"], rel=1e-6)
-    torch.testing.assert_close(torch.tensor(mine["gradient"]), torch.tensor(truth["gradient"]))
+    for name in heads:
+        mine, truth = found[name], results[name]
+        assert mine["total"] == pytest.approx(truth["total"], rel=1e-6)
+        torch.testing.assert_close(torch.tensor(mine["gradient"]), torch.tensor(truth["gradient"]))
+    assert results["head"] == results["head, sequence parallel"]
 
 
 def test_four_processes_equal_one(single):
@@ -147,7 +159,8 @@ def test_four_processes_equal_one(single):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_loss_gradient_metrics_and_validation(single, scope):
-    """Against cross-entropy and simreg_loss of the hidden states that enter the head."""
+    """Against cross-entropy of the hidden states that enter the head, and simreg_loss of these and
+    of those that leave the first layer."""
     folder, results = single
     found, seen = results[f"inspect {scope}"], torch.load(folder / f"{scope}.pt")
     hidden, labels = seen["hidden"].double().requires_grad_(), seen["labels"]
@@ -156,14 +169,22 @@ def test_loss_gradient_metrics_and_validation(single, scope):
     def cross_entropy(hidden, head):
         return F.cross_entropy((hidden @ head.double().T).flatten(0, 1), labels.flatten())
 
-    simreg = simreg_loss(
-        hidden, labels, segments=documents, temperature=0.2, variant="in", push=2, push_above=0.1,
-        backend="reference",
-    )  # fmt: skip
+    def regularizer(hidden):
+        return simreg_loss(
+            hidden, labels, segments=documents, temperature=0.2, variant="in", push=2,
+            push_above=0.1, backend="reference",
+        )  # fmt: skip
+
+    within = seen["within"].double().requires_grad_()
+    simreg, earlier = regularizer(hidden), regularizer(within)
     ce = cross_entropy(hidden, seen["hidden head"])
-    (ce + 0.7 * simreg).backward()
-    assert found["total"] == pytest.approx((ce + 0.7 * simreg).item(), rel=1e-6)
+    total = ce + 0.7 * (simreg + earlier)
+    total.backward()
+    assert found["total"] == pytest.approx(total.item(), rel=1e-6)
     assert found["loss"] == pytest.approx(simreg.item(), rel=1e-6)
+    assert found["earlier"] == pytest.approx(earlier.item(), rel=1e-6)
+    above = (seen["gradient within"] - seen["gradient of the layers above"]).double()
+    torch.testing.assert_close(above, within.grad, rtol=1e-3, atol=1e-8)
     assert found["ce"] == pytest.approx(ce.item(), rel=1e-6)
     torch.testing.assert_close(seen["gradient"].double(), hidden.grad, rtol=1e-4, atol=1e-8)
     validated = cross_entropy(seen["validated"].double(), seen["validated head"]).item()
@@ -189,7 +210,7 @@ def test_command_line(tmp_path):
     """The command of the documentation, with the options that torchtitan makes of the config."""
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --local-ranks-filter 0"
     options = "--training.steps 1 --training.seq_len 64 --training.local_batch_size 2 "
-    options += "--loss.weight 0.5 --loss.scope document --loss.chunk_size 32"
+    options += "--loss.weight 0.5 --loss.scope document --loss.chunk_size 32 --loss.depths 0.3 0.5"
     out = command(
         *torchrun.split(),
         *["-m", "tests.integrations.titan_cpu", "--module", "simreg.integrations.torchtitan"],
@@ -200,9 +221,10 @@ def test_command_line(tmp_path):
     logged = {k: float(v) for k, v in re.findall(r"simreg/(\w+): (-?[\d.]+)", out)}
     total = float(re.search(r"loss: +([\d.]+) .*grad_norm", out)[1])
     metrics = {"ce", "loss", "weight", "pos_fraction", "pos_cos", "neg_fraction", "neg_cos"}
-    assert set(logged) == metrics
+    assert set(logged) == metrics | {"earlier"}
     assert logged["weight"] == 0.5
-    assert total == pytest.approx(logged["ce"] + 0.5 * logged["loss"], abs=1e-4)
+    regularizer = logged["loss"] + 2 * logged["earlier"]  # the mean of two depths
+    assert total == pytest.approx(logged["ce"] + 0.5 * regularizer, abs=1e-4)
     assert 0 < logged["pos_fraction"] < 1
 
 
@@ -226,6 +248,7 @@ import json, sys
 from dataclasses import replace
 from torchtitan.config import ConfigManager
 from simreg.integrations.torchtitan import with_simreg
+from simreg.integrations.torchtitan.layers import numbers
 from simreg.integrations.torchtitan.trainer import SimRegTrainer
 from simreg.integrations.torchtitan.data import BOS, EOS, ByteTokenizer, StandardLibrary
 from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel_mtp
@@ -252,7 +275,23 @@ for wrong in (llama3_debugmodel_ce_loss, deepseek_v3_debugmodel_mtp):
     except ValueError as error:
         found[wrong.__name__] = str(error)
 
-for wrong in ({"scope": "doc"}, {"weight": -1}, {"schedule": "x"}, {"variant": "y"}, {"push": -1}):
+spread = with_simreg(plain, depths=[0.5])
+spread.parallelism = replace(spread.parallelism, pipeline_parallel_degree=2)
+try:
+    SimRegTrainer(spread)
+except ValueError as error:
+    found["pipeline"] = str(error)
+assert numbers([0.5, 0.25], 6) == [3, 2]
+for wrong in ([0.5, 0.4], [0.5, 0.9]):
+    try:
+        numbers(wrong, 6)
+    except ValueError as error:
+        found[f"depths {wrong}"] = str(error)
+
+for wrong in (
+    {"scope": "doc"}, {"weight": -1}, {"schedule": "x"}, {"variant": "y"}, {"push": -1},
+    {"depths": 0.5}, {"depths": [1.0]},
+):
     try:
         with_simreg(llama3_debugmodel(), **wrong)
     except ValueError as error:
@@ -303,3 +342,6 @@ def test_configs_and_data():
     assert "unless loss.schedule is 'constant'" in found["graphs"]
     assert "ChunkedLossWrapper" in found["llama3_debugmodel_ce_loss"]
     assert "MTPLoss" in found["deepseek_v3_debugmodel_mtp"]
+    assert "pipeline" in found["pipeline"]
+    assert "[3, 3]: each once" in found["depths [0.5, 0.4]"]
+    assert "the last one" in found["depths [0.5, 0.9]"]

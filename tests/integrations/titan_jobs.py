@@ -15,6 +15,7 @@ from torchtitan.distributed.utils import get_spmd_context, set_spmd_backend
 
 from simreg.integrations.torchtitan import ChunkedSimRegLoss, config_registry
 from simreg.integrations.torchtitan.data import on_standard_library
+from simreg.integrations.torchtitan.layers import Layers
 
 STEPS, ROWS, LENGTH, VOCABULARY = 3, 4, 32, 40
 
@@ -131,7 +132,8 @@ def train(job, folder, before=lambda trainer: None):
 
 
 def inspect(job, folder):
-    """Train, and save what entered the head in the first step and in the first validation."""
+    """Train, and save what entered the head in the first step and in the first validation, and
+    what left the first layer."""
     seen, validated = {}, []
 
     def watch(trainer):
@@ -146,7 +148,24 @@ def inspect(job, folder):
         def validate(loss, step, extra_metrics=None):
             validated.append(loss)
 
-        trainer.model_parts[0].norm.register_forward_hook(keep)
+        def keep_within(module, inputs, output):
+            if torch.is_grad_enabled() and "within" not in seen:
+                seen["within"] = output.detach().clone()
+                output.register_hook(lambda g: seen.setdefault("gradient within", g.clone()))
+
+        def keep_above(module, inputs):
+            states = inputs[0].view_as(inputs[0])  # whose gradient is that of what follows alone
+            if torch.is_grad_enabled() and "above" not in seen:
+                seen["above"] = True
+                states.register_hook(
+                    lambda g: seen.setdefault("gradient of the layers above", g.clone())
+                )
+            return states, *inputs[1:]
+
+        model = trainer.model_parts[0]
+        model.norm.register_forward_hook(keep)
+        model.layers["0"].register_forward_hook(keep_within)
+        model.layers["1"].register_forward_pre_hook(keep_above)
         trainer.metrics_processor.log_validation = validate
 
     steps = train({**job, "validator.enable": True}, folder, watch)
@@ -177,27 +196,35 @@ def vocabulary_parallel(job, folder):
     """Gradients of a layer under the hidden states, with the head sharded over the ranks.
 
     What the backend spmd_types makes of tensor parallelism: plain tensors, hidden states that are
-    replicated and whose gradients are partial sums over the ranks. Its FSDP needs a newer torch.
+    replicated and whose gradients are partial sums over the ranks, and layers whose states are the
+    same on every rank or, with job["sequence"], spread along the row. Its FSDP needs a newer torch.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=world, pp=1, ep=1, world_size=world)
     dims.build_mesh()
     set_spmd_backend("spmd_types")
     generator = torch.Generator().manual_seed(0)
-    below = torch.randn(8, 8, generator=generator).requires_grad_()
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8, bias=False), torch.nn.Identity()])
+    weight = model.layers[0].weight
+    weight.data = torch.randn(8, 8, generator=generator)
     head = torch.randn(VOCABULARY, 8, generator=generator).chunk(world)[rank]
     inputs = torch.randn(ROWS, LENGTH, 8, generator=generator)
     labels = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
     config = ChunkedSimRegLoss.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=VOCABULARY))
     loss = config.build()
-    loss.bind(dims)
+    loss.bind(dims, Layers(model, [0.5]))
     loss.set_lm_head(torch.nn.Linear(8, len(head), bias=False))
     loss.lm_head.weight.data = head
+    spread = world > 1 and job.get("sequence")
     with get_spmd_context(parallel_dims=dims)():
-        hidden = inputs @ below
+        hidden = model.layers[0](inputs.chunk(world, dim=1)[rank] if spread else inputs)
         if world > 1:
             tp = dims.get_mesh("tp").get_group()
-            hidden = spmd.convert(hidden, tp, src=spmd.I, dst=spmd.R)
+            source = spmd.S(1) if spread else spmd.I
+            hidden = spmd.redistribute(hidden, tp, src=source, dst=spmd.R)
         total, _ = loss(hidden, labels, torch.tensor(labels.numel()))
         total.backward()
-    return {"total": total.item(), "gradient": below.grad.tolist()}
+    if spread:  # each rank has that of its part of the row
+        dist.all_reduce(weight.grad)
+    return {"total": total.item(), "gradient": weight.grad.tolist()}

@@ -1,6 +1,6 @@
 """Cross-entropy in chunks, as torchtitan has it, plus SimReg over the whole rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import spmd_types as spmd
@@ -13,7 +13,9 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 
+from simreg.depths import AtDepths
 from simreg.integrations.following import Following
+from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.rows import Rows, documents_of
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, per_token
 from simreg.parallel import loss as parallel
@@ -63,6 +65,10 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         schedule_fraction: float | None = None
         """Share of the steps that `schedule` speaks of; None: all for "decay", else half."""
 
+        depths: list[float] = field(default_factory=list)
+        """Where else to have the same loss, as fractions of the depth (`simreg.AtDepths`): 0.5,
+        the middle layer. Not with pipeline parallelism."""
+
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         simreg, schedule = checked(config)
         super().__init__(config, compile_config=compile_config)
@@ -70,11 +76,13 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         self.following = Following(self.simreg, schedule)
         self.totals = Totals()
         self._dims: ParallelDims | None = None
+        self._layers: Layers | None = None
         self._rows = WeakTensorKeyDictionary()
 
-    def bind(self, dims: ParallelDims) -> None:
-        """Say how the job is parallel. Required before the first call."""
-        self._dims = dims
+    def bind(self, dims: ParallelDims, layers: Layers | None = None) -> None:
+        """Say how the job is parallel, and where hidden states within the model are. Required
+        before the first call."""
+        self._dims, self._layers = dims, layers
 
     def expect(self, labels: Tensor, rows: Rows) -> None:
         """Say where the tokens of a batch belong that will come with `labels`, this very tensor."""
@@ -106,8 +114,13 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         divisor = 1 if global_valid_tokens is None else global_valid_tokens
         with spmd.no_typecheck():
             tp, cp = _group(self._dims, "tp"), _group(self._dims, "cp")
-            summed, sums = _simreg(self.simreg, _local(pred, tp), _plain(labels), rows, tp, cp)
-            self.totals.add(_plain(ce.detach()), sums)
+            ids = _plain(labels)
+            summed, sums = _simreg(self.simreg, _local(pred, tp), ids, rows, tp, cp)
+            earlier = summed.new_zeros(())
+            for states in self._layers.take(pred, tp) if self._layers else ():
+                earlier = earlier + _simreg(self.simreg, states, ids, rows, tp, cp)[0]
+            self.totals.add(_plain(ce.detach()), sums, earlier.detach())
+            summed = summed + earlier
             if self.simreg.weight == 0:
                 return ce, metrics
             loss = ce + _like(ce, self.simreg.weight * summed / divisor)
@@ -135,6 +148,8 @@ def checked(config: ChunkedSimRegLoss.Config) -> tuple[SimRegLoss, Schedule]:
         push=config.push,
         push_above=config.push_above,
     )
+    if config.depths:
+        AtDepths(simreg, config.depths)  # for its errors
     return simreg, Schedule(config.schedule, config.schedule_fraction)
 
 
@@ -148,11 +163,12 @@ class Totals:
         self.sums: Tensor | None = None
         self.batches = 0
 
-    def add(self, ce: Tensor, sums: Tensor) -> None:
-        """Add a batch: its cross-entropy over the global valid tokens, and `_simreg`'s sums."""
+    def add(self, ce: Tensor, sums: Tensor, earlier: Tensor) -> None:
+        """Add a batch: its cross-entropy over the global valid tokens, `_simreg`'s sums, and its
+        loss of hidden states within the model."""
         if self.sums is None:
-            self.sums = torch.zeros(7, dtype=torch.float64, device=sums.device)
-        self.sums += torch.cat([ce.double().reshape(1), sums])
+            self.sums = torch.zeros(8, dtype=torch.float64, device=sums.device)
+        self.sums += torch.cat([ce.double().reshape(1), sums, earlier.double().reshape(1)])
         self.batches += 1
 
     def reset(self) -> None:
@@ -162,10 +178,11 @@ class Totals:
             self.sums.zero_()
 
 
-def metrics_of(sums: list[float]) -> dict[str, float]:
-    """Totals that were added up over ranks, as metrics: of `SimRegLoss`, and `ce`."""
-    ce, valid, loss, positives, pos_cos, negatives, neg_cos = sums
-    return {
+def metrics_of(sums: list[float], depths: int = 0) -> dict[str, float]:
+    """Totals that were added up over ranks, as metrics: of `SimRegLoss` (with so many depths, of
+    `AtDepths`), and `ce`."""
+    ce, valid, loss, positives, pos_cos, negatives, neg_cos, earlier = sums
+    metrics = {
         "ce": ce,
         "loss": loss / max(valid, 1),
         "pos_fraction": positives / max(valid, 1),
@@ -173,6 +190,9 @@ def metrics_of(sums: list[float]) -> dict[str, float]:
         "neg_fraction": negatives / max(valid, 1),
         "neg_cos": neg_cos / max(negatives, 1),
     }
+    if depths:
+        metrics["earlier"] = earlier / depths / max(valid, 1)
+    return metrics
 
 
 def _simreg(

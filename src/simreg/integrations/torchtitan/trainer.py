@@ -10,6 +10,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, checked, metrics_of
 from simreg.integrations.torchtitan.rows import Rows, documents_of, places_of, shard
 
@@ -18,8 +19,9 @@ class SimRegTrainer(Trainer):
     """`Trainer` for a `ChunkedSimRegLoss`: tells it where tokens belong, logs what it did.
 
     Metrics, over the global batch of the step: `simreg/ce`, `simreg/loss` (per valid token, without
-    the weight), `simreg/pos_fraction`, `simreg/pos_cos`, `simreg/neg_cos`, and `simreg/weight`,
-    beside torchtitan's own.
+    the weight), `simreg/pos_fraction`, `simreg/pos_cos`, `simreg/neg_fraction`, `simreg/neg_cos`,
+    with `loss.depths` `simreg/earlier` (the mean of `loss` there), and `simreg/weight`, beside
+    torchtitan's own.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -48,9 +50,15 @@ class SimRegTrainer(Trainer):
                 "training.disable_cuda_graphs: expected True unless loss.schedule is 'constant': a "
                 "graph would keep the first step's weight"
             )
+        depths = config.loss.depths
+        if depths and config.parallelism.pipeline_parallel_degree > 1:
+            raise ValueError(
+                "loss.depths: not with pipeline parallelism, where labels are on the last stage"
+            )
         super().__init__(config)
         self.simreg_metrics = {}
-        self.loss_fn.bind(self.parallel_dims)
+        layers = Layers(self.model_parts[0], depths) if depths else None
+        self.loss_fn.bind(self.parallel_dims, layers)
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
@@ -102,7 +110,7 @@ class SimRegTrainer(Trainer):
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             sums = dist_utils.dist_sum_tensor(sums, mesh)
-        self.simreg_metrics = metrics_of(sums.tolist())
+        self.simreg_metrics = metrics_of(sums.tolist(), len(self.config.loss.depths))
         named = {f"simreg/{name}": value for name, value in self.simreg_metrics.items()}
         named["simreg/weight"] = self.loss_fn.simreg.weight
         self.metrics_processor.logger.log(named, self.step)
@@ -113,8 +121,8 @@ def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
     """A torchtitan config with SimReg added to its chunked loss.
 
     `options` are those of `ChunkedSimRegLoss.Config`: weight, temperature, variant, push,
-    push_above, chunk_size, scope, schedule, schedule_fraction. CUDA graphs are switched off: this
-    loss was not tried in one.
+    push_above, chunk_size, scope, schedule, schedule_fraction, depths. CUDA graphs are switched
+    off: this loss was not tried in one.
 
     Raises:
         ValueError: an option of no meaning, or the loss is not a `ChunkedLossWrapper.Config`
