@@ -14,7 +14,7 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),3) --dist worksteal
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(BIN)/python -m pytest -m gpu -n $(or $(JOBS),2); fi
 
