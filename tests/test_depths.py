@@ -32,6 +32,17 @@ def test_losses_at_depths_add():
             at(states[0], labels, earlier=wrong)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+@pytest.mark.parametrize("depths", [[0.5, 0.4], [0.9]], ids=["one layer twice", "the last"])
+def test_each_depth_is_a_layer_of_its_own(depths, beside):
+    model, at = build(), AtDepths(SimRegLoss(), depths)
+    assert len(model.get_decoder().layers) == 2
+    with pytest.raises(ValueError, match=r"depths: .* are layers .* of 2, each may come once"):
+        attach(model, Sum(at, Keeps(depths=(1.0,))) if beside else at)
+    assert not model.get_decoder()._forward_hooks
+    attach(model, Keeps(depths=(0.5, 0.4, 1.0)))  # another objective may read what it likes
+
+
 def test_at_depths_has_the_weight_of_its_loss():
     own = SimRegLoss(weight=0.3)
     at = AtDepths(own, [0.5])

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simreg.objectives import Objective, Reads, layer_at, reads
+from simreg.objectives import Objective, Reads, check_layers, layer_at, reads
 
 IGNORE_INDEX = -100
 _OTHER_TASKS = re.compile(
@@ -59,7 +59,7 @@ def attach(
         ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
             (Bart's: its labels are aligned with its positions, not shifted) or no language model,
             or it has not what the objective reads besides (a `get_output_embeddings()`, a list of
-            layers); or `objective` or `module` is none.
+            layers, one of its own for each of `AtDepths`); or `objective` or `module` is none.
     """
     _check_objective(objective)
     wanted = reads(objective)
@@ -69,7 +69,7 @@ def attach(
             decoder,
             objective,
             causal=_find_causal(model) if wanted.logits or wanted.head else None,
-            layers=_find_layers(decoder, wanted.depths) if wanted.depths else (),
+            layers=_find_layers(decoder, objective) if wanted.depths else (),
         )
     if wanted != Reads():
         raise ValueError(
@@ -287,7 +287,7 @@ def _find_causal(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _find_layers(decoder: nn.Module, depths: Sequence[float]) -> list[nn.Module]:
+def _find_layers(decoder: nn.Module, objective: Objective) -> list[nn.Module]:
     """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     if not lists:
@@ -296,9 +296,11 @@ def _find_layers(decoder: nn.Module, depths: Sequence[float]) -> list[nn.Module]
             "states the objective reads"
         )
     layers = max(lists, key=len)
+    depths = reads(objective).depths
     for depth in depths:
         if not 0 < depth <= 1:
             raise ValueError(f"depth: expected a fraction of the layers in (0, 1], got {depth!r}")
+    check_layers(objective, len(layers))
     return [layers[layer_at(depth, len(layers)) - 1] for depth in depths]
 
 

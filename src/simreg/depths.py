@@ -6,10 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from simreg.loss import SimRegLoss, is_number
-from simreg.objectives import Reads, moved
+from simreg.objectives import Reads, layer_at, moved
 
 DEPTHS = (0.5,)
 """Where the recipe has it: in the middle (docs/results.md, "Which defaults, and why?")."""
+
+
+def layers_within(depths: Sequence[float], layers: int) -> list[int]:
+    """The layers at these depths, of so many, counted from 1.
+
+    Raises:
+        ValueError: two are one layer, or one is the last, whose λ would count twice.
+    """
+    at = [layer_at(depth, layers) for depth in depths]
+    if len({*at, layers}) <= len(at):
+        raise ValueError(
+            f"depths: {list(depths)} are layers {at} of {layers}, each may come once, and the last "
+            "has SimReg anyway"
+        )
+    return at
 
 
 class AtDepths(nn.Module):
@@ -65,6 +80,10 @@ class AtDepths(nn.Module):
             loss = loss + own.to(loss.device)
             below.append(found["loss"].to(loss.device))
         return loss, {**metrics, "earlier": torch.stack(below).mean()}
+
+    def check_layers(self, layers: int) -> None:
+        """ValueError if a model of so many layers has not one of its own for each depth."""
+        layers_within(self.reads.depths, layers)
 
     def extra_repr(self) -> str:
         """The depths, for `print(model)`."""

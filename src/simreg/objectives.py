@@ -54,6 +54,13 @@ def by_rows(objective: object) -> bool:
     return bool(getattr(objective, "by_rows", True))
 
 
+def check_layers(objective: object, layers: int) -> None:
+    """ValueError if `objective` can't do with so many layers: what its `check_layers` says."""
+    own = getattr(objective, "check_layers", None)
+    if own is not None:
+        own(layers)
+
+
 class Objective(Protocol):
     """An auxiliary loss on the final hidden states, added to cross-entropy.
 
@@ -113,6 +120,11 @@ class Sum(nn.Module):
             )
             loss, found = loss + own, found | metrics
         return loss, found
+
+    def check_layers(self, layers: int) -> None:
+        """Of both."""
+        check_layers(self.simreg, layers)
+        check_layers(self.auxiliary, layers)
 
     def _share(self, objective: Objective, read: dict[str, Any]) -> dict[str, Any]:
         """Of all that was read, what this objective asked for."""

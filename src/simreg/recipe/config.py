@@ -17,9 +17,8 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
-from simreg.depths import DEPTHS
+from simreg.depths import DEPTHS, layers_within
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
-from simreg.objectives import layer_at
 from simreg.recipe.errors import UserError
 from simreg.recipe.presets import PRESETS
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -347,12 +346,11 @@ class RunConfig:
         """ValueError for depths that are the same layer, or the last, whose λ would count twice."""
         if self.model.preset in PRESETS and self.simreg.weight > 0:
             layers = self.model.layers or PRESETS[self.model.preset].layers
-            at = [layer_at(depth, layers) for depth in self.simreg.depths]
-            if layers > 1 and len({*at, layers}) <= len(at):
-                raise ValueError(
-                    f"simreg.depths: {self.simreg.depths} are layers {at} of {layers}, each may "
-                    "come once, and the last has SimReg anyway; [] leaves it at that"
-                )
+            if layers > 1:
+                try:
+                    layers_within(self.simreg.depths, layers)
+                except ValueError as error:
+                    raise ValueError(f"simreg.{error}; [] leaves it at that") from None
 
     @property
     def steps(self) -> int:

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from simreg.objectives import layer_at
+from simreg.depths import layers_within
 
 
 class Layers:
     """What layers of a model return, kept from each forward pass with gradients until taken.
 
-    Build it when the model is parallelized, before its first call: compiled layers see no hooks
-    that come later.
+    ValueError if two depths are one layer, or one is the last. Build it when the model is
+    parallelized, before its first call: compiled layers see no hooks that come later.
     """
 
     def __init__(self, model: nn.Module, depths: Sequence[float]) -> None:
         layers = list(model.get_submodule("layers").children())
         self._states: dict[int, Tensor] = {}
         self._wanted = len(depths)
-        for i, number in enumerate(numbers(depths, len(layers))):
+        for i, number in enumerate(layers_within(depths, len(layers))):
             layers[number - 1].register_forward_hook(partial(self._keep, i))
 
     def take(self, like: Tensor, tp: ProcessGroup | None) -> list[Tensor]:
@@ -37,20 +37,6 @@ class Layers:
         # Activation checkpointing wraps the whole layer: this does not run again in its backward.
         if torch.is_grad_enabled():
             self._states[index] = output
-
-
-def numbers(depths: Sequence[float], layers: int) -> list[int]:
-    """The layers at these depths, counted from 1.
-
-    Raises:
-        ValueError: two depths are one layer, or one is the last, which has the loss already.
-    """
-    found = [layer_at(depth, layers) for depth in depths]
-    if len(set(found)) < len(found):
-        raise ValueError(f"loss.depths: of {layers} layers, {list(depths)} are {found}: each once")
-    if layers in found:
-        raise ValueError(f"loss.depths: of {layers} layers, {list(depths)} reach the last one")
-    return found
 
 
 def _spread_as(like: Tensor, states: Tensor, tp: ProcessGroup | None) -> Tensor:
