@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from simreg.capture import attach
+from simreg.capture import attach, shift_left
+from simreg.depths import AtDepths
 from simreg.loss import SimRegLoss, simreg_loss
 from tests.test_capture import CONFIGS, SMALL, HeadCrossEntropy, Pull, batch, build, transformers
 
@@ -38,6 +40,68 @@ def test_ones_own_model(form):
     model(ids)
     reg(labels)
     torch.testing.assert_close(objective.seen[0][0], model.embed(ids) * 2)
+
+
+class Deep(nn.Module):
+    """Blocks and a norm in a container that is not called itself, as LitGPT has them."""
+
+    def __init__(self, checkpointing):
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        self.parts = nn.ModuleDict({"embed": nn.Embedding(40, 8), "blocks": blocks})
+        self.parts["norm"], self.head = nn.LayerNorm(8), nn.Linear(8, 40)
+        self.checkpointing = checkpointing
+
+    def forward(self, ids):
+        states = self.parts["embed"](ids)
+        for block in self.parts["blocks"]:
+            if self.checkpointing:
+                states = checkpoint(block, states, use_reentrant=False)
+            else:
+                states = block(states)
+        return self.head(self.parts["norm"](states))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_layers_of_ones_own_model(checkpointing, wrapped):
+    model, (ids, labels) = Deep(checkpointing), batch()
+    simreg, blocks, norm = SimRegLoss(weight=0.3), model.parts["blocks"], model.parts["norm"]
+    # What is called is the model, whatever it is part of (a LightningModule, say).
+    reg = attach(
+        nn.Sequential(model) if wrapped else model,
+        AtDepths(simreg, [0.5]),
+        module=norm,
+        layers=blocks,
+    )
+    for _ in range(2):
+        model.zero_grad()
+        (model(ids).sum() * 0 + reg(labels)).backward()
+    assert not reg._earlier  # nor what checkpointing computed again
+    found = [p.grad for p in blocks.parameters()]
+    model.zero_grad()
+    middle = blocks[1](blocks[0](model.parts["embed"](ids)))
+    final = norm(blocks[3](blocks[2](middle)))
+    targets = shift_left(labels)
+    sum(simreg(states, targets)[0] for states in (middle, final)).backward()
+    torch.testing.assert_close(found, [p.grad for p in blocks.parameters()])
+
+
+def test_layers_that_are_none_are_refused():
+    model = Deep(False)
+    blocks, norm, at = model.parts["blocks"], model.parts["norm"], AtDepths(SimRegLoss(), [0.5])
+    for wrong in (None, [], nn.ModuleDict({"0": blocks[0]}), [blocks[0], "h.1"]):
+        with pytest.raises(ValueError, match="layers: expected all layers of the model in their"):
+            attach(model, at, module=norm, layers=wrong)
+    with pytest.raises(ValueError, match="layers: SimRegLoss reads none within the model"):
+        attach(model, SimRegLoss(), module=norm, layers=blocks)
+    with pytest.raises(ValueError, match=r"depths: \[0.5\] are layers \[1\] of 1"):
+        attach(model, at, module=norm, layers=blocks[:1])
+    reg = attach(model, at, module=norm, layers=blocks)
+    norm(blocks[3](blocks[1](torch.ones(1, 3, 8))))  # the model is not called
+    with pytest.raises(RuntimeError, match="calling parts of the model apart"):
+        reg(torch.ones(1, 3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("bad", [lambda x: {"x": x}, lambda x: x[0]])

@@ -46,6 +46,8 @@ def test_each_depth_is_a_layer_of_its_own(depths, beside):
 def test_at_depths_has_the_weight_of_its_loss():
     own = SimRegLoss(weight=0.3)
     at = AtDepths(own, [0.5])
+    at.weight = 0.1
+    assert own.weight == 0.1
     own.weight = 0.0
     assert at.weight == 0
     other = Keeps()

@@ -15,7 +15,7 @@ import inspect
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simreg.objectives import Objective, Reads, check_layers, layer_at, reads
+from simreg.objectives import Objective, check_layers, layer_at, reads
 
 IGNORE_INDEX = -100
 _OTHER_TASKS = re.compile(
@@ -41,14 +41,20 @@ _NOT_SHIFTED = re.compile(
 
 
 def attach(
-    model: nn.Module, objective: Objective, *, module: nn.Module | None = None
+    model: nn.Module,
+    objective: Objective,
+    *,
+    module: nn.Module | None = None,
+    layers: Iterable[nn.Module] | None = None,
 ) -> "Attached":
     """Hook `objective` to the final hidden states of `model`; nothing in the model changes.
 
     `model` is any causal LM of transformers that shifts its labels, bare or wrapped (DDP, FSDP,
     `torch.compile`, PEFT), or any module with a `get_decoder()`. For other models, `module` names
     the submodule whose output is the input of the LM head (its final norm, say): a tensor
-    `[B, L, d]`, a tuple that starts with it, or an output with a `last_hidden_state`. Attach before
+    `[B, L, d]`, a tuple that starts with it, or an output with a `last_hidden_state`; and `layers`
+    all its layers in their order, if the objective reads hidden states within it (`AtDepths`).
+    Attach before
     the first call of a compiled model, since a compiled graph does not see hooks that come later;
     where another model of its class was compiled without, call `torch.compiler.reset()` first.
     Several handles on one model, even of one objective, are independent of each other. A head with
@@ -59,28 +65,34 @@ def attach(
         ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
             (Bart's: its labels are aligned with its positions, not shifted) or no language model,
             or it has not what the objective reads besides (a `get_output_embeddings()`, a list of
-            layers, one of its own for each of `AtDepths`); or `objective` or `module` is none.
+            layers, one of its own for each depth of `AtDepths`); or `objective`, `module` or one of
+            `layers` is none.
     """
     _check_objective(objective)
     wanted = reads(objective)
+    if layers is not None and not wanted.depths:
+        raise ValueError(f"layers: {type(objective).__name__} reads none within the model")
     if module is None:
         decoder = _find_decoder(model)
         return Attached(
             decoder,
             objective,
             causal=_find_causal(model) if wanted.logits or wanted.head else None,
-            layers=_find_layers(decoder, objective) if wanted.depths else (),
+            layers=_at_depths(objective, layers or _find_layers(decoder)) if wanted.depths else (),
         )
-    if wanted != Reads():
+    if wanted.logits or wanted.head:
         raise ValueError(
-            f"module: {type(objective).__name__} reads more than final hidden states, which is "
-            "found only in a model with a get_decoder(); leave module out"
+            f"module: {type(objective).__name__} reads logits or the head, which are found only in "
+            "a model with a get_decoder(); leave module out"
         )
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: expected a submodule of the model, got {module!r}")
     if module is _head(_unwrap(model)):
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
-    return Attached(module, objective)
+    if not wanted.depths:
+        return Attached(module, objective)
+    read = _at_depths(objective, layers or ())
+    return Attached(module, objective, start=_around(model, {module, *read}), layers=read)
 
 
 def shift_left(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -100,11 +112,12 @@ class Attached:
         module: nn.Module,
         objective: Objective,
         *,
+        start: nn.Module | None = None,
         causal: nn.Module | None = None,
         layers: Sequence[nn.Module] = (),
     ) -> None:
         """The objective reads logits or the head of `causal`, and what `layers` (one a depth)
-        return."""
+        return in a pass from the start of `start` (else of `module`) to the end of `module`."""
         self.objective = objective
         self.metrics: dict[str, Tensor] = {}
         self.listening = True
@@ -117,7 +130,7 @@ class Attached:
         self._running = False  # the decoder, in a forward pass with gradients
         self._attached = True
         self._hooks = [
-            module.register_forward_pre_hook(self._begin),
+            (start or module).register_forward_pre_hook(self._begin),
             module.register_forward_hook(self._capture),
         ]
         for i, layer in enumerate(layers):
@@ -270,7 +283,8 @@ class Attached:
             if len(self._earlier) < self._layers:
                 raise RuntimeError(
                     "no hidden states of earlier layers: reentrant activation checkpointing hides "
-                    "them (use_reentrant=False does not)"
+                    "them (use_reentrant=False does not), and so does calling parts of the model "
+                    "apart"
                 )
             read["earlier"] = tuple(self._earlier[i] for i in range(self._layers))
         return read
@@ -287,21 +301,43 @@ def _find_causal(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _find_layers(decoder: nn.Module, objective: Objective) -> list[nn.Module]:
-    """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
+def _find_layers(decoder: nn.Module) -> nn.ModuleList:
+    """The longest list of modules that the decoder has."""
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     if not lists:
         raise ValueError(
             f"model: found no list of layers in {type(decoder).__name__}, whose earlier hidden "
             "states the objective reads"
         )
-    layers = max(lists, key=len)
+    return max(lists, key=len)
+
+
+def _at_depths(objective: Objective, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
+    stack = list(layers)
+    if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
+        raise ValueError(
+            f"layers: expected all layers of the model in their order, within which "
+            f"{type(objective).__name__} reads hidden states, got {type(layers).__name__} of "
+            f"{type(stack[0]).__name__ if stack else 'nothing'}"
+        )
     depths = reads(objective).depths
     for depth in depths:
         if not 0 < depth <= 1:
             raise ValueError(f"depth: expected a fraction of the layers in (0, 1], got {depth!r}")
-    check_layers(objective, len(layers))
-    return [layers[layer_at(depth, len(layers)) - 1] for depth in depths]
+    check_layers(objective, len(stack))
+    return [stack[layer_at(depth, len(stack)) - 1] for depth in depths]
+
+
+def _around(model: nn.Module, parts: set[nn.Module]) -> nn.Module:
+    """The innermost module with these parts that is called (a list of modules is not): where a pass
+    through them begins."""
+    found, inner = model, [model]
+    while inner:
+        if type(inner[0]).forward is not nn.Module.forward:
+            found = inner[0]
+        inner = [child for child in inner[0].children() if parts <= {*child.modules()}]
+    return found
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:

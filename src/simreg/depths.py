@@ -62,6 +62,10 @@ class AtDepths(nn.Module):
         """λ, of each layer: where it is 0 trainers leave the objective out."""
         return self.simreg.weight  # type: ignore[return-value]
 
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self.simreg.weight = value  # type: ignore[assignment]
+
     def forward(
         self,
         hidden: Tensor,

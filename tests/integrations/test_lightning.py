@@ -290,6 +290,25 @@ def test_the_module_may_be_given_itself() -> None:
     torch.testing.assert_close(gradients, [by_hand()[0]])
 
 
+@pytest.mark.parametrize("given", ["itself", "a function"])
+def test_the_layers_may_be_given(given: str) -> None:
+    module = Module()
+    parts: dict[str, Any] = {
+        "module": lambda module: module.model.model.norm,
+        "layers": lambda module: module.model.model.layers,
+    }
+    if given == "itself":
+        parts = {name: of(module) for name, of in parts.items()}
+    gradients, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5]), **parts), module)
+    expected, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5])), Module())
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="layers: expected all layers of the model"):
+        fit(
+            SimRegCallback(AtDepths(SimRegLoss(), [0.5]), module=lambda m: m.model.model.norm),
+            Module(),
+        )
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [({"labels": "y"}, "labels: the batch has no 'y'"), ({"segments": "y"}, "segments: the batch")],

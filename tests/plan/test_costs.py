@@ -194,6 +194,19 @@ def test_layers_within_cost_as_much_each(variant: str) -> None:
     assert more == 2 * one.hidden_bytes
 
 
+def test_layers_within_travel_as_the_last_and_are_gathered_for_tensor_parallelism() -> None:
+    one = Job(L8B, length=8192, gpus=8, tp=4, cp=2)
+    three, setting = replace(one, within=2), Setting()
+    once, all_ = costs.loss_traffic(one, setting), costs.loss_traffic(three, setting)
+    assert once.forward > 0
+    assert all_.forward == 3 * once.forward + 2 * 3 / 4 * one.hidden_bytes
+    assert all_.backward == 3 * once.backward
+    more = costs.loss_memory(three, setting) - costs.loss_memory(one, setting)
+    assert more == 2 * 2 * one.hidden_bytes
+    alone = Job(L8B, length=2048, gpus=8, within=1)
+    assert costs.loss_traffic(alone, setting) == (0, 0)
+
+
 def test_spans() -> None:
     job = Job(SMALL, length=8192, document=3000)
     assert Setting().span(job) == 3000

@@ -6,7 +6,7 @@ trainer.fit(module)  # whose `training_step` returns cross-entropy
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import update_wrapper
 from typing import Any
 
@@ -41,6 +41,8 @@ class SimRegCallback(Callback):
         module: the submodule whose output enters the LM head, or a function of the LightningModule
             that gives it; None: the decoder of the first causal LM of transformers in it that has
             something to train.
+        layers: with `module`, for an objective that reads hidden states within the model
+            (`AtDepths`): all its layers in their order, or a function of the LightningModule.
         schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
             start, by default down to 0 over the run ("decay"), whose length `max_steps` or
             `max_epochs` says. With "constant" it is left alone, and so it is where neither says,
@@ -59,10 +61,14 @@ class SimRegCallback(Callback):
         segments: Field | None = None,
         shift: bool = True,
         module: nn.Module | Callable[[LightningModule], nn.Module] | None = None,
+        layers: Iterable[nn.Module]
+        | Callable[[LightningModule], Iterable[nn.Module]]
+        | None = None,
         schedule: Schedule | ScheduleName = SCHEDULE,
     ) -> None:
         self.objective = objective
-        self.labels, self.segments, self.shift, self.module = labels, segments, shift, module
+        self.labels, self.segments, self.shift = labels, segments, shift
+        self.module, self.layers = module, layers
         self.schedule = as_schedule(schedule)
         self._reg: Attached | None = None
         self._following: Following | None = None
@@ -102,9 +108,11 @@ class SimRegCallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> Attached:
         if self.module is not None:
-            given = self.module
+            given, layers = self.module, self.layers
             module = given if isinstance(given, nn.Module) else given(pl_module)
-            return attach(pl_module, self.objective, module=module)
+            if layers is not None and not isinstance(layers, Iterable):
+                layers = layers(pl_module)
+            return attach(pl_module, self.objective, module=module, layers=layers)
         models = [m for m in pl_module.modules() if callable(getattr(m, "get_decoder", None))]
         trained = (m for m in models if any(p.requires_grad for p in m.parameters()))
         first = next(iter(models), pl_module)

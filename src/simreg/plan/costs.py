@@ -226,9 +226,10 @@ def model_flops(job: Job) -> float:
 def loss_memory(job: Job, setting: Setting) -> float:
     """Bytes at the peak of the loss, beyond what the model and `hidden` take; gradients too.
 
-    Those of layers within wait for backward to come to their layer.
+    Those of layers within wait for backward to come to their layer; so do their hidden states,
+    which TP spreads along the row, gathered.
     """
-    gradient = (1 + job.within) * job.hidden_bytes
+    gradient = (1 + job.within * (1 if job.tp == 1 else 2)) * job.hidden_bytes
     if not setting.sharded(job):
         return gradient + job.hidden_bytes + SCRATCH  # of triton, at most
     if own := setting.dealt(job):
@@ -282,7 +283,16 @@ def _beyond(job: Job, start: int, chunk: int, part: int) -> int:
 
 
 def loss_traffic(job: Job, setting: Setting) -> Passes:
-    """Bytes that a rank receives for the loss."""
+    """Bytes that a rank receives for the loss, in all layers.
+
+    Those within have to be gathered from where TP spreads them along the row.
+    """
+    once, gathered = _traffic(job, setting), (1 - 1 / job.tp) * job.hidden_bytes
+    forward = (1 + job.within) * once.forward + job.within * gathered
+    return Passes(forward, (1 + job.within) * once.backward)
+
+
+def _traffic(job: Job, setting: Setting) -> Passes:
     if not setting.sharded(job):
         return Passes(0, 0)
     keys = KEYS * (1 + (job.document is not None) + (setting.chunk is not None))

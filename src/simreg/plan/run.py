@@ -47,7 +47,7 @@ class PlanOptions:
     pp: int = 1
     """Pipeline parallelism."""
     depths: int = 0
-    """How many layers within the model have the loss too; not with tp, cp or pp."""
+    """How many layers within the model have the loss too; not with pp."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Of the loss."""
     chunk: int | None = None
@@ -108,10 +108,8 @@ def _job(chosen: PlanOptions) -> Job:
     if chosen.seq % chosen.cp:
         raise UserError(f"--seq: {chosen.seq} is not a multiple of --cp {chosen.cp}")
     model = _model(chosen)
-    if chosen.depths and ranks > 1:
-        raise UserError(
-            "--depths: layers within the model have the loss only without tp, cp and pp"
-        )
+    if chosen.depths and chosen.pp > 1:
+        raise UserError("--depths: layers within the model have the loss only without pp")
     if not 0 <= chosen.depths < model.layers:
         raise UserError(f"--depths: expected 0 to {model.layers - 1} of the {model.layers} layers")
     if chosen.pp > model.layers:
