@@ -32,6 +32,7 @@ BACKEND, SP, SCHEDULE = (
     "parallelism.pipeline_parallel_schedule",
 )
 DOCUMENTS, CHUNKS = {"loss.scope": "document"}, {"loss.chunk_size": 12, "loss.variant": "decoupled"}
+COMPILE = {"compile.enable": True, "compile.backend": "aot_eager"}
 DEPTHS = {"loss.depths": [0.5]}  # the first of two layers
 
 # name: (what one process does, or None; how else to do it). The global batch is 4 rows.
@@ -42,11 +43,15 @@ ONE = {
     "deepseek": (None, {**DEEPSEEK, **DEPTHS}),
     "depths": (None, DEPTHS),
     "document, depths": (None, {**DOCUMENTS, **DEPTHS}),
-    "accumulation": ("row", {BATCH: 1, "training.global_batch_size": 4}),
+    "accumulation": ("depths", {BATCH: 1, "training.global_batch_size": 4, **DEPTHS}),
     "cross-entropy in one chunk": ("row", {"loss.num_chunks": 1}),
-    "full activation checkpointing": ("depths", {"full_checkpointing": True, **DEPTHS}),
+    "full activation checkpointing": ("depths", {"checkpointing": "full", **DEPTHS}),
     "constant": (None, {"loss.schedule": "constant"}),
-    "compile": ("depths", {"compile.enable": True, "compile.backend": "aot_eager", **DEPTHS}),
+    "compile": ("depths", {**COMPILE, **DEPTHS}),
+    "compile, selective checkpointing, validation": (
+        "depths",
+        {**COMPILE, "checkpointing": "selective", "validator.enable": True, **DEPTHS},
+    ),
     "spmd_types": ("row", {BACKEND: "spmd_types"}),
 }
 TWO = {
@@ -56,7 +61,10 @@ TWO = {
     "TP, SP": ("depths", {TP: 2, **DEPTHS}),
     "TP": ("chunks", {TP: 2, SP: False, **CHUNKS}),
     "TP, depths": ("depths", {TP: 2, SP: False, **DEPTHS}),
-    "TP, SP, full_dtensor": ("depths", {TP: 2, BACKEND: "full_dtensor", **DEPTHS}),
+    "TP, SP, full_dtensor": (
+        "document, depths",
+        {TP: 2, BACKEND: "full_dtensor", **DOCUMENTS, **DEPTHS},
+    ),
     "PP": ("row", {PP: 2, SCHEDULE: "1F1B"}),
     "PP, interleaved, documents": ("document", {PP: 2, **DOCUMENTS}),
     "EP": ("deepseek", {EP: 2, BATCH: 2, **DEEPSEEK, **DEPTHS}),
@@ -79,7 +87,7 @@ INSPECTED = {
     "loss.variant": "in",
     "loss.push": 2.0,
     "loss.push_above": 0.1,
-    "loss.depths": [0.5],
+    "loss.depths": [0.75, 0.5],  # the third and the second of four layers
 }
 SCOPES = ("row", "document")
 
@@ -94,7 +102,7 @@ def single(tmp_path_factory):
         **{name: ("train", job) for name, (_, job) in ONE.items()},
         **{f"inspect {s}": ("inspect", {**INSPECTED, "loss.scope": s}) for s in SCOPES},
         "head": ("vocabulary_parallel", {}),
-        "head, sequence parallel": ("vocabulary_parallel", {"sequence": True}),
+        "stopped": ("train", {**DEPTHS, "loss.schedule": "stop", "loss.schedule_fraction": 0.4}),
     }
     return folder, work(folder, 1, jobs)
 
@@ -130,6 +138,11 @@ def test_one_process(single):
         if reference:
             compare(results[name], results[reference], name)
     assert results["row"][0]["total"] != pytest.approx(results["document"][0]["total"], rel=1e-3)
+    # λ of 0.3 for two of three steps, then none: nothing is computed within the model.
+    *_, last = results["stopped"]
+    assert "earlier" in results["stopped"][1]
+    assert "earlier" not in last
+    assert last["total"] == pytest.approx(last["ce"], rel=1e-6)
     for step in results["constant"]:
         assert step["total"] == pytest.approx(step["ce"] + 0.3 * step["loss"], rel=1e-6)
 
@@ -144,10 +157,9 @@ def test_two_processes_equal_one(single):
     for name, (reference, _) in TWO.items():
         compare(found[name], results[reference], name)
     for name in heads:
-        mine, truth = found[name], results[name]
+        mine, truth = found[name], results["head"]
         assert mine["total"] == pytest.approx(truth["total"], rel=1e-6)
         torch.testing.assert_close(torch.tensor(mine["gradient"]), torch.tensor(truth["gradient"]))
-    assert results["head"] == results["head, sequence parallel"]
 
 
 def test_four_processes_equal_one(single):
@@ -160,7 +172,7 @@ def test_four_processes_equal_one(single):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_loss_gradient_metrics_and_validation(single, scope):
     """Against cross-entropy of the hidden states that enter the head, and simreg_loss of these and
-    of those that leave the first layer."""
+    of those that leave two layers."""
     folder, results = single
     found, seen = results[f"inspect {scope}"], torch.load(folder / f"{scope}.pt")
     hidden, labels = seen["hidden"].double().requires_grad_(), seen["labels"]
@@ -175,16 +187,18 @@ def test_loss_gradient_metrics_and_validation(single, scope):
             push_above=0.1, backend="reference",
         )  # fmt: skip
 
-    within = seen["within"].double().requires_grad_()
-    simreg, earlier = regularizer(hidden), regularizer(within)
+    within = {n: seen[f"layer {n}"].double().requires_grad_() for n in (2, 3)}
+    simreg = regularizer(hidden)
+    earlier = sum(map(regularizer, within.values()))
     ce = cross_entropy(hidden, seen["hidden head"])
     total = ce + 0.7 * (simreg + earlier)
     total.backward()
     assert found["total"] == pytest.approx(total.item(), rel=1e-6)
     assert found["loss"] == pytest.approx(simreg.item(), rel=1e-6)
-    assert found["earlier"] == pytest.approx(earlier.item(), rel=1e-6)
-    above = (seen["gradient within"] - seen["gradient of the layers above"]).double()
-    torch.testing.assert_close(above, within.grad, rtol=1e-3, atol=1e-8)
+    assert found["earlier"] == pytest.approx(earlier.item() / 2, rel=1e-6)
+    for number, states in within.items():
+        own = seen[f"gradient of layer {number}"] - seen[f"above {number}"]
+        torch.testing.assert_close(own.double(), states.grad, rtol=1e-3, atol=1e-8)
     assert found["ce"] == pytest.approx(ce.item(), rel=1e-6)
     torch.testing.assert_close(seen["gradient"].double(), hidden.grad, rtol=1e-4, atol=1e-8)
     validated = cross_entropy(seen["validated"].double(), seen["validated head"]).item()
@@ -274,12 +288,24 @@ for wrong in (llama3_debugmodel_ce_loss, deepseek_v3_debugmodel_mtp):
     except ValueError as error:
         found[wrong.__name__] = str(error)
 
-spread = with_simreg(plain, depths=[0.5])
-spread.parallelism = replace(spread.parallelism, pipeline_parallel_degree=2)
-try:
-    SimRegTrainer(spread)
-except ValueError as error:
-    found["pipeline"] = str(error)
+def refusal(depths, **parallelism):
+    config = with_simreg(plain, depths=depths)
+    config.parallelism = replace(config.parallelism, **parallelism)
+    try:
+        SimRegTrainer(config)
+    except ValueError as error:
+        return str(error)
+found["pipeline"] = refusal([0.5], pipeline_parallel_degree=2)
+found["twice"], found["last"] = refusal([0.5, 0.4]), refusal([0.5, 0.9])
+graphs = with_simreg(plain, schedule="constant", depths=[0.5])
+graphs.training = replace(graphs.training, disable_cuda_graphs=False)
+for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
+    if what != "depths":
+        graphs.loss.depths, graphs.parallelism = [], replace(plain.parallelism, **{what: 2})
+    try:
+        SimRegTrainer(graphs)
+    except ValueError as error:
+        found[f"graphs with {what}"] = str(error)
 
 for wrong in (
     {"scope": "doc"}, {"weight": -1}, {"schedule": "x"}, {"variant": "y"}, {"push": -1},
@@ -336,3 +362,7 @@ def test_configs_and_data():
     assert "ChunkedLossWrapper" in found["llama3_debugmodel_ce_loss"]
     assert "MTPLoss" in found["deepseek_v3_debugmodel_mtp"]
     assert "pipeline" in found["pipeline"]
+    assert "loss.depths: [0.5, 0.4] are layers [3, 3] of 6" in found["twice"]
+    assert "loss.depths: [0.5, 0.9] are layers [3, 6] of 6" in found["last"]
+    for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
+        assert "expected True with loss.depths and with" in found[f"graphs with {what}"]

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.distributed.activation_checkpoint import FullAC
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import get_spmd_context, set_spmd_backend
 
@@ -52,14 +52,16 @@ class Loader(ParallelAwareDataloader):
 
 
 def build(job, folder):
-    """The trainer of a registered config: two layers, ROWS rows, float32, weights of a checkpoint.
+    """The trainer of a registered config: ROWS rows, float32, two layers, weights of a checkpoint;
+    or so many layers, weights of the seed.
 
     `job` names the config and what else differs: {"parallelism.tensor_parallel_degree": 2, ...}.
     """
     options = {"config": "llama3_debugmodel_simreg", **job}
     name = options.pop("config")
     config = getattr(config_registry, name)()
-    del config.model_spec.model.layers[2:]
+    layers = options.pop("layers", None)
+    del config.model_spec.model.layers[layers or 2 :]
     config.dataloader = Loader.Config()
     config.validator.dataloader = Loader.Config()
     config.validator.steps = 1
@@ -74,10 +76,12 @@ def build(job, folder):
     config.debug.seed = 0
     config.debug.enable_structured_logging = False
     config.dump_folder = str(folder)
-    config.checkpoint.enable = config.checkpoint.load_only = True
+    config.checkpoint.enable = config.checkpoint.load_only = layers is None
     config.checkpoint.initial_load_path = str(folder / name)
-    if options.pop("full_checkpointing", False):
-        config.activation_checkpoint = FullAC.Config()
+    if checkpointing := options.pop("checkpointing", None):
+        config.activation_checkpoint = {"full": FullAC, "selective": SelectiveAC}[
+            checkpointing
+        ].Config()
     for key, value in options.items():
         section, field = key.split(".")
         setattr(getattr(config, section), field, value)
@@ -124,16 +128,24 @@ def train(job, folder, before=lambda trainer: None):
     def advance(iterator):
         step(iterator)
         steps[-1] |= trainer.simreg_metrics
+        assert_nothing_kept(trainer)
 
     trainer.metrics_processor.log, trainer.train_step = record, advance
     trainer.train()
+    assert_nothing_kept(trainer)  # nor by the validation after the last step
     trainer.close()
     return steps
 
 
+def assert_nothing_kept(trainer):
+    """No hidden states within the model, whose graph would live on."""
+    layers = trainer.loss_fn._layers
+    assert layers is None or all(kept.states is None for kept in layers._kept)
+
+
 def inspect(job, folder):
     """Train, and save what entered the head in the first step and in the first validation, and
-    what left the first layer."""
+    what left the second and the third of four layers."""
     seen, validated = {}, []
 
     def watch(trainer):
@@ -145,30 +157,35 @@ def inspect(job, folder):
                 if kind == "hidden":
                     output.register_hook(lambda gradient: seen.setdefault("gradient", gradient))
 
+        def watch_layer(number):
+            def leaves(module, inputs, output):
+                if torch.is_grad_enabled() and f"layer {number}" not in seen:
+                    seen[f"layer {number}"] = output.detach().clone()
+                    output.register_hook(
+                        lambda g: seen.setdefault(f"gradient of layer {number}", g.clone())
+                    )
+
+            def enters(module, inputs):
+                if torch.is_grad_enabled() and f"above {number}" not in seen:
+                    seen[f"above {number}"] = None
+                    states = inputs[0].view_as(inputs[0])  # whose gradient is of what follows alone
+                    states.register_hook(lambda g: seen.__setitem__(f"above {number}", g.clone()))
+                    return states, *inputs[1:]
+
+            layers = list(model.layers.children())
+            layers[number - 1].register_forward_hook(leaves)
+            layers[number].register_forward_pre_hook(enters)
+
         def validate(loss, step, extra_metrics=None):
             validated.append(loss)
 
-        def keep_within(module, inputs, output):
-            if torch.is_grad_enabled() and "within" not in seen:
-                seen["within"] = output.detach().clone()
-                output.register_hook(lambda g: seen.setdefault("gradient within", g.clone()))
-
-        def keep_above(module, inputs):
-            states = inputs[0].view_as(inputs[0])  # whose gradient is that of what follows alone
-            if torch.is_grad_enabled() and "above" not in seen:
-                seen["above"] = True
-                states.register_hook(
-                    lambda g: seen.setdefault("gradient of the layers above", g.clone())
-                )
-            return states, *inputs[1:]
-
         model = trainer.model_parts[0]
         model.norm.register_forward_hook(keep)
-        model.layers["0"].register_forward_hook(keep_within)
-        model.layers["1"].register_forward_pre_hook(keep_above)
+        watch_layer(2)
+        watch_layer(3)
         trainer.metrics_processor.log_validation = validate
 
-    steps = train({**job, "validator.enable": True}, folder, watch)
+    steps = train({**job, "layers": 4, "validator.enable": True}, folder, watch)
     inputs, seen["labels"] = next(
         iter(Loader(None, dp_world_size=1, dp_rank=0, local_batch_size=ROWS))
     )

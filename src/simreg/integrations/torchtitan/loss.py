@@ -38,7 +38,8 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         """Those of `ChunkedLossWrapper`, and SimReg's."""
 
         weight: float = WEIGHT
-        """λ of SimReg; 0 leaves cross-entropy, and the metrics are still computed."""
+        """λ of SimReg; 0 leaves cross-entropy, and the metrics of the final hidden states are
+        still computed."""
 
         temperature: float = TEMPERATURE
         """τ of SimReg."""
@@ -117,12 +118,15 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
             ids = _plain(labels)
             summed, sums = _simreg(self.simreg, _local(pred, tp), ids, rows, tp, cp)
             earlier = summed.new_zeros(())
-            for states in self._layers.take(pred, tp) if self._layers else ():
-                earlier = earlier + _simreg(self.simreg, states, ids, rows, tp, cp)[0]
+            if self._layers and self.simreg.weight == 0:
+                self._layers.forget()
+            elif self._layers:
+                for states in self._layers.take(pred, tp):
+                    earlier = earlier + _simreg(self.simreg, states, ids, rows, tp, cp)[0]
             self.totals.add(_plain(ce.detach()), sums, earlier.detach())
-            summed = summed + earlier
             if self.simreg.weight == 0:
                 return ce, metrics
+            summed = summed + earlier
             loss = ce + _like(ce, self.simreg.weight * summed / divisor)
         if spmd.is_type_checking():
             spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})

@@ -1,6 +1,6 @@
 """torchtitan's trainer with the SimReg loss, and configs turned into its configs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from simreg.depths import layers_within
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, checked, metrics_of
 from simreg.integrations.torchtitan.rows import Rows, documents_of, places_of, shard
@@ -37,12 +38,13 @@ class SimRegTrainer(Trainer):
             raise ValueError(
                 f"loss: expected a ChunkedSimRegLoss.Config, got {type(config.loss).__qualname__}"
             )
-        places = config.loss.scope == "document" or config.loss.chunk_size is not None
-        spread = config.parallelism.context_parallel_degree > 1
-        if places and spread and not config.training.disable_cuda_graphs:
+        checked(config.loss)  # here, and not when all else is built
+        degrees = config.parallelism
+        spread = max(degrees.context_parallel_degree, degrees.tensor_parallel_degree) > 1
+        if (spread or config.loss.depths) and not config.training.disable_cuda_graphs:
             raise ValueError(
-                "training.disable_cuda_graphs: expected True with context parallelism and "
-                "loss.scope='document' or loss.chunk_size: a graph would keep the first step's rows"
+                "training.disable_cuda_graphs: expected True with loss.depths and with context or "
+                "tensor parallelism, whose ranks agree on the host what to send"
             )
         scheduled = config.loss.weight > 0 and config.loss.schedule != "constant"
         if scheduled and not config.training.disable_cuda_graphs:
@@ -51,10 +53,8 @@ class SimRegTrainer(Trainer):
                 "graph would keep the first step's weight"
             )
         depths = config.loss.depths
-        if depths and config.parallelism.pipeline_parallel_degree > 1:
-            raise ValueError(
-                "loss.depths: not with pipeline parallelism, where labels are on the last stage"
-            )
+        if depths:
+            _check_depths(config)
         super().__init__(config)
         self.simreg_metrics = {}
         layers = Layers(self.model_parts[0], depths) if depths else None
@@ -110,11 +110,29 @@ class SimRegTrainer(Trainer):
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             sums = dist_utils.dist_sum_tensor(sums, mesh)
-        self.simreg_metrics = metrics_of(sums.tolist(), len(self.config.loss.depths))
+        self.simreg_metrics = metrics_of(sums.tolist(), self._depths())
         named = {f"simreg/{name}": value for name, value in self.simreg_metrics.items()}
         named["simreg/weight"] = self.loss_fn.simreg.weight
         self.metrics_processor.logger.log(named, self.step)
         logger.info("  ".join(f"{name}: {value:.5f}" for name, value in named.items()))
+
+    def _depths(self) -> int:
+        """How many were computed in this step: at λ = 0 none."""
+        return len(self.config.loss.depths) if self.loss_fn.simreg.weight else 0
+
+
+def _check_depths(config: SimRegTrainer.Config) -> None:
+    if config.parallelism.pipeline_parallel_degree > 1:
+        raise ValueError(
+            "loss.depths: not with pipeline parallelism, where labels are on the last stage"
+        )
+    layers = getattr(config.model_spec.model, "layers", None)
+    if not isinstance(layers, Sequence):
+        raise ValueError("loss.depths: the model has no list of layers")
+    try:
+        layers_within(config.loss.depths, len(layers))
+    except ValueError as error:
+        raise ValueError(f"loss.{error}") from None
 
 
 def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
