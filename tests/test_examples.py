@@ -1,6 +1,7 @@
-"""The examples run, learn, and compute what they say."""
+"""The examples run, learn, and compute what they say; what pages show in Python runs."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -9,12 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from simreg import SimRegLoss, attach, simreg_loss
+from tests.test_capture import batch, build
 
-FOLDER = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -52,3 +54,15 @@ def test_lightning_callback_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert metrics["ce"] < 4  # from log 256 = 5.5
     assert 0 < metrics["simreg/loss"] < 10
     assert metrics["simreg/pos_cos"] >= metrics["simreg/neg_cos"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/loss.md"])
+def test_the_snippets_of_a_page_run(page: str) -> None:
+    model, (ids, _) = build(), batch()
+    names = {"model": model, "input_ids": ids, "labels": ids, "steps": 3}
+    names["batches"] = 3 * [{"input_ids": ids, "labels": ids}]
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, page, "exec"), names)
+    assert names["loss"].requires_grad
