@@ -94,6 +94,8 @@ def test_layers_that_are_none_are_refused():
     for wrong in (None, [], nn.ModuleDict({"0": blocks[0]}), [blocks[0], "h.1"]):
         with pytest.raises(ValueError, match="layers: expected all layers of the model in their"):
             attach(model, at, module=norm, layers=wrong)
+    with pytest.raises(ValueError, match="layers: expected all layers of the model in their"):
+        attach(build(), at, layers=[])
     with pytest.raises(ValueError, match="layers: SimRegLoss reads none within the model"):
         attach(model, SimRegLoss(), module=norm, layers=blocks)
     with pytest.raises(ValueError, match=r"depths: \[0.5\] are layers \[1\] of 1"):

@@ -54,12 +54,11 @@ def attach(
     the submodule whose output is the input of the LM head (its final norm, say): a tensor
     `[B, L, d]`, a tuple that starts with it, or an output with a `last_hidden_state`; and `layers`
     all its layers in their order, if the objective reads hidden states within it (`AtDepths`).
-    Attach before
-    the first call of a compiled model, since a compiled graph does not see hooks that come later;
-    where another model of its class was compiled without, call `torch.compiler.reset()` first.
-    Several handles on one model, even of one objective, are independent of each other. A head with
-    layers of its own before the last one (BERT's) is taken as a whole: hidden states are what
-    enters it.
+    Attach before the first call of a compiled model, since a compiled graph does not see hooks that
+    come later; where another model of its class was compiled without, call
+    `torch.compiler.reset()` first. Several handles on one model, even of one objective, are
+    independent of each other. A head with layers of its own before the last one (BERT's) is taken
+    as a whole: hidden states are what enters it.
 
     Raises:
         ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
@@ -74,11 +73,13 @@ def attach(
         raise ValueError(f"layers: {type(objective).__name__} reads none within the model")
     if module is None:
         decoder = _find_decoder(model)
+        if wanted.depths and layers is None:
+            layers = _find_layers(decoder)
         return Attached(
             decoder,
             objective,
             causal=_find_causal(model) if wanted.logits or wanted.head else None,
-            layers=_at_depths(objective, layers or _find_layers(decoder)) if wanted.depths else (),
+            layers=_at_depths(objective, layers) if wanted.depths else (),
         )
     if wanted.logits or wanted.head:
         raise ValueError(
@@ -91,7 +92,7 @@ def attach(
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
     if not wanted.depths:
         return Attached(module, objective)
-    read = _at_depths(objective, layers or ())
+    read = _at_depths(objective, layers)
     return Attached(module, objective, start=_around(model, {module, *read}), layers=read)
 
 
@@ -312,9 +313,9 @@ def _find_layers(decoder: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _at_depths(objective: Objective, layers: Iterable[nn.Module]) -> list[nn.Module]:
+def _at_depths(objective: Objective, layers: Iterable[nn.Module] | None) -> list[nn.Module]:
     """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
-    stack = list(layers)
+    stack = list(layers or ())
     if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
         raise ValueError(
             f"layers: expected all layers of the model in their order, within which "

@@ -365,4 +365,4 @@ def test_configs_and_data():
     assert "loss.depths: [0.5, 0.4] are layers [3, 3] of 6" in found["twice"]
     assert "loss.depths: [0.5, 0.9] are layers [3, 6] of 6" in found["last"]
     for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
-        assert "expected True with loss.depths and with" in found[f"graphs with {what}"]
+        assert "expected True with loss.depths, which" in found[f"graphs with {what}"]

@@ -36,7 +36,6 @@ def test_kernels_compile_for_a_single_token():
 
 
 CONFIGURATIONS = [
-    (90, "bfloat16", ()),
     (80, "bfloat16", ()),
     (80, "float16", ("push", "unbounded")),
     (90, "bfloat16", ("push", "unbounded")),
@@ -50,6 +49,7 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize(
     ("capability", "dtype", "flags"),
     [
+        (90, "bfloat16", ()),
         *((*known, (*flags, "brief")) for *known, flags in CONFIGURATIONS),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in CONFIGURATIONS),
     ],

@@ -43,8 +43,9 @@ class SimRegTrainer(Trainer):
         spread = max(degrees.context_parallel_degree, degrees.tensor_parallel_degree) > 1
         if (spread or config.loss.depths) and not config.training.disable_cuda_graphs:
             raise ValueError(
-                "training.disable_cuda_graphs: expected True with loss.depths and with context or "
-                "tensor parallelism, whose ranks agree on the host what to send"
+                "training.disable_cuda_graphs: expected True with loss.depths, which no graph was "
+                "tried with, and with context or tensor parallelism, whose ranks agree on the host "
+                "what to send"
             )
         scheduled = config.loss.weight > 0 and config.loss.schedule != "constant"
         if scheduled and not config.training.disable_cuda_graphs:
