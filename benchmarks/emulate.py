@@ -82,7 +82,7 @@ def ratio(problem: fuzz.Problem, products: Products) -> float:
     truth = fuzz.evaluate(problem, "reference", torch.float64)
     naive = fuzz.evaluate(problem, "reference", problem.hidden.dtype)
     ours = mean_cosines(problem, products)
-    return max(fuzz.ratio(ours[k], naive[1 + k], truth[1 + k], unit) for k in (0, 1))
+    return max(fuzz.ratio(ours[k], (naive[1 + k],), truth[1 + k], unit) for k in (0, 1))
 
 
 def main() -> None:
