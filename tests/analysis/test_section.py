@@ -28,6 +28,9 @@ def test_an_analysis_is_a_section_of_the_report_with_told_pictures(analysed, tmp
     assert "simreg analyze study" in checked.text  # how to repeat it
     assert "simreg minus baseline, at rare labels (tail)" in checked.text
     assert "Student-t intervals of paired differences over seeds. Metrics" in checked.text
+    other = {**analysed, "text": {**analysed["text"], "source": "other/*.txt"}}
+    assert "validation text of other/*.txt;" in Checker(report.html(runs, results, other)).text
+    assert " text; head" in checked.text
     older = {k: v for k, v in analysed.items() if k not in ("tail_minus_head", "over_tokens")}
     assert "at rare labels" not in report.html(runs, results, older)
     assert not [colour for colour in report._VARIABLES if colour in page]

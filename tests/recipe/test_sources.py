@@ -30,9 +30,9 @@ def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "\n".join(lines).encode()
 
 
-def parquet(texts: list, field: str = "text") -> bytes:
+def parquet(texts: list, field: str = "text", **before: list) -> bytes:
     sink = pyarrow.BufferOutputStream()
-    table = pyarrow.table({"other": list(range(len(texts))), field: texts})
+    table = pyarrow.table({"other": list(range(len(texts))), **before, field: texts})
     pyarrow.parquet.write_table(table, sink, row_group_size=4)
     return sink.getvalue().to_pybytes()
 
@@ -63,12 +63,13 @@ def test_text_comes_back_unchanged(tmp_path, compression):
     assert list(LocalFile(path).read()) == [text]
 
 
-def test_long_text_is_cut_at_blank_lines(tmp_path):
-    paragraphs = [f"paragraph {i} é " * 200 + "\n\n" for i in range(200)]
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_long_text_is_cut_at_blank_lines(tmp_path, end):
+    paragraphs = [f"paragraph {i} é{end}" * 200 + end for i in range(200)]
     path = write(tmp_path / "a.txt", "".join(paragraphs).encode())
     pieces = list(LocalFile(path).read())
     assert "".join(pieces) == "".join(paragraphs)
-    assert all(piece.endswith("\n\n") and 65536 <= len(piece) < 131072 for piece in pieces[:-1])
+    assert all(piece.endswith(2 * end) and 65536 <= len(piece) < 131072 for piece in pieces[:-1])
     assert len(pieces) > 4
     assert list(LocalFile(path, whole=True).read()) == ["".join(paragraphs)]
 
@@ -239,6 +240,25 @@ def test_weight_of_compressed_files_estimates_their_text(tmp_path):
     for compression in PACK:
         path = write(tmp_path / f"a.jsonl{compression}", PACK[compression](jsonl(texts)))
         assert LocalFile(path).weight == pytest.approx(size, rel=0.2)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_weight_counts_all_members_of_a_compressed_file(tmp_path, compression):
+    tiny, large = jsonl(["a"]) + b"\n", jsonl([f"{i * i} and {i} " * 50 for i in range(300)])
+    data = PACK[compression](tiny) + PACK[compression](large)
+    if compression == ".zst":  # as parallel compressors begin their files
+        data = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd" + data
+    path = write(tmp_path / f"a.jsonl{compression}", data)
+    assert LocalFile(path).weight == len(tiny) + len(large)
+    assert len(list(LocalFile(path).read())) == 301
+
+
+def test_weight_of_parquet_is_that_of_its_text_whatever_stands_before_it(tmp_path):
+    texts = [f"{i * i} and {i} " * 50 for i in range(300)]
+    meta = [{"a": i, "b": i, "c": i} for i in range(300)]
+    flat = LocalFile(write(tmp_path / "flat.parquet", parquet(texts)))
+    nested = LocalFile(write(tmp_path / "nested.parquet", parquet(texts, meta=meta)))
+    assert nested.weight == flat.weight > sum(map(len, texts))  # pages have headers
 
 
 def test_standard_library_is_the_running_interpreters():

@@ -236,6 +236,18 @@ def test_mistakes_are_found_before_any_text_is_read(lab, study, monkeypatch):
             compare(replace(study, arms={"simreg": arm}))
 
 
+def test_text_too_short_for_one_arms_batch_is_said_before_any_run(lab, study):
+    def require_batch(rows):
+        if rows > 64:
+            raise UserError("fewer than one batch")
+
+    lab.corpus.require_batch = require_batch
+    big = {"train": {"batch_rows": 128}}
+    with pytest.raises(UserError, match="arm 'big': fewer than one batch"):
+        compare(replace(study, arms={**study.arms, "big": big}))
+    assert not lab.trained
+
+
 def test_a_damaged_or_full_study_folder_is_named(lab, study, monkeypatch):
     compare(study)
     path = RunFolder(study.out).root / "study.yaml"

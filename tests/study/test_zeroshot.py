@@ -219,6 +219,37 @@ def test_eval_of_a_study_adds_to_its_report(trained, tmp_path, capsys):
     assert "has no trained models at its full budget" in capsys.readouterr().err
 
 
+def test_other_text_does_not_pass_for_the_corpus(trained, tmp_path):
+    out, other = tmp_path / "s", tmp_path / "other.txt"
+    shutil.copytree(trained[0] / "s", out)
+    other.write_text("\n\n".join(f"Other text, number {i} of many. " * 40 for i in range(60)))
+    own = json.loads((out / "zero-shot/offline/results.json").read_text())
+    flags = ["--text", str(other), "--limit", "9", "--cache-dir", str(tmp_path / "cache")]
+    assert cli.main(["eval", str(out), *flags]) == 0
+    assert json.loads((out / "zero-shot/offline/results.json").read_text()) == own
+    suites = json.loads((out / "results.json").read_text())["zero_shot"]
+    assert list(suites) == ["offline", "offline-text"]
+    assert suites["offline-text"]["tasks"]["heldout-cloze"]["source"].startswith("text ")
+    page = (out / "report.html").read_text()
+    assert page.count("Held-out documents of the corpus itself") == 1
+    assert page.count("Other text, given with --text") == 1
+
+
+def test_a_study_among_other_names_is_its_runs_at_the_full_budget(trained, tmp_path):
+    study, out = trained[0] / "s", tmp_path / "out"
+    names = [str(study), str(study / "simreg/0.5/seed-1")]
+    flags = ["--limit", "5", "--cache-dir", str(tmp_path / "cache"), "--out", str(out)]
+    assert cli.main(["eval", *names, *flags]) == 0
+    models = json.loads((out / "results.json").read_text())["models"]
+    runs = [f"{arm}/1/seed-{seed}" for arm in ("baseline", "simreg") for seed in (1, 2)]
+    assert [model["name"] for model in models] == [str(study / run) for run in runs] + names[1:]
+
+
+def test_differences_to_another_arm_are_not_drawn_as_those_to_the_reference(trained):
+    suite = {**trained[2]["zero_shot"]["offline"], "reference": "simreg"}  # baseline had no model
+    assert plots.zero_shot(Picture([], {**trained[2], "zero_shot": {"offline": suite}})) is None
+
+
 @pytest.mark.parametrize(
     ("step_s", "minutes", "items"), [(0.1, 5, 250), (1.5, 5, 124), (60, 5, 50), (60, None, 250)]
 )

@@ -136,6 +136,7 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
         "machine": provenance.machine(),
         "text": {
             "fingerprint": read.corpus.fingerprint,
+            "source": options.source,
             "split": options.split,
             "rows": len(read.ids),
             "length": read.ids.shape[1],

@@ -109,7 +109,9 @@ def _chunked(shape: Shape, chunks: Sequence[int | None]) -> Iterator[Shape]:
     for chunk in chunks:
         if chunk is None or chunk >= shape.length:
             yield shape
-        elif chunk < 1 or shape.length % chunk:
+        elif chunk < 1:
+            raise UserError(f"--chunks: expected 0 or more, got {chunk}")
+        elif shape.length % chunk:
             raise UserError(f"--chunks: {chunk} does not divide the length {shape.length}")
         else:
             yield replace(shape, chunk=chunk)

@@ -107,6 +107,8 @@ def _grid(options: BenchOptions, device: torch.device) -> list[Shape]:
     if options.rounds < measure.LEAST_ROUNDS:
         least = measure.LEAST_ROUNDS
         raise UserError(f"--rounds: expected {least} or more, got {options.rounds}")
+    if options.seconds < 0:
+        raise UserError(f"--seconds: expected 0 or more, got {options.seconds:g}")
     return problem.shapes(
         options.shapes or sizes,
         tokens if options.tokens is None else options.tokens,

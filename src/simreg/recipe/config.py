@@ -72,11 +72,11 @@ Whole = Annotated[
 Count = Annotated[Whole, Field(gt=0)]
 
 WSD_DECAY = 0.2
+"""Share of the steps over which the `wsd` schedule decays."""
 BEFORE: dict[str, Any] = {
     "simreg": {"push": 0.0, "depths": [], "schedule": "constant", "schedule_fraction": 0.5}
 }
 """Runs and studies write all fields; those of a version that did not know one did as here."""
-"""Share of the steps over which the `wsd` schedule decays."""
 
 
 def _from_words(words: list[str]) -> dict[str, Any]:

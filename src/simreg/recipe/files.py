@@ -78,17 +78,17 @@ class LocalFile:
         """Estimated bytes of text (uncompressed): the file's share of the mixture."""
         if self.format == ".parquet":
             with self._parquet() as table:
-                groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-                return sum(g.column(self._column(table)).total_uncompressed_size for g in groups)
+                self._require_column(table)
+                return _column_bytes(table.metadata, self.field)
         size = self.path.stat().st_size
         if self.compression is None:
             return size
-        taken = given = 0
+        given = 0
         with _explained(self.path), open(self.path, "rb") as raw:
-            decoder = DECODERS[self.compression]()
-            while given < _PROBE and not decoder.eof and (block := raw.read(_BLOCK)):
-                given += len(decoder.decompress(block))
-                taken += len(block)
+            text = _Decompressed(raw, DECODERS[self.compression])
+            while given < _PROBE and (piece := text.piece()):
+                given += len(piece)
+            taken = text.taken
         return size * given // max(taken, 1)
 
     def read(self) -> Iterator[str]:
@@ -142,17 +142,16 @@ class LocalFile:
     def _read_parquet(self) -> Iterator[str]:
         number = 0
         with self._parquet() as table:
-            column = table.schema_arrow.names[self._column(table)]
-            for batch in table.iter_batches(batch_size=64, columns=[column]):
+            self._require_column(table)
+            for batch in table.iter_batches(batch_size=64, columns=[self.field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     yield text_of({self.field: text}, self.field, f"{self.path}, row {number}")
 
-    def _column(self, table: Any) -> int:
+    def _require_column(self, table: Any) -> None:
         names: list[str] = table.schema_arrow.names
         if self.field not in names:
             raise UserError(_no_field(self.field, str(self.path), names))
-        return names.index(self.field)
 
     @contextmanager
     def _parquet(self) -> Iterator[Any]:
@@ -196,23 +195,35 @@ class _Decompressed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
+    @property
+    def taken(self) -> int:
+        """Bytes of the file that have been decompressed."""
+        return self._raw.tell() - len(self._input)
+
+    def piece(self) -> bytes:
+        """The next bytes, as many as come of one block; none at the end."""
+        while True:
             data = self._input or self._raw.read(_BLOCK)
             self._input = b""
             if not data:
                 if self._decoder is not None:
                     raise EOFError("it ends in the middle of the compressed data")
-                return 0
+                return b""
             if self._decoder is None:
                 data = data.lstrip(b"\0")  # padding between members
                 if not data:
                     continue
                 self._decoder = self._make_decoder()
-            self._output = memoryview(self._decoder.decompress(data))
+            output: bytes = self._decoder.decompress(data)
             if self._decoder.eof:
                 self._input = self._decoder.unused_data
                 self._decoder = None
+            if output:
+                return output
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._output:
+            self._output = memoryview(self.piece())
         size = min(len(buffer), len(self._output))
         buffer[:size] = self._output[:size]
         self._output = self._output[size:]
@@ -256,9 +267,16 @@ def _no_field(field: str, where: str, names: list[str]) -> str:
     )
 
 
+def _column_bytes(metadata: Any, name: str) -> int:
+    """Uncompressed bytes of a column, which schema and file number differently after a struct."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    leaves = (group.column(k) for group in groups for k in range(group.num_columns))
+    return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == name)
+
+
 def _cut(text: str, size: int) -> int:
     """Where to cut a long text, after so many characters: at a blank line, a line, or anywhere."""
-    for end in ("\n\n", "\n"):
+    for end in ("\n\n", "\r\n\r\n", "\n"):
         at = text.find(end, size, 2 * size)
         if at >= 0:
             return at + len(end)

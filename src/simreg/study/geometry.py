@@ -43,9 +43,11 @@ def _changed(study: Path, model: dict[str, Any]) -> bool:
 def note(found: dict[str, Any]) -> str:
     """On what, and how to read the table."""
     text, models = found["text"], [m for m in found["models"] if m["compared"]]
+    other = f" of {text['source']}" if text.get("source") else ""
     return (
         f"{len(models)} trained models on the same {text['tokens']:,} tokens of {text['split']} "
-        "text; head, tail: the three tenths with the most frequent labels, and with the rarest. "
-        f"Means over seeds; brackets hold {summary.intervals(found)}. Metrics of classes take "
-        f"labels with at least {found['settings']['least']} tokens. Definitions: docs/analysis.md."
+        f"text{other}; head, tail: the three tenths with the most frequent labels, and with the "
+        f"rarest. Means over seeds; brackets hold {summary.intervals(found)}. Metrics of classes "
+        f"take labels with at least {found['settings']['least']} tokens. Definitions: "
+        "docs/analysis.md."
     )

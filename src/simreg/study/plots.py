@@ -278,10 +278,14 @@ def _panels(picture: Picture, keys: tuple[tuple[str, str], ...]) -> Figure | Non
 
 
 def zero_shot(picture: Picture) -> Figure | None:
-    """Accuracy minus the reference's with its interval, a line for each task (and average)."""
+    """Accuracy minus the reference's with its interval, a line for each task (and average).
+
+    Without suites whose differences are to another arm, as where the reference has no model.
+    """
     lines = [
         (_label(name, task, kind), kind, task, suite["differences"])
         for name, suite in picture.results.get("zero_shot", {}).items()
+        if suite["reference"] == picture.arms[0]
         for task in [*suite["tasks"], "average"]
         for kind in ("score", "normalised")
         if any(_accuracy_gap(gaps, task, kind) for gaps in suite["differences"].values())

@@ -210,6 +210,8 @@ _SUITES = {
     "offline": "Held-out documents of the corpus itself: which of four continuations follows "
     "(chance is 25 %; the other three are pieces of other documents, as long as the true one), and "
     "bits per byte.",
+    "offline-text": "Other text, given with --text: which of four continuations follows (chance is "
+    "25 %), and bits per byte.",
     "small": "Benchmarks on which models under 200 M parameters differ from chance, by "
     "lm-evaluation-harness.",
     "paper": "The benchmarks of the paper's tables, by lm-evaluation-harness.",

@@ -212,7 +212,7 @@ def _measure(
     if done and not untimed:
         return None, known
     corpus = data.prepare(study.base.data)
-    corpus.require_batch(study.base.train.batch_rows)
+    _require_batches(study, corpus)
     for cell, result in finished.items():
         if (before := result["corpus"]["fingerprint"]) != corpus.fingerprint:
             raise UserError(
@@ -230,6 +230,15 @@ def _measure(
         console.print("timing the steps of each arm, interleaved with the reference's ...")
     with storage_errors(Path(study.out)):
         return corpus, sizing.step_times(study, corpus)
+
+
+def _require_batches(study: Study, corpus: Corpus) -> None:
+    """UserError, before any run, if the training text does not fill one batch of some arm."""
+    for arm in (study.reference, *study.others):
+        try:
+            corpus.require_batch(study.arm_config(arm).train.batch_rows)
+        except UserError as error:
+            raise UserError(f"arm {arm!r}: {error}") from None
 
 
 def _sized(

@@ -16,12 +16,12 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import RunFolder, storage_errors, warn
+from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.sizing import StepTimes, reference_step
 
-FOLDER = "zero-shot"
+FOLDER, OTHER_TEXT = "zero-shot", "text"
 ITEMS, FEWEST_ITEMS, SECONDS = 250, 50, 20.0
 """What `simreg compare` evaluates by itself: so many cloze items, fewer if they would take longer
 than this in a study that was sized to a time."""
@@ -35,22 +35,41 @@ def main(options: EvalOptions) -> None:
     if not options.models:
         raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
     folder = expanded(options.models[0])
-    if len(options.models) > 1 or not (folder / "study.yaml").is_file():
-        run.main(options)
+    if len(options.models) > 1 or not (folder / STUDY_FILE).is_file():
+        names = [each for name in options.models for each in _runs_of(name)]
+        run.main(replace(options, models=names))
         return
-    study = replace(plan.load(folder / "study.yaml"), out=str(folder))
+    study, found = _study(folder)
     console = Console(highlight=False)
-    found = of_study(study)
-    if not found:
-        raise UserError(f"the study in {folder} has no trained models at its full budget")
     command = shlex.join(["simreg", *sys.argv[1:]])
-    out = expanded(options.out or folder / FOLDER / run.suite_of(options))
+    out = expanded(options.out or folder / FOLDER / _suite(options))
     run.prepare(out)
     results = run.evaluate(found, options, console, command=command)
     run.write(results, out, console)
     if options.out is None and (folder / "results.json").is_file():
         _redraw(study)
         console.print(f"report  {folder / 'report.html'}", soft_wrap=True)
+
+
+def _suite(options: EvalOptions) -> str:
+    """Names the folder; other text than the study's own has one to itself."""
+    return run.suite_of(options) + (f"-{OTHER_TEXT}" if options.text else "")
+
+
+def _study(folder: Path) -> tuple[Study, list[Subject]]:
+    """The study in a folder and its trained models; UserError if there are none."""
+    study = replace(plan.load(folder / STUDY_FILE), out=str(folder))
+    if not (found := of_study(study)):
+        raise UserError(f"the study in {folder} has no trained models at its full budget")
+    return study, found
+
+
+def _runs_of(name: str) -> list[str]:
+    """The runs that the name of a study stands for among others; another name as it is."""
+    folder = expanded(name)
+    if not (folder / STUDY_FILE).is_file():
+        return [name]
+    return [str(folder / subject.name) for subject in _study(folder)[1]]
 
 
 def of_study(study: Study) -> list[Subject]:
