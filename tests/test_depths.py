@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from simreg import AtDepths, SimRegLoss, attach
 from simreg.capture import shift_left
@@ -96,3 +97,50 @@ def test_at_depths_is_of_a_loss_of_whole_sequences(objective):
     with pytest.raises(ValueError, match="simreg: expected a SimRegLoss"):
         AtDepths(objective, [0.5])
     AtDepths(torch.compile(SimRegLoss()), [0.5])
+
+
+class Own(nn.Module):
+    """Of several blocks, and a norm before the head."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(32, 8), nn.LayerNorm(8)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x if isinstance(x, torch.Tensor) else x["x"])
+
+
+def test_a_layer_that_runs_several_times_is_refused():
+    looped = Own([nn.Linear(8, 8)] * 4)
+    with pytest.raises(ValueError, match="layers: one module stands at several depths"):
+        attach(looped, AtDepths(SimRegLoss(), [0.25]), module=looped.norm, layers=looped.blocks)
+    ends = [nn.Linear(8, 8) for _ in range(2)]
+    once = Own([ends[0], nn.Linear(8, 8), *ends])
+    attach(once, AtDepths(SimRegLoss(), [0.5]), module=once.norm, layers=once.blocks)
+
+
+class Returning(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x):
+        return self.output(x)
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda x: {"x": x["x"] if isinstance(x, dict) else x}, "got dict"),
+        (lambda x: x[:, :, None] if x.dim() == 3 else x[:, :, 0], r"\[1, 6, 1, 8\]"),
+    ],
+)
+def test_layers_that_return_no_hidden_states_are_named(output, got):
+    model = Own(Returning(output) for _ in range(3))
+    attach(model, AtDepths(SimRegLoss(), [0.3]), module=model.norm, layers=model.blocks)
+    with pytest.raises(TypeError, match=f"layers: expected an output that is.*{got}"):
+        model(torch.arange(6)[None])

@@ -60,12 +60,14 @@ def attach(
     independent of each other. A head with layers of its own before the last one (BERT's) is taken
     as a whole: hidden states are what enters it.
 
+    A forward pass raises TypeError where `module`, or a layer that is read, returns none of these.
+
     Raises:
         ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
             (Bart's: its labels are aligned with its positions, not shifted) or no language model,
             or it has not what the objective reads besides (a `get_output_embeddings()`, a list of
-            layers, one of its own for each depth of `AtDepths`); or `objective`, `module` or one of
-            `layers` is none.
+            layers, one of its own for each depth of `AtDepths`, that runs once); or `objective`,
+            `module` or one of `layers` is none.
     """
     _check_objective(objective)
     wanted = reads(objective)
@@ -238,8 +240,7 @@ class Attached:
         # Activation checkpointing runs layers again in the backward pass: the decoder does not
         # run then, and what they return is not of a forward pass.
         if self._running and torch.is_grad_enabled():
-            states = output[0] if isinstance(output, (tuple, list)) else output
-            self._earlier[index] = _as_the_head_reads(states)
+            self._earlier[index] = _as_the_head_reads(_last_hidden(output, "layers"))
 
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
@@ -327,7 +328,13 @@ def _at_depths(objective: Objective, layers: Iterable[nn.Module] | None) -> list
         if not 0 < depth <= 1:
             raise ValueError(f"depth: expected a fraction of the layers in (0, 1], got {depth!r}")
     check_layers(objective, len(stack))
-    return [stack[layer_at(depth, len(stack)) - 1] for depth in depths]
+    chosen = [stack[layer_at(depth, len(stack)) - 1] for depth in depths]
+    if any(stack.count(layer) > 1 for layer in chosen):
+        raise ValueError(
+            "layers: one module stands at several depths of the model; which of its passes "
+            f"{type(objective).__name__} is to read cannot be told"
+        )
+    return chosen
 
 
 def _around(model: nn.Module, parts: set[nn.Module]) -> nn.Module:
@@ -433,7 +440,7 @@ def _unwrap(model: Any) -> Any:
         model = inner
 
 
-def _last_hidden(output: Any) -> Tensor:
+def _last_hidden(output: Any, whose: str = "module") -> Tensor:
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
         hidden = output[0] if isinstance(output, (tuple, list)) else output
@@ -444,7 +451,7 @@ def _last_hidden(output: Any) -> Tensor:
             else type(output).__name__
         )
         raise TypeError(
-            "module: expected an output that is, starts with, or has as last_hidden_state, "
+            f"{whose}: expected an output that is, starts with, or has as last_hidden_state, "
             f"hidden states [B, L, d]; got {got}"
         )
     return hidden

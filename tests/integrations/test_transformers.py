@@ -383,6 +383,7 @@ def test_packed_without_padding_is_as_in_rows_of_their_own(tmp_path, returned):
 def test_documents_of_one_token_and_positions_for_every_row():
     ids = torch.zeros(2, 5, dtype=torch.int64)
     for positions, documents in (
+        ([5, 6, 0, 0, 1], [0, 0, 1, 2, 2]),  # a row that begins within a document
         ([0, 1, 0, 0, 1], [0, 0, 1, 2, 2]),
         ([1, 1, 0, 1, 2], [0, 1, 2, 2, 2]),  # padded on the left
         ([0, 1, 1, 1, 2], [0, 0, 0, 0, 0]),  # a picture of three tokens

@@ -364,8 +364,9 @@ def _documents(inputs: dict[str, Any]) -> Tensor | None:
         return known
     if isinstance(positions, Tensor) and positions.shape in (ids.shape, (1, *ids.shape[1:])):
         # Models with pictures give several tokens one position: a document begins at a lower one,
-        # or after a document of one token.
-        step, first = positions.diff(), positions[:, 1:] == positions[:, :1]
+        # or after a document of one token (rows may begin within one: then at 0).
+        first = (positions[:, 1:] == positions[:, :1]) | (positions[:, 1:] == 0)
+        step = positions.diff()
         return F.pad((step < 0) | ((step == 0) & first), (1, 0)).cumsum(-1).expand_as(ids)
     if isinstance(ends, Tensor) and len(ids) == 1:
         places = torch.arange(ids.shape[1], device=ids.device)
