@@ -209,12 +209,15 @@ def test_the_table_names_every_metric_once(analysed):
     assert re.fullmatch(r"[+-][\d.e-]+ \[[+-].*, [+-].*\]", rows[0][-1])
 
 
-def test_one_model_alone_has_pictures_too(study, tmp_path):
+def test_one_model_alone_on_other_text_has_pictures_too(study, analysed, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"Other text, number {i} of many. " * 40 for i in range(400)))
     options = run.AnalyzeOptions(
-        [str(study / "simreg" / "1" / "seed-1")], tokens=300, least=2,
+        [str(study / "simreg" / "1" / "seed-1")], tokens=300, least=2, source=str(other),
         cache_dir=str(study.parent / "cache"), labels=None,
     )  # fmt: skip
     found = run.analyze(options, Console(quiet=True), command="")
+    assert (found["text"]["source"], analysed["text"]["source"]) == (str(other), None)
     assert found["minus_reference"] == {}
     bars = figures.PICTURES[1].draw(found).axes[0]
     assert bars.patches

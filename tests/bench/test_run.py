@@ -88,6 +88,7 @@ def test_memory_can_be_left_out(tmp_path, measured, monkeypatch):
         ("--variants up", "--variants: expected any of out, in, decoupled, got 'up'"),
         ("--contenders fast", "--contenders: expected any of 'bare matmuls', naive,"),
         ("--rounds 2", "--rounds: expected 3 or more, got 2"),
+        ("--seconds -1", "--seconds: expected 0 or more, got -1"),
         ("--out {tmp}", "--out {tmp}: expected a file name, this is a folder"),
         ("--out {tmp}/file/b.json", "--out {tmp}/file/b.json: cannot write there: "),
     ],

@@ -82,3 +82,15 @@ def test_a_quarter_of_the_fuzzed_problems_are_several_tiles_with_mixed_up_segmen
         mixed = problem.segments is not None and (problem.segments[:, :length].unique().numel() > 1)
         several += mixed and int(kept.sum(1).max()) > fuzz.SMALL
     assert several >= 300 / 4
+
+
+def test_fuzzing_holds_an_error_against_the_worst_order_of_the_dimensions():
+    problem = fuzz.random_problem(14, fuzz.SMALL)
+    truth = fuzz.evaluate(problem, "reference", torch.float64)
+    for order in range(1, fuzz.ORDERS):
+        again = fuzz.evaluate(problem, "reference", torch.float64, order)
+        assert not torch.equal(again[3], truth[3])  # summed in another order
+        for a, b in zip(again, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+    errors = [torch.tensor([0.0, error]) for error in (3.0, -6.0, 1.0)]
+    assert fuzz.ratio(errors[0], tuple(errors), torch.zeros(2), 6.0) == 0.25

@@ -21,7 +21,7 @@ from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.sizing import StepTimes, reference_step
 
-FOLDER, OTHER_TEXT = "zero-shot", "text"
+FOLDER = "zero-shot"
 ITEMS, FEWEST_ITEMS, SECONDS = 250, 50, 20.0
 """What `simreg compare` evaluates by itself: so many cloze items, fewer if they would take longer
 than this in a study that was sized to a time."""
@@ -52,8 +52,10 @@ def main(options: EvalOptions) -> None:
 
 
 def _suite(options: EvalOptions) -> str:
-    """Names the folder; other text than the study's own has one to itself."""
-    return run.suite_of(options) + (f"-{OTHER_TEXT}" if options.text else "")
+    """Names the folder; scores on other text than the study's own have one to themselves."""
+    names = options.tasks or run.SUITES[options.suite]
+    other = options.text and any(name in offline.OFFLINE for name in names)
+    return run.suite_of(options) + ("-text" if other else "")
 
 
 def _study(folder: Path) -> tuple[Study, list[Subject]]:
