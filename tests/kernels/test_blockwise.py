@@ -41,27 +41,96 @@ def test_as_accurate_as_the_naive_loss(variant, dtype, temperature, length):
         assert error <= 2 * allowed + 1e-6 * exact.abs().max()
 
 
+def visited(size, labels, segments=None, masks=torch.bool):
+    order = module.describe(module.sort_tokens(labels, segments), labels, segments)
+    return list(module.tiles(order, size, masks))
+
+
 def test_tiles_outside_a_segment_are_not_visited():
     length, documents, block = 256, 8, 16
     labels = torch.randint(0, 50, (1, length))
     contiguous = (torch.arange(length) * documents // length)[None]
     scattered = contiguous[:, torch.randperm(length)]
 
-    def visited(ids, labels=labels):
-        order = module.describe(module.sort_tokens(labels, ids), labels, ids)
-        return list(module.tiles(order, block))
-
-    whole = visited(None)
+    whole = visited(block, labels)
     assert len(whole) == 16 * 17 // 2
     for ids in (contiguous, scattered):  # 8 documents of 2 blocks: 3 tiles each
-        assert len(visited(ids)) == documents * 3
-    assert len(visited(None, labels.masked_fill(torch.arange(length) >= 64, -100))) == 4 * 5 // 2
+        assert len(visited(block, labels, ids)) == documents * 3
+    short = labels.masked_fill(torch.arange(length) >= 64, -100)
+    assert len(visited(block, short)) == 4 * 5 // 2
     covered = torch.zeros(length, length, dtype=torch.int64)
     for tile in whole:
         covered[tile.rows, tile.cols] += 1
         if tile.rows != tile.cols:
             covered[tile.cols, tile.rows] += 1
     assert (covered == 1).all()
+
+
+def test_a_tile_ends_where_its_segment_does():
+    position, labels = torch.arange(1000)[None], torch.randint(0, 50, (1, 1000))
+    tiles = visited(64, labels, position // 40)  # chunks of 40, a tile each, which needs no mask
+    assert [(tile.rows, tile.inside) for tile in tiles] == [
+        (slice(i, i + 40), None) for i in range(0, 1000, 40)
+    ]
+    tiles = visited(64, labels, position // 10)  # a tile of a quarter of the size holds two
+    assert len(tiles) == 50
+    assert all(tile.inside is not None for tile in tiles)
+
+
+def test_short_rows_share_tiles_of_a_quarter_of_the_size():
+    labels = torch.randint(0, 9, (40, 50))
+    labels[:, 20] = -100
+    tiles = visited(64, labels)
+    covered = torch.zeros(40, 50, 50, dtype=torch.int64)
+    for tile in tiles:
+        covered[tile.batch, tile.rows, tile.cols] += 1
+        if tile.symmetric:
+            covered[tile.batch, tile.cols, tile.rows] += 1
+        assert tile.inside is None  # every row has as many labels, sorted first
+    assert (covered[:, :49, :49] == 1).all()
+    assert covered.sum() == 40 * 49 * 49
+    assert len(tiles) == 3 * (4 * 5 // 2)  # 16 rows at a time, in tiles of 16
+    labels[7, 3] = -100
+    assert all(tile.inside is not None for tile in visited(64, labels))
+
+
+@each_variant
+@pytest.mark.parametrize("masks", [torch.bool, torch.float64])
+@pytest.mark.parametrize("segments", [0, 3])
+@pytest.mark.parametrize("length", [2, 16, 65])
+def test_masks_of_either_kind_do_the_same(monkeypatch, variant, masks, segments, length):
+    hidden, labels, ids = problem(3, length, 5, 7, segments)
+    options = {"variant": variant, "segments": ids, "push": 2.0, "push_above": 0.1}
+    truth = value_and_grad(per_token, hidden, labels, backend="reference", **options)
+    chosen = []
+
+    def kind(*args):
+        chosen.append(masks)
+        return masks
+
+    monkeypatch.setattr(module, "_masks", kind)
+    with small_tiles("blockwise"):
+        ours = value_and_grad(per_token, hidden, labels, backend="blockwise", **options)
+    assert len(chosen) == 2  # forward, backward
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@each_variant
+@pytest.mark.parametrize("length", [15, 60])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_the_loss_of_other_segments_than_that_of_a_nan_is_what_it_was(variant, length, bad):
+    hidden, labels, ids = problem(2, length, 5, 4, 2)
+    valid = labels >= 0
+    token = int((valid[1] & (ids[1] == 1)).nonzero()[0])
+    healthy = valid & ((ids == 0) | (torch.arange(2) == 0)[:, None])
+    options = {"variant": variant, "segments": ids, "push": 2.0, "push_above": 0.1}
+    with small_tiles("blockwise"):
+        clean = per_token(hidden, labels, backend="blockwise", **options)
+        hidden[1, token] = bad
+        found = per_token(hidden, labels, backend="blockwise", **options)
+    torch.testing.assert_close(found[healthy], clean[healthy], rtol=1e-9, atol=1e-9)
+    assert found[1, token].isnan()
 
 
 def test_peak_memory_at_long_sequences():

@@ -14,19 +14,20 @@ from simreg.kernels.pairs import Gaps, Running, Tile, block, gradient, through_n
 from simreg.kernels.reference import EPS
 
 
-def tiles(order: Order, size: int) -> Iterator[Tile]:
-    """Tiles that hold at least one pair of candidates, each unordered pair of tokens once."""
-    batch, length = order.valid.shape
-    if length <= size:  # several short rows share a tile
-        group = max(1, size**2 // length**2)
-        whole = slice(0, length)
-        for start in range(0, batch, group):
-            rows = slice(start, start + group)
-            yield _tile(order, rows, whole, whole, masked=True, positives=True)
+def tiles(order: Order, size: int, masks: torch.dtype = torch.bool) -> Iterator[Tile]:
+    """Tiles that hold at least one pair of candidates, each unordered pair of tokens once.
+
+    A tile has size² pairs at most: several short rows share one. `masks`: bool, or floating.
+    """
+    length = order.valid.shape[1]
+    counts = order.valid.sum(1).tolist()
+    if length <= size:
+        yield from _short(order, size, counts, masks)
         return
-    ends = order.valid.sum(1).tolist()
-    for b, end in enumerate(ends):
-        spans = [slice(i, min(i + size, end)) for i in range(0, end, size)]
+    begins = order.segment == torch.arange(length, device=order.segment.device)
+    for b, end in enumerate(counts):
+        starts = begins[b, :end].nonzero()[:, 0].tolist()
+        spans = _spans([*starts[1:], end], size)
         first, last = ([p.start for p in spans], [p.stop - 1 for p in spans])
         segment_lo, segment_hi = order.segment[b, first].tolist(), order.segment[b, last].tolist()
         label_lo, label_hi = order.label[b, first].tolist(), order.label[b, last].tolist()
@@ -36,23 +37,65 @@ def tiles(order: Order, size: int) -> Iterator[Tile]:
                     break
                 masked = segment_lo[i] != segment_hi[j]
                 positives = label_hi[i] >= label_lo[j]
-                yield _tile(order, slice(b, b + 1), rows, spans[j], masked, positives)
+                yield _tile(order, slice(b, b + 1), rows, spans[j], masked, positives, masks)
+
+
+def _short(order: Order, size: int, counts: list[int], masks: torch.dtype) -> Iterator[Tile]:
+    last = max(counts)
+    # Of a quarter of the size, lest half of the pairs in a tile on the diagonal come twice.
+    side = max(1, min(last, size // 4))
+    masked = bool((order.segment[:, :last] > 0).any())  # several segments, or ignored tokens
+    group, spans = size**2 // side**2, _spans([last], side)
+    for start in range(0, len(counts), group):
+        batch = slice(start, start + group)
+        for i, rows in enumerate(spans):
+            for cols in spans[i:]:
+                yield _tile(order, batch, rows, cols, masked, True, masks)
+
+
+def _spans(stops: list[int], size: int) -> list[slice]:
+    """Of at most `size` tokens, and ending where segments do, unless these are short."""
+    spans, start = [], 0
+    for stop in stops:
+        for cut in range(start + size, stop, size):
+            spans.append(slice(start, cut))
+            start = cut
+        if stop - start >= size // 4 or stop == stops[-1]:
+            spans.append(slice(start, stop))
+            start = stop
+    return [span for span in spans if span.stop > span.start]
 
 
 def _tile(
-    order: Order, batch: slice, rows: slice, cols: slice, masked: bool, positives: bool
+    order: Order,
+    batch: slice,
+    rows: slice,
+    cols: slice,
+    masked: bool,
+    positives: bool,
+    masks: torch.dtype,
 ) -> Tile:
-    def equal(rank: Tensor) -> Tensor:
-        return rank[batch, rows, None] == rank[batch, None, cols]
+    def equal(run: Tensor) -> Tensor:
+        left, right = run[batch, rows, None], run[batch, None, cols]
+        if masks == torch.bool:
+            return left == right
+        return (left.to(masks) - right.to(masks)).eq_(0)
 
+    inside = equal(order.segment) if masked else None
     positive = equal(order.label) if positives else None
-    outside = ~equal(order.segment) if masked else None
-    if rows == cols:
-        if outside is None:
-            outside = torch.zeros_like(positive)  # type: ignore[arg-type]
-        outside.diagonal(dim1=-2, dim2=-1).fill_(True)
-        positive.diagonal(dim1=-2, dim2=-1).fill_(False)  # type: ignore[union-attr]
-    return Tile(batch, rows, cols, outside, positive, symmetric=rows != cols)
+    diagonal = rows == cols
+    if diagonal and positive is not None:
+        positive.diagonal(dim1=-2, dim2=-1).fill_(0)
+    return Tile(
+        batch, rows, cols, inside, positive, not diagonal, diagonal, floating=masks != torch.bool
+    )
+
+
+def _masks(norm: Tensor, form: Form) -> torch.dtype:
+    """Of tiles of tokens of such norms ``[B, L]``: see `Tile.floating`."""
+    exact = norm.shape[1] < 2**24  # as places of a row in float32
+    fast = norm.device.type == "cpu" and form.bounded and exact and bool(norm.isfinite().all())
+    return norm.dtype if fast else torch.bool
 
 
 def _flat(index: Tensor) -> Tensor:
@@ -65,7 +108,8 @@ def _embed(hidden: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """Sorted unit embeddings ``[B, L, d]`` (0 where ignored) and norms ``[B, L]``."""
     h = hidden.flatten(0, 1).index_select(0, _flat(order.position)).view_as(hidden)
     h = h.to(wide(h.dtype))
-    h.masked_fill_(~order.valid[..., None], 0)
+    if not bool(order.valid.all()):
+        h.masked_fill_(~order.valid[..., None], 0)
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     return h.div_(norm.clamp_min(EPS)), norm[..., 0]
 
@@ -81,13 +125,13 @@ def forward(
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
     order = describe(sort_tokens(labels, segments), labels, segments)
     e, norm = _embed(hidden, order)
-    running = Running(norm, form)
-    for tile in tiles(order, block(hidden.device)):
+    running, masks = Running(norm, form), _masks(norm, form)
+    for tile in tiles(order, block(hidden.device), masks):
         running.add(_similarity(e, tile, form.temperature), tile)
     sums = running.sums()
     if form.variant == "decoupled":
         gaps = Gaps(sums.lse)
-        for tile in tiles(order, block(hidden.device)):
+        for tile in tiles(order, block(hidden.device), masks):
             if tile.positive is None:
                 continue
             gaps.add(_similarity(e, tile, form.temperature), tile)
@@ -110,12 +154,12 @@ def backward(
     e, _ = _embed(hidden, order)
     both = ends(grad, order, lse, statistic, form)
     grad_e = torch.zeros_like(e)
-    for tile in tiles(order, block(hidden.device)):
+    for tile in tiles(order, block(hidden.device), _masks(norm, form)):
         g = gradient(_similarity(e, tile, form.temperature), tile, both, both, form)
         grad_e[tile.batch, tile.rows].baddbmm_(g, e[tile.batch, tile.cols])
         if tile.rows != tile.cols:
             grad_e[tile.batch, tile.cols].baddbmm_(g.mT, e[tile.batch, tile.rows])
     grad_h = through_norm(grad_e, e, norm[..., None])
-    out = hidden.new_empty(hidden.shape)
-    out.flatten(0, 1).index_copy_(0, _flat(index), grad_h.flatten(0, 1).to(hidden.dtype))
-    return out
+    back = order.unsort(torch.arange(index.shape[1], device=index.device).expand_as(index))
+    sorted_grad = grad_h.to(hidden.dtype).flatten(0, 1)
+    return sorted_grad.index_select(0, _flat(back)).view_as(hidden)

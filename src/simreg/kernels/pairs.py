@@ -18,23 +18,35 @@ class Tile:
     batch: slice
     rows: slice
     cols: slice
-    outside: Tensor | None  # pairs that are no candidates; None: all are
+    inside: Tensor | None  # pairs that are candidates; None: all are
     positive: Tensor | None  # None: no pair is one
     symmetric: bool = False
     """Whether it serves the tokens of its columns too."""
+    diagonal: bool = False
+    """Whether pairs on the diagonal, none of them a positive, are no candidates, besides."""
+    floating: bool = False
+    """Masks are floating, 0 and 1, and multiplied by: faster on the CPU, but what they hide must be
+    finite, so embeddings must, and the form `bounded`. Else they are of bool."""
 
     @cached_property
-    def not_positive(self) -> Tensor:
-        """The pairs that are not positives, if any pair is one."""
-        assert self.positive is not None
-        return ~self.positive
+    def negative(self) -> Tensor | None:
+        """The pairs `inside` that are no positives; None: all are."""
+        if self.positive is None:
+            return self.inside
+        if self.floating:
+            return (1 if self.inside is None else self.inside) - self.positive
+        return ~self.positive if self.inside is None else self.inside & ~self.positive
 
-    @cached_property
-    def not_negative(self) -> Tensor | None:
-        """The pairs that are not negatives; None: all are."""
-        if self.positive is None or self.outside is None:
-            return self.outside if self.positive is None else self.positive
-        return self.outside | self.positive
+    def exclude(self, s: Tensor) -> None:
+        """Make similarities −∞ where a pair is no candidate, except what `within` is for."""
+        if self.inside is not None and not self.floating:
+            s.masked_fill_(~self.inside, -torch.inf)
+        if self.diagonal:
+            s.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+
+    def within(self, values: Tensor) -> Tensor:
+        """Values that are 0 where similarities are −∞, in place: 0 wherever no candidate is."""
+        return values.mul_(self.inside) if self.floating and self.inside is not None else values
 
     def sides(self) -> list[tuple[slice, int]]:
         """Token slice and dimension to sum over: the rows and, if it serves them, the columns."""
@@ -63,13 +75,13 @@ class _Exponentials:
         self.total = torch.zeros_like(like)
         self.top = form.largest if form.bounded else torch.full_like(like, -torch.inf)
 
-    def add(self, tile: Tile, s: Tensor, e: Tensor | None, excluded: Tensor | None) -> None:
+    def add(self, tile: Tile, s: Tensor, e: Tensor | None, mask: Tensor | None) -> None:
         """`s` or, if it is there, `e` = exp(s − 1/τ); s is −∞ where a pair is no candidate."""
         if e is not None:
-            tile.add(self.total, e if excluded is None else e.masked_fill(excluded, 0))
+            tile.add(self.total, _only(e, mask))
             return
-        if excluded is not None:
-            s = s.masked_fill(excluded, -torch.inf)
+        if mask is not None:
+            s = s.masked_fill(~mask, -torch.inf)
         assert isinstance(self.top, Tensor)
         for span, dim in tile.sides():
             top, total = self.top[tile.batch, span], self.total[tile.batch, span]
@@ -100,18 +112,19 @@ class Running:
 
     def add(self, s: Tensor, tile: Tile) -> None:
         """Add similarities ``[B', rows, cols]``, which are changed."""
-        tile.add(self.negative, _only(s, tile.not_negative))
+        if tile.diagonal:
+            s.diagonal(dim1=-2, dim2=-1).fill_(0)
+        tile.add(self.negative, _only(s, tile.negative))
         if tile.positive is not None:
-            tile.add(self.positive, _only(s, tile.not_positive))
-        if tile.outside is not None:
-            s.masked_fill_(tile.outside, -torch.inf)
-        e = (s - self.form.largest).exp_() if self.form.bounded else None
+            tile.add(self.positive, _only(s, tile.positive))
+        tile.exclude(s)
+        e = tile.within((s - self.form.largest).exp_()) if self.form.bounded else None
         decoupled = self.form.variant == "decoupled"
-        self.denominator.add(tile, s, e, tile.positive if decoupled else None)
+        self.denominator.add(tile, s, e, tile.negative if decoupled else None)
         if tile.positive is not None and self.form.variant == "in":
-            self.numerator.add(tile, s, e, tile.not_positive)
+            self.numerator.add(tile, s, e, tile.positive)
         if self.excess is not None:
-            tile.add(self.excess, s.sub_(self.form.edge).relu_())
+            tile.add(self.excess, tile.within(s.sub_(self.form.edge).relu_()))
 
     def sums(self) -> Sums:
         """What was added; "decoupled" lacks what `Gaps` sums."""
@@ -132,15 +145,15 @@ class Gaps:
         """As `Running.add`, of a tile that has positives."""
         for span, dim in tile.sides():
             gap = self.lse[tile.batch, span].unsqueeze(dim) - s
-            softplus = (-F.logsigmoid(-gap)).masked_fill_(tile.not_positive, 0)
-            self.softplus[tile.batch, span] += softplus.sum(dim)
-            self.slope[tile.batch, span] += (
-                gap.sigmoid_().masked_fill_(tile.not_positive, 0).sum(dim)
-            )
+            self.softplus[tile.batch, span] -= _only(F.logsigmoid(-gap), tile.positive).sum(dim)
+            self.slope[tile.batch, span] += _only(gap.sigmoid_(), tile.positive).sum(dim)
 
 
-def _only(s: Tensor, excluded: Tensor | None) -> Tensor:
-    return s if excluded is None else s.masked_fill(excluded, 0)
+def _only(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Values where the mask is, if there is one, and 0 elsewhere."""
+    if mask is None:
+        return values
+    return torch.where(mask, values, 0) if mask.dtype == torch.bool else values * mask
 
 
 def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tensor:
@@ -156,17 +169,17 @@ def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tenso
         ends.map(lambda value: value[tile.batch, span].unsqueeze(dim))  # noqa: B023
         for ends, span, dim in ((rows, tile.rows, -1), (cols, tile.cols, -2))
     )
-    if tile.outside is not None:
-        s.masked_fill_(tile.outside, -torch.inf)
-    e = (s - form.largest).exp_() if form.bounded else None
+    tile.exclude(s)
+    e = tile.within((s - form.largest).exp_()) if form.bounded else None
     g = _softmax(s, e, form, (left.lse, left.softmax), (right.lse, right.softmax))
     if tile.positive is not None:
         if form.variant == "decoupled":
-            g.masked_fill_(tile.positive, 0)
-        g -= _pull(s, e, form, left, right).masked_fill_(tile.not_positive, 0)
+            g = _only(g, tile.negative)
+        g -= _only(_pull(s, e, form, left, right), tile.positive)
     if left.hinge is not None and right.hinge is not None:
         e = None  # its memory is that of the next
-        g += (left.hinge + right.hinge).masked_fill_(s <= form.edge, 0)
+        beyond = tile.within(s.gt_(form.edge)) if tile.floating else s > form.edge
+        g += _only(left.hinge + right.hinge, beyond)
     return g
 
 
@@ -175,8 +188,9 @@ def _pull(s: Tensor, e: Tensor | None, form: Form, left: Ends, right: Ends) -> T
         return left.pull + right.pull
     if form.variant == "in":
         return _softmax(s, e, form, (left.numerator, left.pull), (right.numerator, right.pull))
-    pull = (left.lse - s).sigmoid_().mul_(left.pull)
-    return pull.addcmul_((right.lse - s).sigmoid_(), right.pull)
+    lowest = torch.finfo(s.dtype).min  # −∞ without negatives; on the diagonal s is −∞ too
+    pull = (left.lse.clamp_min(lowest) - s).sigmoid_().mul_(left.pull)
+    return pull.addcmul_((right.lse.clamp_min(lowest) - s).sigmoid_(), right.pull)
 
 
 def _softmax(s: Tensor, e: Tensor | None, form: Form, *ends: tuple[Tensor, Tensor]) -> Tensor:

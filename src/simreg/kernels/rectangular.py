@@ -153,13 +153,13 @@ def _masked(rows: Tokens, cols: Piece, pair: Pair) -> Tile:
         return (left[:, None] == right)[None]
 
     theirs = cols.tokens
-    outside = ~equal(rows.segment, theirs.segment) if pair.segmented else None
+    inside = equal(rows.segment, theirs.segment) if pair.segmented else None
     positive = equal(rows.label, theirs.label) if pair.touching else None
     if pair.own:
-        itself = equal(rows.place, theirs.place)
-        outside = itself if outside is None else outside | itself
-        positive = None if positive is None else positive & ~itself
-    return Tile(slice(b, b + 1), slice(row.start, row.stop), pair.cols, outside, positive)
+        others = ~equal(rows.place, theirs.place)
+        inside = others if inside is None else inside & others
+        positive = None if positive is None else positive & others
+    return Tile(slice(b, b + 1), slice(row.start, row.stop), pair.cols, inside, positive)
 
 
 def inverse(norm: Tensor) -> Tensor:
