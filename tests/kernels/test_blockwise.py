@@ -9,6 +9,7 @@ from simreg.bench.memory import peak_extra_bytes
 from simreg.bench.problem import Shape
 from simreg.kernels import blockwise as module
 from simreg.kernels import op
+from simreg.loss import simreg_loss
 from tests.kernels.problems import each_variant, problem, small_tiles
 from tests.test_loss import per_token, value_and_grad
 
@@ -78,6 +79,11 @@ def test_a_tile_ends_where_its_segment_does():
     assert all(tile.inside is not None for tile in tiles)
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (2, 0), (0, 1000)])
+def test_without_tokens_there_are_no_tiles(shape):
+    assert visited(64, torch.zeros(shape, dtype=torch.int64)) == []
+
+
 def test_short_rows_share_tiles_of_a_quarter_of_the_size():
     labels = torch.randint(0, 9, (40, 50))
     labels[:, 20] = -100
@@ -136,6 +142,26 @@ def test_the_loss_of_other_segments_than_that_of_a_nan_is_what_it_was(variant, l
         found = per_token(hidden, labels, backend="blockwise", **options)
     torch.testing.assert_close(found[healthy], clean[healthy], rtol=1e-9, atol=1e-9)
     assert found[1, token].isnan()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_the_gradient_of_other_segments_than_that_of_such_a_weight_is_what_it_was(bad):
+    hidden, labels, ids = problem(1, 15, 5, 4, 2)
+    labels = labels.masked_fill((ids == 1) & (labels >= 0), 9).scatter_(1, torch.tensor([[3]]), 8)
+    ids[0, 3] = 1  # a token without positives, whose push is all that is weighed
+    weight = torch.rand(labels.shape, dtype=torch.float64)
+    push = {"segments": ids, "push": 2.0, "push_above": 0.1, "reduction": "none"}
+
+    def gradient():
+        h = hidden.clone().requires_grad_()
+        simreg_loss(h, labels, backend="blockwise", **push).backward(weight)
+        return h.grad
+
+    clean = gradient()
+    weight[0, 3] = bad
+    found, healthy = gradient(), (ids == 0) & (labels >= 0)
+    torch.testing.assert_close(found[healthy], clean[healthy], rtol=1e-9, atol=1e-9)
+    assert not found[0, 3].isfinite().any()
 
 
 def test_peak_memory_at_long_sequences():

@@ -41,7 +41,7 @@ def tiles(order: Order, size: int, masks: torch.dtype = torch.bool) -> Iterator[
 
 
 def _short(order: Order, size: int, counts: list[int], masks: torch.dtype) -> Iterator[Tile]:
-    last = max(counts)
+    last = max(counts, default=0)
     # Of a quarter of the size, lest half of the pairs in a tile on the diagonal come twice.
     side = max(1, min(last, size // 4))
     masked = bool((order.segment[:, :last] > 0).any())  # several segments, or ignored tokens
@@ -91,11 +91,11 @@ def _tile(
     )
 
 
-def _masks(norm: Tensor, form: Form) -> torch.dtype:
-    """Of tiles of tokens of such norms ``[B, L]``: see `Tile.floating`."""
-    exact = norm.shape[1] < 2**24  # as places of a row in float32
-    fast = norm.device.type == "cpu" and form.bounded and exact and bool(norm.isfinite().all())
-    return norm.dtype if fast else torch.bool
+def _masks(form: Form, *values: Tensor) -> torch.dtype:
+    """Of the tiles of tokens with such norms, and dL/dloss, ``[B, L]``: see `Tile.floating`."""
+    exact = values[0].shape[1] < 2**24  # as places of a row in float32
+    fast = values[0].device.type == "cpu" and form.bounded and exact
+    return values[0].dtype if fast and all(bool(v.isfinite().all()) for v in values) else torch.bool
 
 
 def _flat(index: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def forward(
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
     order = describe(sort_tokens(labels, segments), labels, segments)
     e, norm = _embed(hidden, order)
-    running, masks = Running(norm, form), _masks(norm, form)
+    running, masks = Running(norm, form), _masks(form, norm)
     for tile in tiles(order, block(hidden.device), masks):
         running.add(_similarity(e, tile, form.temperature), tile)
     sums = running.sums()
@@ -154,7 +154,7 @@ def backward(
     e, _ = _embed(hidden, order)
     both = ends(grad, order, lse, statistic, form)
     grad_e = torch.zeros_like(e)
-    for tile in tiles(order, block(hidden.device), _masks(norm, form)):
+    for tile in tiles(order, block(hidden.device), _masks(form, norm, grad)):
         g = gradient(_similarity(e, tile, form.temperature), tile, both, both, form)
         grad_e[tile.batch, tile.rows].baddbmm_(g, e[tile.batch, tile.cols])
         if tile.rows != tile.cols:

@@ -26,7 +26,7 @@ class Tile:
     """Whether pairs on the diagonal, none of them a positive, are no candidates, besides."""
     floating: bool = False
     """Masks are floating, 0 and 1, and multiplied by: faster on the CPU, but what they hide must be
-    finite, so embeddings must, and the form `bounded`. Else they are of bool."""
+    finite, so embeddings and dL/dloss must, and the form `bounded`. Else they are of bool."""
 
     @cached_property
     def negative(self) -> Tensor | None:
