@@ -25,3 +25,8 @@ def _added(into, left, right, *, out_shape=None, **scales) -> int:
 def problem(batch: int, length: int, dim: int) -> tuple[Tensor, Tensor]:
     """Random hidden states and labels with the frequencies of text."""
     return inputs(Shape(batch, length, dim, "float32"), torch.device("cpu"))
+
+
+def fixed_spans(stops: list[int], size: int) -> list[slice]:
+    """For `blockwise._spans`: wherever segments end, as Triton has tiles, and the formulas."""
+    return [slice(i, min(i + size, stops[-1])) for i in range(0, stops[-1], size)]

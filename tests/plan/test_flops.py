@@ -9,7 +9,7 @@ from simreg.kernels.order import Form
 from simreg.plan import costs, models
 from simreg.recipe import models as recipe
 from simreg.recipe.presets import PRESETS
-from tests.plan.counting import counted, problem
+from tests.plan.counting import counted, fixed_spans, problem
 
 VARIANTS = ("out", "in", "decoupled")
 
@@ -63,8 +63,7 @@ def test_symmetric_kernels(variant: str, length: int, tile: int) -> None:
 
 @pytest.mark.parametrize("document", [211, 333, 997])
 def test_documents(document: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    spans = blockwise._spans  # which end with documents; Triton's, of which the formula is, do not
-    monkeypatch.setattr(blockwise, "_spans", lambda stops, size: spans(stops[-1:], size))
+    monkeypatch.setattr(blockwise, "_spans", fixed_spans)
     hidden, labels = problem(1, 4096, 32)
     segments = torch.arange(4096)[None] // document
     forward, backward = kernel(hidden, labels, segments, "out")

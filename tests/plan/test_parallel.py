@@ -18,7 +18,7 @@ from simreg.plan.models import Model
 from tests.parallel import worlds
 from tests.parallel.test_shards import Wire
 from tests.peak import Peak
-from tests.plan.counting import counted, problem
+from tests.plan.counting import counted, fixed_spans, problem
 
 LENGTH, DIM = 64, 64  # of a shard
 MODEL = Model("small", DIM, layers=1, parameters=1, multiplied=1, keys=1)
@@ -100,6 +100,7 @@ def _compare(rank: int) -> None:
     op.loss, op.loss_backward = _loss, _loss_backward
     costs.TILE = costs.WIDE_TILE = worlds.BLOCK
     costs.IN_FLIGHT, blockwise.block = 0, lambda device: worlds.BLOCK
+    blockwise._spans = fixed_spans
     jobs = [(name, *case, 1) for name, case in CASES.items()]
     jobs += [
         (f"{name}, {rows} whole rows", *CASES[name], rows) for name in WHOLE for rows in (5, 8)
