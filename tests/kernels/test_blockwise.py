@@ -9,6 +9,7 @@ from simreg.bench.memory import peak_extra_bytes
 from simreg.bench.problem import Shape
 from simreg.kernels import blockwise as module
 from simreg.kernels import op
+from simreg.kernels.order import Form
 from simreg.loss import simreg_loss
 from tests.kernels.problems import each_variant, problem, small_tiles
 from tests.test_loss import per_token, value_and_grad
@@ -125,6 +126,16 @@ def test_masks_of_either_kind_do_the_same(monkeypatch, variant, masks, segments,
     assert len(chosen) == 3  # forward, backward, forward
     for a, b in zip(ours, evaluated("reference"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def test_where_masks_are_numbers():
+    norm, form = torch.ones(2, 3), Form(0.05, "out")
+    assert module._masks(form, norm) == torch.float32
+    assert module._masks(form, norm.double(), norm) == torch.float64
+    for bad in (torch.nan, torch.inf):
+        assert module._masks(form, norm, torch.tensor([[0.0, bad]])) == torch.bool
+    assert module._masks(Form(0.049, "out"), norm) == torch.bool
+    assert module._masks(form, norm[:1, :1].expand(1, 2**24)) == torch.bool
 
 
 @each_variant
