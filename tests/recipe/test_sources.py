@@ -233,6 +233,25 @@ def test_every_prefix_is_a_fair_mixture(tmp_path, files, tolerance):
             assert share == pytest.approx(part, abs=tolerance), (kind, part)
 
 
+def test_a_mixture_is_of_text_whatever_else_the_records_hold(tmp_path):
+    texts = [f"{i * i} is more than {i} " * 20 for i in range(1200)]
+    write(tmp_path / "plain.jsonl", jsonl(texts))
+    rich = [json.dumps({"text": f"R{text}", "meta": "m" * 1000}) for text in texts]
+    write(tmp_path / "rich.jsonl.gz", PACK[".gz"]("\n".join(rich).encode()))
+    escaped = [json.dumps({"text": "\u0434" * (len(text) // 2)}) for text in texts]
+    write(tmp_path / "escaped.jsonl", "\n".join(escaped).encode())
+    found = [text[0] for text in interleave(resolve(f"{tmp_path}/*", "text"))]
+    half = found[: len(found) // 2]
+    for begin in ("R", "\u0434"):
+        assert half.count(begin) == pytest.approx(len(texts) / 2, rel=0.08)
+
+
+def test_files_of_one_dataset_weigh_what_they_hold(tmp_path):
+    a = write(tmp_path / "a.jsonl", jsonl(["some text " * 90] * 50))
+    b = write(tmp_path / "b.jsonl", jsonl([("text " * 20 + "\n") * 8] * 50))
+    assert [LocalFile(path).weight for path in (a, b)] == [p.stat().st_size for p in (a, b)]
+
+
 def test_weight_of_compressed_files_estimates_their_text(tmp_path):
     texts = [f"{i * i} and {i} " * 50 for i in range(12_000)]
     size = len(jsonl(texts))

@@ -80,6 +80,11 @@ class LocalFile:
             with self._parquet() as table:
                 self._require_column(table)
                 return _column_bytes(table.metadata, self.field)
+        size = self._uncompressed()
+        return size * self._eighths_of_text() // 8 if self.format == ".jsonl" else size
+
+    def _uncompressed(self) -> int:
+        """Bytes, estimated if it is compressed."""
         size = self.path.stat().st_size
         if self.compression is None:
             return size
@@ -90,6 +95,19 @@ class LocalFile:
                 given += len(piece)
             taken = text.taken
         return size * given // max(taken, 1)
+
+    def _eighths_of_text(self) -> int:
+        """How much of a .jsonl file is text, not other fields or escapes, by how it begins.
+
+        In eighths, lest an estimate sets the files of one dataset apart.
+        """
+        text = total = 0
+        for where, line, record in self._records():
+            text += len(text_of(record, self.field, where).encode())
+            total += len(line)
+            if total >= _PROBE:
+                break
+        return max(1, round(8 * text / max(1, total)))
 
     def read(self) -> Iterator[str]:
         """Its documents in order; UserError with the place of whatever is wrong."""
@@ -111,18 +129,18 @@ class LocalFile:
             yield pending
 
     def _read_json(self) -> Iterator[str]:
-        for where, record in self._records():
+        for where, _, record in self._records():
             yield text_of(record, self.field, where)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The objects of a .jsonl file in order; UserError with the place of whatever is wrong."""
-        for where, record in self._records():
+        for where, _, record in self._records():
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected an object, not {type(record).__name__}")
             yield record
 
-    def _records(self) -> Iterator[tuple[str, Any]]:
-        """Each line's place and value."""
+    def _records(self) -> Iterator[tuple[str, bytes, Any]]:
+        """Each line's place, the line and its value."""
         with _explained(self.path), self._open() as stream:
             for number, line in enumerate(stream, 1):
                 where = f"{self.path}:{number}"
@@ -137,7 +155,7 @@ class LocalFile:
                     ) from None
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not a JSON object on one line ({error})") from None
-                yield where, record
+                yield where, line, record
 
     def _read_parquet(self) -> Iterator[str]:
         number = 0

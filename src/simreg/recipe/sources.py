@@ -171,7 +171,7 @@ class HubDataset:
 
     @cached_property
     def weight(self) -> int:
-        """Bytes of the split if the dataset says so, else 1 GiB."""
+        """Bytes of the split, other columns among them, if the dataset says so, else 1 GiB."""
         info = (self._dataset.info.splits or {}).get(self.split)
         return getattr(info, "num_bytes", None) or _UNKNOWN_WEIGHT
 
