@@ -100,6 +100,29 @@ def test_seeds_pair_only_with_themselves(tmp_path):
     assert good[2:5] == ["4.5600", "−0.0400", "1 of 2, 1 diverged"]
 
 
+def test_seeds_that_did_not_diverge_are_no_sample_of_all(tmp_path):
+    losses = {**LOSSES, "good": {1: 4.48, 2: 4.56}, "best": {1: 4.4, 2: 4.5}}
+    losses = {arm: {**found, 3: 4.6} for arm, found in losses.items()} | {"good": losses["good"]}
+    record(tmp_path, losses, failures={"good/1/seed-3": "NaN"}, seeds=[1, 2, 3])
+    good = next(row for row in rows(tmp_path, "ranking")[0] if row[0] == "good")
+    assert good[3:5] == ["−0.0300", "2 of 3, 1 diverged"]
+    pair = rows(tmp_path, "pairs", "pairs=good:baseline,best:baseline")[0]
+    assert pair[0][3:5] == ["−0.0300", "2, 1 diverged"]
+    assert pair[1][3].startswith("−0.0667 [")
+    assert rows(tmp_path, "sweep", "arms=good,best")[0][0][2:] == [
+        "−0.0300, 1 diverged",
+        "−0.0667",
+    ]
+
+
+def test_a_pair_is_one_of_two_survivors(tmp_path):
+    record(tmp_path, failures={"baseline/1/seed-3": "NaN"}, seeds=[1, 2, 3])
+    [row] = rows(tmp_path, "pairs", "pairs=good:best")[0]
+    assert row[4] == "2"
+    [row] = rows(tmp_path, "pairs", "pairs=good:baseline")[0]
+    assert row[3:5] == ["−0.0300", "2, 1 diverged"]
+
+
 def test_other_budgets_than_the_full_one_do_not_count(tmp_path):
     found = record(tmp_path)
     found["runs"].insert(0, {**found["runs"][0], "arm": "good", "budget": 1.5, "final_ce": 1.0})

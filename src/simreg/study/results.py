@@ -110,7 +110,7 @@ def _isoloss(
     whose reference diverged has no loss to reach: without it the rest is no sample of all.
     """
     full, budgets = table[study.reference][1.0], table[arm]
-    lost = _diverged(study, [(study.reference, 1.0)], failures)
+    lost = seeds_diverged(study, [(study.reference, 1.0)], failures)
     crossings, midrun, diverged = {}, {}, [*lost]
     never = stats.Crossing("not_reached", None, None)
     for seed in full:
@@ -163,11 +163,11 @@ def _equal_time(
         return answer
     cells = [(arm, 1.0), *((study.reference, b) for b in study.budgets_of(study.reference))]
     own = {seed: run.final_ce for seed, run in full.items()}
-    difference = _difference(own, reference_ce, _diverged(study, cells, failures))
+    difference = loss_difference(own, reference_ce, seeds_diverged(study, cells, failures))
     return {**answer, "status": "ok", "ce_difference": difference}
 
 
-def _difference(
+def loss_difference(
     own: dict[int, float], reference: dict[int, float], diverged: list[int]
 ) -> dict[str, Any]:
     """Paired difference of losses; without limits where a seed has none because a run diverged."""
@@ -176,9 +176,11 @@ def _difference(
     return found | {"low": None, "high": None} if diverged else found
 
 
-def _diverged(study: Study, cells: list[tuple[str, float]], failures: dict[str, str]) -> list[int]:
+def seeds_diverged(
+    study: Study, runs: list[tuple[str, float]], failures: dict[str, str]
+) -> list[int]:
     """The seeds of which one of these runs (arm, budget) diverged."""
-    return [seed for seed in study.seeds if any(Cell(*c, seed).folder in failures for c in cells)]
+    return [seed for seed in study.seeds if any(Cell(*r, seed).folder in failures for r in runs)]
 
 
 def _arm(study: Study, table: Grid, arm: str, failures: dict[str, str]) -> dict[str, Any]:
@@ -213,10 +215,10 @@ def _budget(
     reference = table[study.reference].get(budget, {})
     difference = None
     if arm != study.reference:
-        difference = _difference(
+        difference = loss_difference(
             {s: run.final_ce for s, run in runs.items()},
             {s: run.final_ce for s, run in reference.items()},
-            _diverged(study, [(a, budget) for a in (arm, study.reference)], failures),
+            seeds_diverged(study, [(a, budget) for a in (arm, study.reference)], failures),
         )
     some = next(iter(runs.values()), None)
     return {

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from simreg.intervals import paired_difference
 from simreg.recipe.errors import UserError
 from simreg.study import plan, summary
 from simreg.study.results import unpaired
 from simreg.study.tables import markdown
-from simreg.study.tables.headline import final_losses
+from simreg.study.tables.headline import and_diverged, final_difference
 from simreg.study.tables.request import Request, Source
 
 
@@ -31,8 +30,7 @@ def table(request: Request) -> str:
                     f"pairs: in {source.name} {':'.join(pair)} differ in {', '.join(changed)}, so "
                     "that the same seed starts from other weights or sees other batches"
                 )
-            own, other = (final_losses(source.content, arm) for arm in pair)
-            found = paired_difference(own, other)
+            found = final_difference(source.content, *pair)
             differences.append(found)
             rows.append(_row(source, pair, found))
     head = ["study", "arms", "tokens N", "difference (nats)", "seeds", "lower in"]
@@ -59,7 +57,7 @@ def _row(source: Source, pair: tuple[str, str], found: dict[str, Any]) -> list[s
         " minus ".join(pair),
         summary.count(source.content["study"]["base"]["train"]["tokens"]),
         markdown.difference(found),
-        str(found["n"]),
+        and_diverged(str(found["n"]), found),
         f"{lower} of {found['n']}",
     ]
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from simreg.intervals import paired_difference
 from simreg.recipe.errors import UserError
 from simreg.study import plan, summary
 from simreg.study.results import unpaired
 from simreg.study.tables import markdown
-from simreg.study.tables.headline import final_losses
+from simreg.study.tables.headline import and_diverged, final_difference, final_losses
 from simreg.study.tables.request import Request
 
 
@@ -71,7 +70,7 @@ def standings(request: Request) -> tuple[str, list[Standing]]:
     for arm in dict.fromkeys([against, *wanted]):
         losses = final_losses(results, arm)
         other = bool(unpaired(study, against, arm))
-        found.append(Standing(arm, losses, paired_difference(losses, base), other))
+        found.append(Standing(arm, losses, final_difference(results, arm, against), other))
     return against, sorted(found, key=lambda each: _order(each.gap["mean"]))
 
 
@@ -125,9 +124,7 @@ def gap_cell(standing: Standing, against: str) -> str:
 def _seeds(results: dict[str, Any], standing: Standing) -> str:
     """Seeds that both arms have; if not all of the plan, of how many, and how many diverged."""
     n, planned = standing.gap["n"], len(results["seeds"])
-    diverged = sum(path.startswith(f"{standing.arm}/1/") for path in results["failures"])
-    text = str(n) if n == planned else f"{n} of {planned}"
-    return f"{text}, {diverged} diverged" if diverged else text
+    return and_diverged(str(n) if n == planned else f"{n} of {planned}", standing.gap)
 
 
 def how_to_read(shown: list[Standing], against: str) -> list[str]:

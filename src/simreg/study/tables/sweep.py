@@ -1,9 +1,8 @@
 """The same arms in several studies, say one of each size: a row a study, a column an arm."""
 
-from simreg.intervals import paired_difference
 from simreg.recipe.errors import UserError
 from simreg.study.tables import markdown
-from simreg.study.tables.headline import final_losses
+from simreg.study.tables.headline import and_diverged, final_difference, final_losses
 from simreg.study.tables.looks import looks_at, mean_of
 from simreg.study.tables.request import Request, Source
 
@@ -47,17 +46,18 @@ def _arms(request: Request) -> list[str]:
 
 
 def _row(source: Source, arms: list[str], metric: str | None, look: int) -> list[str]:
-    base = final_losses(source.content, source.content["study"]["reference"])
+    reference = source.content["study"]["reference"]
+    base = final_losses(source.content, reference)
     return [
         source.path.resolve().parent.name,
         markdown.number(sum(base.values()) / len(base) if base else None, ".4f"),
-        *(_cell(source, arm, base, metric, look) for arm in arms),
+        *(_cell(source, arm, reference, metric, look) for arm in arms),
     ]
 
 
-def _cell(source: Source, arm: str, base: dict[int, float], metric: str | None, look: int) -> str:
-    found = paired_difference(final_losses(source.content, arm), base)
-    cell = markdown.number(found["mean"], "+.4f")
+def _cell(source: Source, arm: str, reference: str, metric: str | None, look: int) -> str:
+    found = final_difference(source.content, arm, reference)
+    cell = and_diverged(markdown.number(found["mean"], "+.4f"), found)
     if metric is None or found["mean"] is None:
         return cell
     return f"{cell} ({markdown.number(mean_of(looks_at(source, arm, look), metric), '.3f')})"
