@@ -1,5 +1,6 @@
 """Two arms × three seeds of a few steps each, as a study lays them out, trained once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def study(tmp_path_factory) -> Path:
             }
             train(tiny.config(folder, text, changes), on_step=lambda record: None)
     torch.set_num_threads(threads)
-    (folder / "study" / "study.yaml").write_text("reference: baseline\n")
+    plan = {"reference": "baseline", "arms": {arm: {} for arm in ARMS}, "seeds": list(SEEDS)}
+    (folder / "study" / "study.yaml").write_text(json.dumps(plan))
     return folder / "study"
 
 

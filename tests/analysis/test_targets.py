@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -16,6 +17,19 @@ def test_a_study_is_its_runs(study):
         (arm, seed, 20, True) for arm in ("baseline", "simreg") for seed in (1, 2, 3)
     ]
     assert {t.tokens for t in found} == {20 * 4 * 32}
+
+
+def test_runs_that_a_study_no_longer_plans_are_left_out(study, tmp_path, capsys):
+    copy = tmp_path / "study"
+    shutil.copytree(study, copy)
+    shutil.copytree(copy / "simreg", copy / "dropped")
+    plan = json.loads((copy / "study.yaml").read_text())
+    (copy / "study.yaml").write_text(json.dumps({**plan, "seeds": [1, 3]}))
+    found = targets.find([str(copy)], series=False)
+    assert brief(found) == [(a, seed, 20, True) for a in ("baseline", "simreg") for seed in (1, 3)]
+    said = capsys.readouterr().err
+    assert said.count("is not in the plan of its study: left out") == 5
+    assert "dropped/1/seed-1 is not" in said
 
 
 def test_a_run_with_its_checkpoints_in_order(study):

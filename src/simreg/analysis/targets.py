@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from simreg.recipe import checkpoints, config, hub
 from simreg.recipe.config import RunConfig
@@ -59,7 +60,7 @@ def _expand(name: str, series: bool) -> list[Target]:
         arm, rest = "", name
     path = expanded(rest)
     if (path / STUDY_FILE).is_file():
-        runs = sorted(file.parent for file in path.glob("*/1/seed-*/config.yaml"))
+        runs = _planned(path)
         found = [t for run in runs for t in _of_run(run, arm or run.parents[1].name, series)]
         if not found:
             raise UserError(f"the study in {path} has no run with a model in it")
@@ -76,6 +77,22 @@ def _expand(name: str, series: bool) -> list[Target]:
     if not path.exists():
         hub.folder(rest, ["config.json"])  # before its tokenizer is looked for
     return [Target(arm or path.name, str(path) if path.exists() else rest)]
+
+
+def _planned(study: Path) -> list[Path]:
+    """The folders of its runs at the full budget, without those that its plan no longer has."""
+    plan = config.read_yaml(study / STUDY_FILE)
+    folders = sorted(file.parent for file in study.glob("*/1/seed-*/config.yaml"))
+    found = [folder for folder in folders if _is_planned(folder, plan)]
+    for folder in folders:
+        if folder not in found:
+            warn(f"{folder} is not in the plan of its study: left out")
+    return found
+
+
+def _is_planned(run: Path, plan: dict[str, Any]) -> bool:
+    seeds = [f"seed-{seed}" for seed in plan.get("seeds", [])]
+    return run.parents[1].name in plan.get("arms", {}) and run.name in seeds
 
 
 def _of_run(path: Path, arm: str, series: bool) -> list[Target]:
