@@ -55,6 +55,14 @@ def test_scripts_without_spaces_are_cut_anywhere():
         assert any(item.context + item.choices[item.gold] in doc for doc in documents)
 
 
+def test_blanks_of_a_wide_table_are_neither_context_nor_continuation():
+    rows = [f"row{i}" + "\n".join(f"{i}{j}" + " " * 290 for j in range(12)) for i in range(9)]
+    for documents in (rows, [row.replace("row", "") for row in rows] + DOCUMENTS[:1]):
+        for item in heldout.cloze(documents, 200):
+            assert item.context.strip()
+            assert item.choices[item.gold].strip()
+
+
 @pytest.mark.parametrize("documents", [[], DOCUMENTS[:1], ["short"] * 50, [DOCUMENTS[0]] * 3])
 def test_too_little_text(documents):
     with pytest.raises(UserError, match="name more text with --text"):

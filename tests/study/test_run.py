@@ -93,6 +93,33 @@ def test_an_interrupted_study_continues(lab, study):
     assert len(lab.trained) == len(set(lab.trained)) == 4
 
 
+def test_a_study_has_its_results_even_if_the_evaluation_of_its_models_fails(
+    lab, study, monkeypatch, tmp_path
+):
+    lab.report = lab.draw
+
+    def fail(*arguments):
+        raise ValueError("odd text")
+
+    monkeypatch.setattr(run.zeroshot, "after_training", fail)
+    with pytest.raises(ValueError, match="odd text"):
+        compare(study)
+    assert json.loads((tmp_path / "s" / "results.json").read_text())["complete"]
+    assert (tmp_path / "s" / "report.html").exists()
+
+
+def test_what_is_evaluated_is_in_the_results(lab, study, monkeypatch, tmp_path):
+    known = {}
+    monkeypatch.setattr(run.zeroshot, "recorded", lambda study: dict(known))
+    monkeypatch.setattr(
+        run.zeroshot, "after_training", lambda *a: known.update(small="scores") or True
+    )
+    monkeypatch.setattr(run.zeroshot, "show", lambda *a: None)
+    results, _ = compare(study)
+    assert results["zero_shot"] == {"small": "scores"}
+    assert json.loads((tmp_path / "s" / "results.json").read_text()) == results
+
+
 def test_processes_that_share_a_study_end_it_one_after_the_other(lab, study, monkeypatch):
     inside = threading.Semaphore(1)
 

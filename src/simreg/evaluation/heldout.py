@@ -29,14 +29,20 @@ class Item:
 
 
 class _Document:
-    """A text and where in it a word ends; anywhere, if its script has no spaces."""
+    """A text and where in it a word ends; after any character, if its script has no spaces."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         ends = [match.start() for match in _WORD_END.finditer(text)]
-        self.ends = ends if len(ends) > _FEWEST * len(text) else list(range(1, len(text) + 1))
-        last = len(text) - 2 * CONTINUATION
-        self.starts = [end for end in self.ends if LEAST_CONTEXT <= end <= last]
+        if len(ends) <= _FEWEST * len(text):
+            ends = [end for end in range(1, len(text) + 1) if not text[end - 1].isspace()]
+        self.ends, last = ends, len(text) - 2 * CONTINUATION
+        # Nobody could tell what follows where nothing does for a while, as in a wide table.
+        self.starts = [
+            end
+            for end in ends
+            if LEAST_CONTEXT <= end <= last and not text[end : end + CONTINUATION].isspace()
+        ]
         self._ends = set(self.ends)
 
     def end(self, start: int) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,18 @@ def aside(target: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader finds the old or the new, never a part."""
-    partial = aside(path)
-    partial.write_text(text, encoding="utf-8")
-    _fsync(partial)
-    partial.replace(path)
+    """Replace a file's content so that a reader finds the old or the new, never a part.
+
+    Of several processes that write it at once, the last one's stays.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _fsync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _fsync(path: Path) -> None:

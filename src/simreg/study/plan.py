@@ -1,7 +1,9 @@
 """The plan of a study: arms × token budgets × seeds, as typed data from YAML or from flags."""
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import field
 from itertools import product
 from pathlib import Path
@@ -11,6 +13,7 @@ import tyro
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from rich.console import Console
 
 from simreg.recipe import config as recipe
 from simreg.recipe.checkpoints import write_atomically
@@ -190,6 +193,23 @@ def save(study: Study, path: str | Path) -> None:
     path = Path(path)
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
         write_atomically(path, text)
+
+
+@contextlib.contextmanager
+def exclusive(out: Path, console: Console) -> Iterator[None]:
+    """One process at a time settles the size of a study, times its steps, and ends it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write in the study folder {out}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("waiting for another process that measures or evaluates ...")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def load(path: str | Path) -> Study:

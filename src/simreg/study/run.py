@@ -1,7 +1,6 @@
 """Running a study: what is missing is trained, what is finished is reused, then the report."""
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -88,7 +87,7 @@ def compare(
     check_results(out, "study", "simreg compare")
     if RunFolder(out).config.exists():
         raise UserError(f"{out} is the folder of a run: give another --out")
-    with _exclusive(out, console):
+    with plan.exclusive(out, console):
         study = _settled(study)
         _check_models(study)
         unsized = study.minutes is not None and not (out / STUDY_FILE).exists()
@@ -98,35 +97,24 @@ def compare(
         with storage_errors(out):
             plan.save(study, out / STUDY_FILE)
     failures = _run_missing(study, corpus, sizing.TimeLeft(study, step_time), console)
-    with _exclusive(out, console):  # who shares the study finds the models evaluated
-        zeroshot.after_training(study, corpus, step_time, console)
+    with plan.exclusive(out, console):  # who shares the study finds the models evaluated
         runs = records.collect(study)
         found = results.build(study, runs, step_time, _commands(out, command), failures)
         found["zero_shot"] = zeroshot.recorded(study)
-        with storage_errors(out):
-            write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
-            report.write(out, runs, found)
+        _write(out, runs, found)  # before what may fail
+        if zeroshot.after_training(study, corpus, step_time, console):
+            found["zero_shot"] = zeroshot.recorded(study)
+            _write(out, runs, found)
     summary.show(found, console)
     zeroshot.show(found, console)
     console.print(f"\nreport  {out / 'report.html'}\nresults {out / 'results.json'}")
     return found
 
 
-@contextlib.contextmanager
-def _exclusive(out: Path, console: Console) -> Iterator[None]:
-    """One process at a time settles the size of a study, times its steps, and ends it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write in the study folder {out}: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print("waiting for another process that measures or evaluates ...")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _write(out: Path, runs: list[records.Run], found: dict[str, Any]) -> None:
+    with storage_errors(out):
+        write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
+        report.write(out, runs, found)
 
 
 def _settled(study: Study) -> Study:

@@ -47,7 +47,8 @@ def main(options: EvalOptions) -> None:
     results = run.evaluate(found, options, console, command=command)
     run.write(results, out, console)
     if options.out is None and (folder / "results.json").is_file():
-        _redraw(study)
+        with plan.exclusive(folder, console):
+            _redraw(study)
         console.print(f"report  {folder / 'report.html'}", soft_wrap=True)
 
 
@@ -87,17 +88,20 @@ def of_study(study: Study) -> list[Subject]:
 
 def after_training(
     study: Study, corpus: Corpus | None, step_time: StepTimes, console: Console
-) -> None:
-    """Evaluate the offline suite, unless that is recorded already or cannot be done here."""
+) -> bool:
+    """Evaluate the offline suite, unless that is recorded already or cannot be done here.
+
+    Returns whether there is something new.
+    """
     out = Path(study.out) / FOLDER / "offline"
     found = of_study(study)
     earlier = _read(out / "results.json")
     models = {(subject.name, subject.fingerprint()) for subject in found}
     if not found:
-        return
+        return False
     limit = _items(study, step_time, len(found))
     if earlier and _covers(earlier, study, models, limit):
-        return
+        return False
     options = EvalOptions([study.out], limit=limit)
     options.cache_dir = Path(study.base.data.cache_dir)
     console.print("\nzero-shot, on held-out documents:")
@@ -105,10 +109,11 @@ def after_training(
         results = run.evaluate(found, options, console, corpus=corpus)
     except UserError as error:  # a report can be drawn from records alone, without their data
         console.print(f"left out: {error}", markup=False, soft_wrap=True)
-        return
+        return False
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return True
 
 
 def _covers(
