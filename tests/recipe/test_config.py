@@ -48,6 +48,8 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"simreg": {"depths": [0.9]}}, r"\[0\.9\] are layers \[4\] of 4, .* the last has SimReg"),
         ({"train": {"tokens": 0}}, r"train\.tokens"),
         ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
+        ({"train": {"seed": True}}, r"train\.seed"),
+        ({"simreg": {"temperature": 1e-31}}, r"simreg\.temperature"),
         ({"trian": {}}, r"trian: Unexpected"),
         ({"train": {"tokens": True}}, r"train\.tokens: .*should be a number \(got True\)"),
         ({"optim": {"lr": True}, "data": {"validation_fraction": True}}, r"fraction.*optim\.lr"),

@@ -2,14 +2,16 @@
 
 import errno
 import fcntl
+import json
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from simreg.recipe import checkpoints, models
 from simreg.recipe import config as run_config
-from simreg.recipe import models
 from simreg.recipe.config import with_overrides
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import Locked, UserError
@@ -140,11 +142,32 @@ def test_without_weight_the_rest_of_simreg_may_differ(make: Make) -> None:
     folder.metrics.write_text('{"step": 1}\n')
     folder.config.write_text(run_config.to_yaml(config))
     folder.check(with_overrides(config, {"simreg": {"depths": [], "push": 1.0}}))
+    other = {"auxiliary": {"name": "simctg"}, "simreg": {"depths": []}}
+    folder.config.write_text(run_config.to_yaml(with_overrides(config, other)))
+    folder.check(with_overrides(config, {**other, "simreg": {"push": 1.0}}))
+    with pytest.raises(UserError, match=r"config \(simreg\.scope is row there and document now\)"):
+        folder.check(with_overrides(config, {**other, "simreg": {"scope": "document"}}))
     for there, here in ((0, 0.3), (0.3, 0), (0.3, 0.3)):
         saved = with_overrides(config, {"simreg": {"weight": there}})
         folder.config.write_text(run_config.to_yaml(saved))
         with pytest.raises(UserError, match=r"simreg\.depths is \[0\.5\] there and \[\] now"):
             folder.check(with_overrides(config, {"simreg": {"weight": here, "depths": []}}))
+
+
+def test_a_file_that_several_write_is_always_whole(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+
+    def write(who: int) -> None:
+        for _ in range(50):
+            checkpoints.write_atomically(path, json.dumps([who] * 2000))
+            found = json.loads(path.read_text())
+            assert found == [found[0]] * 2000
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    with pytest.raises(UnicodeEncodeError):
+        checkpoints.write_atomically(path, "\ud800")
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:

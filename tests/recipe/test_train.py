@@ -396,6 +396,7 @@ class TestProgress:
             ("NVIDIA L40S", 362e12),
             ("NVIDIA L40", 181e12),
             ("NVIDIA L4", 121e12),
+            ("NVIDIA RTX A1000", None),
             ("Some Other GPU", None),
         ],
     )

@@ -252,6 +252,8 @@ def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypat
         "simreg": {},
         "simreg-strong": {"simreg": {"weight": 2.0, "temperature": 0.2}, "optim": {"lr": 1e-4}},
         "simreg-large": {"model": {"embedding_std": 1.0}},
+        "simreg-cold": {"simreg": {"temperature": 0.01}},
+        "simreg-colder": {"simreg": {"temperature": 0.001}},
         "in": {"simreg": {"variant": "in"}},
         "push": {"simreg": {"push": 3.0}},
         "push-weak": {"simreg": {"push": 1.0, "push_above": 0.2}},
@@ -259,29 +261,35 @@ def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypat
         "z": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 1e-3}}},
         "z-weak": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 1e-4}}},
         "z-none": {**none, "auxiliary": {"name": "z-loss", "options": {"weight": 0}}},
+        "z-document": {
+            "simreg": {"weight": 0, "scope": "document"},
+            "auxiliary": {"name": "z-loss", "options": {"weight": 1e-3}},
+        },
     }
     values = {
         "base": {"simreg": {"push": 0.0}},
         "arms": arms,
         "out": str(tmp_path),
-        "timed": ["simreg-strong", "in", "z-weak", "push"],
+        "timed": ["simreg-strong", "simreg-cold", "in", "z-weak", "push"],
     }
     study = plan.from_dict(values)
     found = sizing.step_times(study, None)
-    assert len(measured) == 4
+    assert len(measured) == 5
     assert found["baseline-large"]["n"] == 0
     ours = found["simreg-strong"]
     assert found["simreg"] is ours
     assert found["simreg-large"] is ours
+    assert found["simreg-colder"] is found["simreg-cold"]
+    assert found["simreg-cold"] is not ours
     assert found["in"] is not ours
     assert found["push-weak"] is found["push"]
     assert found["push"] is not ours
     assert found["above"] is ours
     assert found["z"] is found["z-weak"]
-    assert "z-none" not in found
+    assert not {"z-none", "z-document"} & found.keys()
     again = sizing.cached_step_times(study)
     assert again == found
     assert [arm for arm in study.others if sizing.only_adds(study, arm)] == [
-        *("simreg", "simreg-strong", "simreg-large", "in", "push", "push-weak", "above"),
-        *("z", "z-weak", "z-none"),
+        *("simreg", "simreg-strong", "simreg-large", "simreg-cold", "simreg-colder"),
+        *("in", "push", "push-weak", "above", "z", "z-weak", "z-none", "z-document"),
     ]

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
 from simreg.depths import DEPTHS, layers_within
-from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
+from simreg.loss import LEAST_TEMPERATURE, PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
 from simreg.recipe.errors import UserError
 from simreg.recipe.presets import PRESETS
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -175,7 +175,7 @@ class DataConfig:
     tokenizer: str = "bpe:4096"
     """`bpe:SIZE` trains a byte-level BPE on the source (cached); anything else is a local folder or
     a Hub id."""
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    seq_len: Annotated[Whole, Field(ge=2)] = 256
     """Tokens a row."""
     max_tokens: Count | None = None
     """Stop reading the training source after this many tokens (rounded up to a document)."""
@@ -216,7 +216,7 @@ class SimRegConfig:
 
     weight: NonNegative = WEIGHT
     """λ, the weight beside cross-entropy; its largest, as `schedule` has it."""
-    temperature: Positive = TEMPERATURE
+    temperature: Annotated[Positive, Field(ge=LEAST_TEMPERATURE)] = TEMPERATURE
     """τ, the divisor of cosines."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Which of the three formulas (docs/loss.md)."""
@@ -287,7 +287,7 @@ class TrainConfig:
     """Rows an optimizer step, over all processes and accumulation steps."""
     accumulate: Count = 1
     """Micro-batches an optimizer step; must divide `batch_rows`."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
     """Fixes initialisation and the order of the data."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast where an accelerator supports it, else fp32."""
@@ -305,7 +305,7 @@ class TrainConfig:
     """Tokens of a validation pass; None: the whole validation split."""
     save_every: Count | None = None
     """Steps between checkpoints; None: at each validation pass."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_checkpoints: Annotated[Whole, Field(ge=2)] = 2
     """Checkpoints kept (at least two, so that a corrupt one has a predecessor)."""
     analyze_every: Annotated[Count | None, tyro.conf.arg(aliases=("--analyze-every",))] = None
     """Steps between looks at the geometry of embeddings (cosines, effective rank, margins) on

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+    peaks = _PEAK_FLOPS.items()  # by words: an RTX A1000 is no A100
+    return next((peak for known, peak in peaks if re.search(rf"\b{known}\b", name)), None)
 
 
 class Clock:

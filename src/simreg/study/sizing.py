@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import simreg
+from simreg.kernels.order import BOUNDED
 from simreg.recipe import config as recipe
 from simreg.recipe import provenance, timing
 from simreg.recipe.checkpoints import write_atomically
@@ -141,12 +142,15 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
 def _work(study: Study, arm: str) -> dict[str, Any]:
     """What a step of the arm computes: `_cost` without numbers that change no work.
 
-    These are where embeddings start, the temperature, and how large a weight is above 0.
+    These are where embeddings start, how large a weight is above 0, and the temperature, down to
+    where exponentials must be kept in bounds.
     """
     found = _cost(study, arm)
     found["model"].pop("embedding_std", None)
-    found["simreg"].pop("temperature")
-    found["simreg"] = found["simreg"] | {"weight": True} if found["simreg"]["weight"] else {}
+    simreg = found["simreg"] | {"weight": True}
+    simreg["temperature"] = simreg["temperature"] >= BOUNDED
+    scope = {"scope": simreg["scope"]} if found["auxiliary"].get("name") is not None else {}
+    found["simreg"] = simreg if found["simreg"]["weight"] else scope
     if "weight" in (options := found["auxiliary"]["options"]):
         found["auxiliary"]["options"] = options | {"weight": options["weight"] != 0}
     return found
