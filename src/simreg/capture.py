@@ -197,7 +197,7 @@ class Attached:
         return None if self._hidden is None else self._hidden.device
 
     def forget(self) -> None:
-        """Let go of what the last forward pass left, instead of a call."""
+        """Let go of what the last forward pass left, instead of a call: after it failed, say."""
         self._hidden = self._logits = None
         self._earlier = {}
 

@@ -45,8 +45,9 @@ class SimRegCallback(Callback):
             (`AtDepths`): all its layers in their order, or a function of the LightningModule.
         schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
             start, by default down to 0 over the run ("decay"), whose length `max_steps` or
-            `max_epochs` says. With "constant" it is left alone, and so it is where neither says,
-            and from where another callback, say, has set it to another value.
+            `max_epochs` says (1000 epochs to Lightning, if you give neither). With "constant" it is
+            left alone, and so it is where both are -1, and from where another callback, say, has
+            set it to another value.
 
     Raises:
         ValueError: an unknown `schedule`; in `fit`: under manual optimization, or where no decoder
