@@ -108,8 +108,8 @@ def _embed(hidden: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """Sorted unit embeddings ``[B, L, d]`` (0 where ignored) and norms ``[B, L]``."""
     h = hidden.flatten(0, 1).index_select(0, _flat(order.position)).view_as(hidden)
     h = h.to(wide(h.dtype))
-    if not bool(order.valid.all()):
-        h.masked_fill_(~order.valid[..., None], 0)
+    ignored = (~order.valid).flatten().nonzero()[:, 0]  # few: to mask all would take far longer
+    h.flatten(0, 1).index_fill_(0, ignored, 0)
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     return h.div_(norm.clamp_min(EPS)), norm[..., 0]
 
@@ -117,6 +117,14 @@ def _embed(hidden: Tensor, order: Order) -> tuple[Tensor, Tensor]:
 def _similarity(e: Tensor, tile: Tile, temperature: float) -> Tensor:
     left, right = e[tile.batch, tile.rows], e[tile.batch, tile.cols]
     return torch.bmm(left, right.mT).mul_(1 / temperature)
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    # A strided result torch would take matrix by matrix.
+    if into.is_contiguous():
+        into.baddbmm_(left, right)
+    else:
+        into.add_(torch.bmm(left, right))
 
 
 def forward(
@@ -156,10 +164,12 @@ def backward(
     grad_e = torch.zeros_like(e)
     for tile in tiles(order, block(hidden.device), _masks(form, norm, grad)):
         g = gradient(_similarity(e, tile, form.temperature), tile, both, both, form)
-        grad_e[tile.batch, tile.rows].baddbmm_(g, e[tile.batch, tile.cols])
+        _add_product(grad_e[tile.batch, tile.rows], g, e[tile.batch, tile.cols])
         if tile.rows != tile.cols:
-            grad_e[tile.batch, tile.cols].baddbmm_(g.mT, e[tile.batch, tile.rows])
+            _add_product(grad_e[tile.batch, tile.cols], g.mT, e[tile.batch, tile.rows])
     grad_h = through_norm(grad_e, e, norm[..., None])
     back = order.unsort(torch.arange(index.shape[1], device=index.device).expand_as(index))
+    result = e if e.dtype == hidden.dtype else torch.empty_like(grad_h, dtype=hidden.dtype)
     sorted_grad = grad_h.to(hidden.dtype).flatten(0, 1)
-    return sorted_grad.index_select(0, _flat(back)).view_as(hidden)
+    torch.index_select(sorted_grad, 0, _flat(back), out=result.flatten(0, 1))
+    return result
