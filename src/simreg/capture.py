@@ -372,7 +372,8 @@ def _find_decoder(model: nn.Module) -> nn.Module:
                 return decoder
     raise ValueError(
         f"model: found no decoder in {type(inner).__name__} (by get_decoder()); pass module=, the "
-        "submodule whose output enters the LM head (the final norm, say)"
+        "submodule whose output enters the LM head (the final norm, say), and shift=False with "
+        "each call if your labels are shifted already"
     )
 
 

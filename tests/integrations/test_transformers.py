@@ -2,8 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from simreg.depths import AtDepths
 from simreg.loss import SimRegLoss
 
 transformers = pytest.importorskip("transformers")
@@ -455,3 +457,38 @@ def _tensor_names(folder):
 
     with safe_open(folder / "model.safetensors", "pt") as file:
         return list(file.keys())
+
+
+class Hidden(nn.Module):
+    """A model that does not say where its parts are."""
+
+    loss_type = "ForCausalLM"  # by which Trainer counts labels
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        config = LlamaConfig(**SMALL | {"num_hidden_layers": 2})
+        self.first = AutoModelForCausalLM.from_config(config)
+
+    def forward(self, input_ids, labels, **rest):
+        return self.first(input_ids, labels=labels, **rest)
+
+
+def test_a_model_of_ones_own_says_where_its_parts_are(tmp_path):
+    def trained(model, **places):
+        torch.manual_seed(0)
+        objective = AtDepths(SimRegLoss(**SIMREG), [0.5])
+        return train(tmp_path, model, objective=objective, extra=places, max_steps=3)
+
+    expected = trained(Hidden().first)
+    places = {"module": lambda m: m.first.model.norm, "layers": lambda m: m.first.model.layers}
+    for kind in ("functions", "modules", "model_init"):
+        model = Hidden()
+        given = {key: find(model) for key, find in places.items()} if kind == "modules" else places
+        if kind == "model_init":
+            run = trained(None, model_init=Hidden, **given)
+        else:
+            run = trained(model, **given)
+        assert relative(weights(run.model), weights(expected.model)) < 1e-6, kind
+    with pytest.raises(ValueError, match="pass module="):
+        trained(Hidden())

@@ -6,7 +6,7 @@ trainer.fit(module)  # whose `training_step` returns cross-entropy
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simreg.capture import Attached, attach
 from simreg.integrations.following import Following, as_schedule, regularizer
+from simreg.integrations.place import Layers, Module, attach_at
 from simreg.objectives import Objective
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
@@ -61,10 +62,8 @@ class SimRegCallback(Callback):
         labels: Field = "labels",
         segments: Field | None = None,
         shift: bool = True,
-        module: nn.Module | Callable[[LightningModule], nn.Module] | None = None,
-        layers: Iterable[nn.Module]
-        | Callable[[LightningModule], Iterable[nn.Module]]
-        | None = None,
+        module: Module | None = None,
+        layers: Layers | None = None,
         schedule: Schedule | ScheduleName = SCHEDULE,
     ) -> None:
         self.objective = objective
@@ -109,11 +108,7 @@ class SimRegCallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> Attached:
         if self.module is not None:
-            given, layers = self.module, self.layers
-            module = given if isinstance(given, nn.Module) else given(pl_module)
-            if layers is not None and not isinstance(layers, Iterable):
-                layers = layers(pl_module)
-            return attach(pl_module, self.objective, module=module, layers=layers)
+            return attach_at(pl_module, self.objective, self.module, self.layers)
         models = [m for m in pl_module.modules() if callable(getattr(m, "get_decoder", None))]
         trained = (m for m in models if any(p.requires_grad for p in m.parameters()))
         first = next(iter(models), pl_module)

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from simreg.capture import IGNORE_INDEX, Attached, attach, shift_left
+from simreg.capture import IGNORE_INDEX, Attached, shift_left
 from simreg.integrations.following import Following, as_schedule, regularizer
+from simreg.integrations.place import Layers, Module, attach_at
 from simreg.integrations.window import Window, wide
 from simreg.objectives import Objective, moved
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -40,6 +41,9 @@ class SimRegTrainer(Trainer):
     router loss of mixture-of-experts models, which plain `Trainer` adds up over micro-batches.
     Evaluation is without the objective. `objective=None`, or one whose `weight` is 0, is the plain
     Trainer; the weight is looked at in every step, unless the objective owns parameters or buffers.
+
+    `module` and `layers` are those of `attach`, for a model without a `get_decoder()`; either may
+    be a function of the model, as it must be with `model_init`.
 
     While it trains, the `weight` of a `SimRegLoss` follows `schedule`: from what it is in the first
     step, by default down to 0 over the run ("decay"). With "constant" it is left alone, and so it
@@ -70,6 +74,8 @@ class SimRegTrainer(Trainer):
         self,
         *args: Any,
         objective: Objective | None = None,
+        module: Module | None = None,
+        layers: Layers | None = None,
         schedule: Schedule | ScheduleName = SCHEDULE,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +83,7 @@ class SimRegTrainer(Trainer):
         owned = objective.state_dict() if isinstance(objective, nn.Module) else {}
         self._objective = None if owned and _idle(objective) else objective
         self.schedule = as_schedule(schedule)
+        self._place = module, layers
         self.regularizer = regularizer(objective)
         self._following: Following | None = None  # while it trains
         self._reg: Attached | None = None
@@ -103,7 +110,7 @@ class SimRegTrainer(Trainer):
             return
         self._refuse_owned(model)
         try:
-            self._reg = attach(model, self._objective)
+            self._reg = attach_at(model, self._objective, *self._place)
             self._reg.listening = False  # but for the steps of training: else it would hold graphs
             weakref.finalize(self, self._reg.detach).atexit = False
         except ValueError:
