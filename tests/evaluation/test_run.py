@@ -251,6 +251,26 @@ def test_a_run_of_before_the_depths_had_none(runs, tmp_path):
     assert subjects.find([str(run)])[0].config.simreg.depths == []
 
 
+def test_text_that_is_too_little_for_cloze_items_has_bits(runs, evaluate, tmp_path):
+    (tmp_path / "t.txt").write_text(tiny.text(0, 20))
+    arguments = runs / "plain" / "seed-1", "--text", tmp_path / "t.txt"
+    status, results, _, error = evaluate(*arguments)
+    assert (status, list(results["tasks"])) == (0, ["heldout-bits"])
+    assert "two held-out documents or more" in error
+    assert "; left out" in error
+    assert evaluate(*arguments, "--tasks", "heldout-cloze")[0] == 2
+
+
+def test_another_command_line_has_another_folder(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for limit, name in (("3", "eval"), ("2", "eval-2"), ("3", "eval")):
+        command = ["eval", str(runs / "plain" / "seed-1"), "--limit", limit, "--cache-dir", "cache"]
+        monkeypatch.setattr("sys.argv", ["simreg", *command])
+        assert cli.main(command) == 0
+        assert f"results runs/{name}/results.json" in capsys.readouterr().out
+    assert json.loads((tmp_path / "runs/eval/results.json").read_text())["limit"] == 3
+
+
 def test_a_model_without_its_head_is_refused(model, runs, evaluate, tmp_path):
     """transformers would draw the missing weights at random."""
     headless = shutil.copytree(model, tmp_path / "headless")

@@ -15,7 +15,7 @@ from simreg.recipe import config as run_config
 from simreg.recipe.config import with_overrides
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import Locked, UserError
-from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.recipe.folder import RunFolder, storage_errors, unused
 from simreg.recipe.train import train
 from tests.recipe import tiny
 from tests.recipe.tiny import Make
@@ -152,6 +152,29 @@ def test_without_weight_the_rest_of_simreg_may_differ(make: Make) -> None:
         folder.config.write_text(run_config.to_yaml(saved))
         with pytest.raises(UserError, match=r"simreg\.depths is \[0\.5\] there and \[\] now"):
             folder.check(with_overrides(config, {"simreg": {"weight": here, "depths": []}}))
+
+
+def test_results_of_another_command_line_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "eval"
+    for command, name in (("a", "eval"), ("b", "eval-2"), ("c", "eval-3"), ("b", "eval-2")):
+        found = unused(folder, command)
+        assert found == folder.with_name(name)
+        found.mkdir(parents=True, exist_ok=True)
+        (found / "results.json").write_text(json.dumps({"command": command}))
+    for text in ("[1]", "{", "{}", ""):
+        (folder / "results.json").write_text(text)
+        assert unused(folder, "a").name == "eval-4"
+
+
+def test_a_long_list_is_told_by_its_length(make: Make) -> None:
+    config = make(data={"source": [f"{i}.txt" for i in range(30)]})
+    folder = RunFolder(config.out)
+    folder.root.mkdir(parents=True)
+    folder.metrics.write_text('{"step": 1}\n')
+    folder.config.write_text(run_config.to_yaml(config))
+    message = r"data\.source is a list of 30 that begins with 0\.txt there and \*\.txt now"
+    with pytest.raises(UserError, match=message):
+        folder.check(with_overrides(config, {"data": {"source": "*.txt"}}))
 
 
 def test_a_file_that_several_write_is_always_whole(tmp_path: Path) -> None:

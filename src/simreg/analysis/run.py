@@ -24,7 +24,7 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, check_results, storage_errors, warn
+from simreg.recipe.folder import STUDY_FILE, check_results, storage_errors, unused, warn
 from simreg.recipe.progress import read_metrics
 
 
@@ -64,17 +64,19 @@ class AnalyzeOptions:
     cache_dir: str = "~/.cache/simreg"
     """Where hidden states are kept (4·d bytes a token and model)."""
     out: Annotated[Path | None, default_of("see below")] = None
-    """Folder for the results; default: `geometry` in the study's folder, else runs/geometry."""
+    """Folder for the results; default: `geometry` in the study's folder, else runs/geometry, or
+    with a number where that holds those of another command line."""
 
 
 def main(options: AnalyzeOptions) -> None:
     """Run the command; UserError for what cannot be read or compared."""
     console = Console(highlight=False)
-    out = expanded(options.out or _default_out(options.models))
+    command = shlex.join(["simreg", *sys.argv[1:]])
+    out = expanded(options.out) if options.out else _default_out(options.models, command)
     check_results(out, "positive_rate", "simreg analyze")
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    results = analyze(options, console, command=shlex.join(["simreg", *sys.argv[1:]]))
+    results = analyze(options, console, command=command)
     with storage_errors(out):
         write(results, out)
     summary.show(results, console)
@@ -199,9 +201,9 @@ def _lines(results: dict[str, Any]) -> str:
     return "{" + ",\n".join([*fields, f'"models":[\n{models}\n]']) + "}\n"
 
 
-def _default_out(models: list[str]) -> Path:
+def _default_out(models: list[str], command: str) -> Path:
     study = next((Path(m) for m in models if (Path(m) / STUDY_FILE).is_file()), None)
-    return Path("runs", "geometry") if study is None else study / "geometry"
+    return unused(Path("runs", "geometry"), command) if study is None else study / "geometry"
 
 
 def _reference(options: AnalyzeOptions, found: list[Target]) -> str:

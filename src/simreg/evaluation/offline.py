@@ -12,6 +12,7 @@ from simreg.recipe import cache, data
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
+from simreg.recipe.folder import warn
 from simreg.recipe.sources import interleave, resolve
 
 CLOZE, BITS = "heldout-cloze", "heldout-bits"
@@ -108,16 +109,22 @@ def load(
     """The offline tasks of these names.
 
     Their documents are those of the files (or other sources) `text`, else the validation split of
-    the runs' own corpus. UserError if there is neither, or if the runs have different corpora.
+    the runs' own corpus. UserError if there is neither, or if the runs have different corpora. Of
+    two tasks, cloze items are left out where the text is too little for them.
     """
     documents, source = _from_text(text) if text else _from_runs(subjects, corpus)
     count = limit or ITEMS
     tasks: list[Cloze | Bits] = []
     for name in names:
-        if name == CLOZE:
-            tasks.append(Cloze(heldout.cloze(documents, count, seed), source))
-        else:
+        if name == BITS:
             tasks.append(Bits(_first(documents, count * _AN_ITEM), source))
+            continue
+        try:
+            tasks.append(Cloze(heldout.cloze(documents, count, seed), source))
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            warn(f"{error}; left out")  # bits per byte can be had of any text
     return tasks
 
 

@@ -33,6 +33,6 @@ class EvalOptions:
     limit: int | None = None
     """Items a task at most (of a group such as BLiMP: for each of its tasks)."""
     out: Annotated[Path | None, default_of("runs/eval, or the study's folder")] = None
-    """Folder for results.json."""
+    """Folder for results.json; runs/eval gets a number where it holds another command line's."""
     cache_dir: Path = Path("~/.cache/simreg")
     """Where results of a model on a task are kept."""

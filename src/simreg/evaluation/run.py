@@ -21,7 +21,7 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import check_results, storage_errors
+from simreg.recipe.folder import check_results, storage_errors, unused
 
 SUITES = {"paper": harness.PAPER, "small": harness.SMALL, "offline": offline.OFFLINE}
 SCHEMA = 2
@@ -46,10 +46,11 @@ class Task(Protocol):
 def main(options: EvalOptions) -> None:
     """Run the command; UserError for what cannot be evaluated."""
     console = Console(highlight=False)
-    out = expanded(options.out or "runs/eval")
+    command = shlex.join(["simreg", *sys.argv[1:]])
+    out = expanded(options.out) if options.out else unused(Path("runs", "eval"), command)
     prepare(out)
     found = subjects.find(options.models)
-    results = evaluate(found, options, console, command=shlex.join(["simreg", *sys.argv[1:]]))
+    results = evaluate(found, options, console, command=command)
     write(results, out, console)
 
 

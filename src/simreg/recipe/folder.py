@@ -91,7 +91,7 @@ class RunFolder:
             if config.auxiliary.name is not None:  # which has the same scope
                 unused.remove("simreg.scope")
         differing = [
-            f"{name} is {there[name]} there and {here[name]} now"
+            f"{name} is {_short(there[name])} there and {_short(here[name])} now"
             for name in here
             if here[name] != there[name] and name not in {*FREE_FIELDS, *unused}
         ]
@@ -195,6 +195,17 @@ def check_results(out: Path, key: str, writer: str) -> None:
             )
 
 
+def unused(default: Path, command: str) -> Path:
+    """`default`, or where another command line's `results.json` is in it, one with a number."""
+    folder, number = default, 2
+    while (folder / "results.json").exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads((folder / "results.json").read_text("utf-8"))["command"] == command:
+                break
+        folder, number = default.with_name(f"{default.name}-{number}"), number + 1
+    return folder
+
+
 def warn(message: str) -> None:
     """A line on standard error, from the main process only."""
     if is_main_process():
@@ -208,3 +219,10 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
         inside = isinstance(value, dict)
         flat |= {f"{key}.{name}": x for name, x in value.items()} if inside else {key: value}
     return flat
+
+
+def _short(value: Any) -> Any:
+    """A long list by its length and its beginning."""
+    if isinstance(value, list) and len(value) > 3:
+        return f"a list of {len(value)} that begins with {value[0]}"
+    return value
