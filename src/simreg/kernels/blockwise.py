@@ -169,7 +169,5 @@ def backward(
             _add_product(grad_e[tile.batch, tile.cols], g.mT, e[tile.batch, tile.rows])
     grad_h = through_norm(grad_e, e, norm[..., None])
     back = order.unsort(torch.arange(index.shape[1], device=index.device).expand_as(index))
-    result = e if e.dtype == hidden.dtype else torch.empty_like(grad_h, dtype=hidden.dtype)
     sorted_grad = grad_h.to(hidden.dtype).flatten(0, 1)
-    torch.index_select(sorted_grad, 0, _flat(back), out=result.flatten(0, 1))
-    return result
+    return sorted_grad.index_select(0, _flat(back)).view_as(hidden)
