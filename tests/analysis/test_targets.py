@@ -83,8 +83,14 @@ def test_mistakes(study, tmp_path, names, message):
         targets.find([n.format(study=study, copy=copy) for n in names], series=False)
 
 
-def test_a_study_without_models(tmp_path):
-    (tmp_path / "study.yaml").write_text("")
+@pytest.mark.parametrize("text", ["", "arms:\nseeds:\n"])
+def test_a_study_without_models(tmp_path, text):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(UserError, match="no run with a model"):
+        targets.find([str(tmp_path)], series=False)
+    run = tmp_path / "a" / "1" / "seed-1"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()  # which no plan has
     with pytest.raises(UserError, match="no run with a model"):
         targets.find([str(tmp_path)], series=False)
 

@@ -91,8 +91,8 @@ def _planned(study: Path) -> list[Path]:
 
 
 def _is_planned(run: Path, plan: dict[str, Any]) -> bool:
-    seeds = [f"seed-{seed}" for seed in plan.get("seeds", [])]
-    return run.parents[1].name in plan.get("arms", {}) and run.name in seeds
+    seeds = [f"seed-{seed}" for seed in plan.get("seeds") or []]
+    return run.parents[1].name in (plan.get("arms") or {}) and run.name in seeds
 
 
 def _of_run(path: Path, arm: str, series: bool) -> list[Target]:

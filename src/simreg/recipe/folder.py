@@ -85,15 +85,15 @@ class RunFolder:
             return  # a command that failed before its first step claims nothing
         saved = run_config.recorded(self.config)
         there, here = (_flat(run_config.to_dict(each)) for each in (saved, config))
-        unused = set()
+        idle = set()  # fields that nothing reads
         if saved.simreg.weight == config.simreg.weight == 0:
-            unused = {name for name in here if name.startswith("simreg.")}
+            idle = {name for name in here if name.startswith("simreg.")}
             if config.auxiliary.name is not None:  # which has the same scope
-                unused.remove("simreg.scope")
+                idle.remove("simreg.scope")
         differing = [
             f"{name} is {_short(there[name])} there and {_short(here[name])} now"
             for name in here
-            if here[name] != there[name] and name not in {*FREE_FIELDS, *unused}
+            if here[name] != there[name] and name not in {*FREE_FIELDS, *idle}
         ]
         if differing:
             raise UserError(
