@@ -1,3 +1,4 @@
+import io
 import json
 import signal
 import sys
@@ -6,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.folder import RunFolder
 from simreg.study import plan, run, sizing
 from simreg.study.plan import CompareOptions
@@ -234,3 +236,67 @@ def test_main_records_its_command(lab, tmp_path, monkeypatch, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results["commands"] == [first, f"{first} --seeds 0"]
     assert "report.html" in capsys.readouterr().out
+
+
+def test_an_unfinished_study_has_a_report_of_what_is_finished(lab, study, tmp_path, monkeypatch):
+    lab.report, folder = lab.draw, tmp_path / "s"
+
+    def stop(config):
+        if config.train.tokens == 800_000:
+            raise KeyboardInterrupt
+        if config.train.tokens == 600_000:
+            raise Diverged("NaN at step 7")
+
+    lab.before = stop
+    screen = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        run.compare(study, console=Console(file=screen, width=120))
+    assert "--report writes the report of the runs that are finished" in screen.getvalue()
+    assert not (folder / "results.json").exists()
+    trained, timed = list(lab.trained), list(lab.timed)
+    argv = ["simreg", "compare", "--out", str(folder), "--tokens", "1000000", "--report"]
+    monkeypatch.setattr(sys, "argv", argv)
+    size = {"tokens": 1_000_000, "set": ["train.eval_tokens=5000"]}
+    run.main(CompareOptions(out=str(folder), report=True, **size))
+    found = json.loads((folder / "results.json").read_text())
+    assert (lab.trained, lab.timed) == (trained, timed)
+    assert [each["path"] for each in found["runs"]] == ["baseline/1/seed-0"]
+    assert found["failures"] == {"simreg/0.6/seed-0": "NaN at step 7"}
+    assert not found["complete"]
+    assert found["commands"] == [f"simreg compare --out {folder} --tokens 1000000"]
+    page = " ".join((folder / "report.html").read_text().split())
+    assert "Not all runs are finished" in page
+    assert "NaN at step 7" in page
+
+
+def test_a_report_trains_nothing_and_says_what_the_study_says(lab, study):
+    whole, _ = compare(study, command="simreg compare")
+    count = len(lab.trained)
+    lab.corpus = None  # it takes no text either
+    again, screen = redraw(study)
+    assert again == whole
+    assert len(lab.trained) == count
+    assert "4 of 4 runs are finished" in screen
+    fewer = replace(study, arms={"other": {}})
+    assert redraw(fewer)[0]["complete"] is False
+
+
+def test_a_report_takes_a_study_that_has_finished_runs(lab, study, tmp_path):
+    with pytest.raises(UserError, match=r"no study has begun in .*: leave out --report"):
+        redraw(study)
+    assert not (tmp_path / "s").exists()
+    cell = study.cells()[0]
+    (tmp_path / "s" / cell.folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"none of the 4 runs of the study in .* is finished yet"):
+        redraw(study)
+    write_run(study.config(cell))
+    assert redraw(study)[0]["complete"] is False
+    assert plan.load(tmp_path / "s" / "study.yaml") == study  # for `simreg eval`
+    other = plan.from_dict({**plan.to_dict(study), "base": {"train": {"tokens": 2_000_000}}})
+    with pytest.raises(UserError, match="has another base"):
+        redraw(other)
+
+
+def redraw(study):
+    screen = io.StringIO()
+    return run.redraw(study, console=Console(file=screen, width=120)), screen.getvalue()

@@ -241,6 +241,8 @@ class CompareOptions:
     """Take the study at another size, one of those under `scales` in its file."""
     stop_after: float | None = None
     """Minutes after which to save and stop; the same command continues."""
+    report: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Train nothing: write the results and the report of the runs that are finished."""
     seeds: Annotated[list[int] | None, default_of("0")] = None
     """Seeds, such as `--seeds 0 1 2 3 4`."""
     budgets: Annotated[list[float] | None, default_of("0.6 0.8 1.0")] = None

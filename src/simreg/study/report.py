@@ -178,7 +178,10 @@ def _caveats(results: dict[str, Any]) -> str:
     """What a reader must know before believing the headline."""
     notes = []
     if not results["complete"]:
-        notes.append("Not all runs are finished: figures cover those that are.")
+        notes.append(
+            "Not all runs are finished: figures cover those that are. A study that ends when its "
+            "intervals look good claims too much."
+        )
     notes += [f"{path}: {message}" for path, message in results["failures"].items()]
     for arm, saved in results["isoloss"].items():
         wiggly = [s["seed"] for s in saved["tokens_saved"]["per_seed"] if s["monotone"] is False]

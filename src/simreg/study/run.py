@@ -39,13 +39,18 @@ POLL_SECONDS = 5.0
 """How often to look again at runs that another process is training."""
 SLOW = 1.4
 """A first run that takes this many times its prediction is worth a warning."""
+REPORT = "--report"
 
 
 def main(options: CompareOptions) -> None:
     """`simreg compare`."""
     study = plan.from_options(options)
+    command = shlex.join(["simreg", *(each for each in sys.argv[1:] if each != REPORT)])
+    if options.report:
+        redraw(study, command=command)
+        return
     with _stopping_after(options.stop_after):
-        compare(study, command=shlex.join(["simreg", *sys.argv[1:]]))
+        compare(study, command=command)
 
 
 @contextlib.contextmanager
@@ -84,9 +89,7 @@ def compare(
         )
     out = Path(study.out)
     began = time.monotonic()
-    check_results(out, "study", "simreg compare")
-    if RunFolder(out).config.exists():
-        raise UserError(f"{out} is the folder of a run: give another --out")
+    _check_folder(out)
     with plan.exclusive(out, console):
         study = _settled(study)
         _check_models(study)
@@ -96,25 +99,71 @@ def compare(
             study = _sized(study, corpus, step_time, began, console)
         with storage_errors(out):
             plan.save(study, out / STUDY_FILE)
-    failures = _run_missing(study, corpus, sizing.TimeLeft(study, step_time), console)
+    try:
+        failures = _run_missing(study, corpus, sizing.TimeLeft(study, step_time), console)
+    except KeyboardInterrupt:
+        if _finished(study):
+            console.print(f"{REPORT} writes the report of the runs that are finished")
+        raise
     with plan.exclusive(out, console):  # who shares the study finds the models evaluated
-        runs = records.collect(study)
-        found = results.build(study, runs, step_time, _commands(out, command), failures)
-        found["zero_shot"] = zeroshot.recorded(study)
-        _write(out, runs, found)  # before what may fail
+        found = _write(study, step_time, command, failures)  # before what may fail
         if zeroshot.after_training(study, corpus, step_time, console):
-            found["zero_shot"] = zeroshot.recorded(study)
-            _write(out, runs, found)
-    summary.show(found, console)
-    zeroshot.show(found, console)
-    console.print(f"\nreport  {out / 'report.html'}\nresults {out / 'results.json'}")
+            found = _write(study, step_time, command, failures)
+    _show(out, found, console)
     return found
 
 
-def _write(out: Path, runs: list[records.Run], found: dict[str, Any]) -> None:
+def redraw(
+    study: Study, *, command: str | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Write results.json and the report of the runs that are finished, whoever trains the rest.
+
+    UserError if none is, or if the study's folder holds another one.
+    """
+    console = console or Console(highlight=False)
+    out = Path(study.out)
+    _check_folder(out)
+    if not out.is_dir():
+        raise UserError(f"no study has begun in {out}: leave out {REPORT} to begin it")
+    with plan.exclusive(out, console):
+        study = _settled(study)
+        cells, finished = study.cells(), _finished(study)
+        if not finished:
+            raise UserError(f"none of the {len(cells)} runs of the study in {out} is finished yet")
+        failures = {cell.folder: said for cell in cells if (said := _diverged(study, cell))}
+        step_time = sizing.cached_step_times(study, any_machine=True)
+        with storage_errors(out):
+            plan.save(study, out / STUDY_FILE)
+        found = _write(study, step_time, command, failures)
+    console.print(f"{len(finished)} of {len(cells)} runs are finished")
+    _show(out, found, console)
+    return found
+
+
+def _check_folder(out: Path) -> None:
+    """UserError if the results of something else are there."""
+    check_results(out, "study", "simreg compare")
+    if RunFolder(out).config.exists():
+        raise UserError(f"{out} is the folder of a run: give another --out")
+
+
+def _write(
+    study: Study, step_time: sizing.StepTimes, command: str | None, failures: dict[str, str]
+) -> dict[str, Any]:
+    """Write what is known now, and return it."""
+    out, runs = Path(study.out), records.collect(study)
+    found = results.build(study, runs, step_time, _commands(out, command), failures)
+    found["zero_shot"] = zeroshot.recorded(study)
     with storage_errors(out):
         write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
         report.write(out, runs, found)
+    return found
+
+
+def _show(out: Path, found: dict[str, Any], console: Console) -> None:
+    summary.show(found, console)
+    zeroshot.show(found, console)
+    console.print(f"\nreport  {out / 'report.html'}\nresults {out / 'results.json'}")
 
 
 def _settled(study: Study) -> Study:
