@@ -14,18 +14,21 @@ def problem():
     return hidden, labels, torch.randn(7, 5, generator=generator), torch.randn(7)
 
 
+@pytest.mark.parametrize("segments", [None, torch.arange(9).expand(2, 9) // 4])
 @torch.no_grad()
-def test_it_is_the_ratio_of_the_two_gradients():
+def test_it_is_the_ratio_of_the_two_gradients(segments):
     hidden, labels, head, bias = problem()
-    found = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.4, temperature=0.2, push=2))
+    given = hidden, labels, head, bias
+    found = gradient_ratio(*given, SimRegLoss(0.4, temperature=0.2, push=2), segments)
     with torch.enable_grad():
         h = hidden.double().requires_grad_()
         logits = h @ head.double().T + bias.double()
         ce = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
-        reg = 0.4 * simreg_loss(h, labels, temperature=0.2, push=2, reduction="sum")
+        settings = {"temperature": 0.2, "push": 2, "reduction": "sum"}
+        reg = 0.4 * simreg_loss(h, labels, segments=segments, **settings)
         one, other = (torch.autograd.grad(x, h)[0].norm() for x in (reg, ce))
     assert found == pytest.approx(float(one / other), rel=1e-5)
-    twice = gradient_ratio(hidden, labels, head, bias, SimRegLoss(0.8, temperature=0.2, push=2))
+    twice = gradient_ratio(*given, SimRegLoss(0.8, temperature=0.2, push=2), segments)
     assert twice == pytest.approx(2 * found, rel=1e-5)
 
 

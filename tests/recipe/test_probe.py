@@ -36,23 +36,32 @@ def test_training_goes_on_as_if_nobody_had_looked(text, tmp_path, one_thread, we
     assert found[0]["tokens"] == 4 * 4 * 32
 
 
-def test_what_is_seen_is_the_model_at_that_step(text, tmp_path, one_thread):
+@pytest.mark.parametrize("scope", ["row", "document"])
+def test_what_is_seen_is_the_model_at_that_step(text, tmp_path, one_thread, scope):
     from transformers import AutoModelForCausalLM
 
+    from simreg import SimRegLoss
     from simreg.geometry.glance import glance
+    from simreg.geometry.pull import gradient_ratio
     from simreg.recipe.data import prepare
     from simreg.recipe.probe import Probe
 
-    config = tiny.config(tmp_path, text, CHANGES)
+    settings = {"weight": 0.3, "push": 0, "depths": [], "schedule": "constant", "scope": scope}
+    config = tiny.config(tmp_path, text, {**CHANGES, "simreg": settings})
     train(config, on_step=silent)
     seen = [r for r in tiny.metrics(config.out) if r["kind"] == "geometry"][-1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    ids = Probe(prepare(config.data).validation).ids
+    probe = Probe(prepare(config.data).validation, documents=True)
+    ids, segments = probe.ids, probe.segments[:, :-1] if scope == "document" else None
     assert ids.numel() <= 1024
+    assert probe.segments.any(), "rows of one document each would show nothing"
     with torch.no_grad():
         hidden = model.get_decoder()(ids).last_hidden_state
     truth = glance(hidden[:, :-1], ids[:, 1:], model.lm_head.weight)
     assert {k: seen[k] for k in truth} == pytest.approx(truth, rel=1e-4)
+    given = hidden[:, :-1], ids[:, 1:], model.lm_head.weight, None
+    pull = gradient_ratio(*given, SimRegLoss(0.3, push=0), segments)
+    assert seen["grad_ratio"] == pytest.approx(pull, rel=1e-4)
 
 
 def test_a_resumed_run_looks_as_the_whole_one(text, tmp_path, one_thread):

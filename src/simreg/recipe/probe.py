@@ -18,13 +18,15 @@ class Probe:
     """Measures always the same validation rows, so that looks and arms can be compared.
 
     A forward pass without gradients or random numbers: training goes on as if it had not been.
-    Every process must call it, since a sharded model takes all of them to run.
+    Every process must call it, since a sharded model takes all of them to run. `documents`: the
+    regularizer keeps within them.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, *, documents: bool = False) -> None:
         count = min(len(rows), max(1, TOKENS // rows.seq_len))
         spread = torch.linspace(0, len(rows) - 1, count).round().long().tolist()
         self.ids = torch.stack([rows[i]["input_ids"] for i in spread])
+        self.segments = torch.stack([rows[i]["segments"] for i in spread]) if documents else None
 
     @torch.no_grad()
     def __call__(self, trainer: Any) -> dict[str, float | None]:
@@ -44,8 +46,10 @@ class Probe:
             bias = None if bias is None else bias.cpu()
         looked = glance(states, ids[:, 1:], head, bias)
         if (regularizer := getattr(trainer, "regularizer", None)) is not None:
-            ratio = gradient_ratio(states, ids[:, 1:], head, bias, regularizer)
-            looked["grad_ratio"] = ratio
+            segments = None if self.segments is None else self.segments[:, :-1].to(ids.device)
+            looked["grad_ratio"] = gradient_ratio(
+                states, ids[:, 1:], head, bias, regularizer, segments
+            )
         return looked
 
 

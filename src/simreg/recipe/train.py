@@ -98,7 +98,9 @@ def _run(
         objective=objective,
     )
     flops = models.flops_per_token(model.config, active, config.data.seq_len)
-    probe = None if config.train.analyze_every is None else Probe(corpus.validation)
+    probe = None
+    if config.train.analyze_every is not None:
+        probe = Probe(corpus.validation, documents=config.simreg.scope == "document")
     tell = on_step or _print_line(config.steps, trainer)
     _add_callbacks(trainer, tell, flops, manifest.get("step", 0), probe)
     if checkpoint is not None:
