@@ -21,6 +21,8 @@ def tiles(order: Order, size: int, masks: torch.dtype = torch.bool) -> Iterator[
     """
     length = order.valid.shape[1]
     counts = order.valid.sum(1).tolist()
+    if masks != torch.bool:
+        order = order._replace(segment=order.segment.to(masks), label=order.label.to(masks))
     if length <= size:
         yield from _short(order, size, counts, masks)
         return
@@ -77,9 +79,7 @@ def _tile(
 ) -> Tile:
     def equal(run: Tensor) -> Tensor:
         left, right = run[batch, rows, None], run[batch, None, cols]
-        if masks == torch.bool:
-            return left == right
-        return (left.to(masks) - right.to(masks)).eq_(0)
+        return left == right if masks == torch.bool else (left - right).eq_(0)
 
     inside = equal(order.segment) if masked else None
     positive = equal(order.label) if positives else None

@@ -1,5 +1,6 @@
 """A tile of pairs of tokens in plain PyTorch: what it adds to each token's sums, its gradient."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 
 from simreg.kernels.order import Ends, Form, Sums
 from simreg.kernels.reference import EPS
+
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Running:
         if tile.positive is not None:
             tile.add(self.positive, _only(s, tile.positive))
         tile.exclude(s)
-        e = tile.within((s - self.form.largest).exp_()) if self.form.bounded else None
+        e = tile.within(_exponential(s, self.form)) if self.form.bounded else None
         decoupled = self.form.variant == "decoupled"
         self.denominator.add(tile, s, e, tile.negative if decoupled else None)
         if tile.positive is not None and self.form.variant == "in":
@@ -131,6 +134,11 @@ class Running:
         numerator = self.numerator.value() if self.form.variant == "in" else None
         lse = self.denominator.value()
         return Sums(lse, self.positive, self.negative, numerator, excess=self.excess)
+
+
+def _exponential(s: Tensor, form: Form) -> Tensor:
+    """exp(s − 1/τ), by powers of 2, which take torch a third of the time on a CPU."""
+    return (s - form.largest).mul_(_LOG2_E).exp2_()
 
 
 class Gaps:
@@ -156,6 +164,14 @@ def _only(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask, values, 0) if mask.dtype == torch.bool else values * mask
 
 
+def _add_only(into: Tensor, values: Tensor, mask: Tensor, sign: int = 1) -> None:
+    """Add values where the mask is."""
+    if mask.dtype == torch.bool:
+        into.add_(_only(values, mask), alpha=sign)
+    else:
+        into.addcmul_(values, mask, value=sign)
+
+
 def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tensor:
     """G = D + Dᵀ of design §2: the derivative by s_ij, through both of its ends.
 
@@ -170,16 +186,16 @@ def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tenso
         for ends, span, dim in ((rows, tile.rows, -1), (cols, tile.cols, -2))
     )
     tile.exclude(s)
-    e = tile.within((s - form.largest).exp_()) if form.bounded else None
+    e = tile.within(_exponential(s, form)) if form.bounded else None
     g = _softmax(s, e, form, (left.lse, left.softmax), (right.lse, right.softmax))
     if tile.positive is not None:
         if form.variant == "decoupled":
             g = _only(g, tile.negative)
-        g -= _only(_pull(s, e, form, left, right), tile.positive)
+        _add_only(g, _pull(s, e, form, left, right), tile.positive, -1)
     if left.hinge is not None and right.hinge is not None:
         e = None  # its memory is that of the next
         beyond = tile.within(s.gt_(form.edge)) if tile.floating else s > form.edge
-        g += _only(left.hinge + right.hinge, beyond)
+        _add_only(g, left.hinge + right.hinge, beyond)
     return g
 
 
