@@ -276,3 +276,90 @@ class Placed(Pull):
     def __call__(self, *args, positions=None, **options):
         self.positions = positions
         return super().__call__(*args, **options)
+
+
+class Wrapped(nn.Module):
+    """As PEFT wraps a model, whose class then does not say what it is."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model, self.config = model, model.config
+
+    def get_base_model(self):
+        return self.base_model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapped])
+def test_what_a_model_is_does_not_depend_on_its_wrapper(wrap):
+    size = {"d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    bart = transformers.BartForCausalLM(transformers.BartConfig(vocab_size=24, **size))
+    with pytest.raises(ValueError, match="BartForCausalLM takes labels that are aligned"):
+        attach(wrap(bart), SimRegLoss())
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertConfig(vocab_size=24, **small, intermediate_size=8)
+    for kind in (transformers.BertForMaskedLM, transformers.BertForPreTraining):
+        with pytest.raises(ValueError, match=f"got {kind.__name__}; if it is one, pass module="):
+            attach(wrap(kind(bert)), SimRegLoss())
+    model, (ids, labels) = build(), batch()
+    reg = attach(wrap(model), SimRegLoss())
+    model(ids)
+    assert reg(labels) > 0
+
+
+class Adds(nn.Module):
+    """A block of a residual stream."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.inner, self.in_place = nn.Linear(8, 8), in_place
+
+    def forward(self, states):
+        added = self.inner(states.detach().clone())
+        return states.add_(added) if self.in_place else states + added
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_layers_that_are_changed_in_place_later_are_refused(in_place):
+    model, (ids, labels) = Deep(False), batch()
+    blocks = model.parts["blocks"] = nn.ModuleList([Adds(in_place) for _ in range(4)])
+    norm = model.parts["norm"]
+    reg = attach(model, AtDepths(SimRegLoss(), [0.5]), module=norm, layers=blocks)
+    model(ids)
+    if in_place:
+        with pytest.raises(RuntimeError, match="were changed in place by what came after them"):
+            reg(labels)
+    else:
+        reg(labels).backward()
+
+
+def test_a_checkpointed_model_leaves_nothing_of_its_second_pass():
+    model, (ids, labels) = Deep(False), batch()
+    norm, blocks = model.parts["norm"], model.parts["blocks"]
+    for objective, layers in ((SimRegLoss(), None), (AtDepths(SimRegLoss(), [0.5]), blocks)):
+        with attach(model, objective, module=norm, layers=layers) as reg:
+            out = checkpoint(model, ids, use_reentrant=False)
+            (out.logsumexp(-1).sum() + reg(labels)).backward()
+            assert reg._hidden is None
+            assert not reg._earlier
+            with pytest.raises(RuntimeError, match="no hidden states to regularize"):
+                reg(labels)
+
+
+def test_a_pass_without_gradients_is_not_answered_with_an_earlier_one():
+    model, (ids, labels) = build(), batch()
+    reg = attach(model, SimRegLoss())
+    model(ids)
+    with torch.no_grad():
+        model(ids.flip(0))
+        with pytest.raises(RuntimeError, match="with gradients, before each call"):
+            reg(labels)
+    assert reg(labels) > 0  # generation may come between
+    model(ids)
+    with torch.no_grad():
+        assert reg(labels) > 0

@@ -12,10 +12,9 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 """
 
 import inspect
-import re
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -25,19 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simreg.objectives import Objective, check_layers, layer_at, reads
+from simreg.decoders import (
+    around,
+    at_depths,
+    find_causal,
+    find_decoder,
+    find_head,
+    find_layers,
+    unwrap,
+)
+from simreg.objectives import Objective, reads
 
 IGNORE_INDEX = -100
-_OTHER_TASKS = re.compile(
-    "For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|"
-    "NextSentencePrediction)$"
-)
-
-# Their labels are the tokens to predict, position by position: what a shift would make wrong.
-_NOT_SHIFTED = re.compile(
-    "(Bart|BigBirdPegasus|Blenderbot|BlenderbotSmall|CpmAnt|MBart|Marian|Musicgen|MusicgenMelody|"
-    "Mvp|PLBart|Pegasus|ProphetNet|TrOCR|Whisper)ForCausalLM|XLNetLMHeadModel|XLMWithLMHeadModel"
-)
 
 
 def attach(
@@ -74,14 +72,14 @@ def attach(
     if layers is not None and not wanted.depths:
         raise ValueError(f"layers: {type(objective).__name__} reads none within the model")
     if module is None:
-        decoder = _find_decoder(model)
+        decoder = find_decoder(model)
         if wanted.depths and layers is None:
-            layers = _find_layers(decoder)
+            layers = find_layers(decoder)
         return Attached(
             decoder,
             objective,
-            causal=_find_causal(model) if wanted.logits or wanted.head else None,
-            layers=_at_depths(objective, layers) if wanted.depths else (),
+            causal=find_causal(model) if wanted.logits or wanted.head else None,
+            layers=at_depths(objective, layers) if wanted.depths else (),
         )
     if wanted.logits or wanted.head:
         raise ValueError(
@@ -90,12 +88,12 @@ def attach(
         )
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: expected a submodule of the model, got {module!r}")
-    if module is _head(_unwrap(model)):
+    if module is find_head(unwrap(model)):
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
     if not wanted.depths:
         return Attached(module, objective)
-    read = _at_depths(objective, layers)
-    return Attached(module, objective, start=_around(model, {module, *read}), layers=read)
+    read = at_depths(objective, layers)
+    return Attached(module, objective, start=around(model, {module, *read}), layers=read)
 
 
 def shift_left(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -126,11 +124,12 @@ class Attached:
         self.listening = True
         self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
-        self._earlier: dict[int, Tensor] = {}
+        self._earlier: dict[int, tuple[Tensor, int | None]] = {}  # with its version
         self._layers = len(layers)
         # Weak: the model has the hooks that have this, and would wait for the garbage collector.
         self._causal = None if causal is None else weakref.ref(causal)
         self._running = False  # the decoder, in a forward pass with gradients
+        self._passed_by = False  # the last pass, for it had none
         self._attached = True
         self._hooks = [
             (start or module).register_forward_pre_hook(self._begin),
@@ -233,14 +232,17 @@ class Attached:
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._running = self._capturing()
+        if self.listening:
+            self._passed_by = not torch.is_grad_enabled()
         if self._running:  # what an abandoned step left would hold its graph through this one
             self.forget()
 
     def _capture_layer(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
-        # Activation checkpointing runs layers again in the backward pass: the decoder does not
-        # run then, and what they return is not of a forward pass.
+        # A layer that activation checkpointing runs again is not in a pass of the decoder's.
         if self._running and torch.is_grad_enabled():
-            self._earlier[index] = _as_the_head_reads(_last_hidden(output, "layers"))
+            states = _as_the_head_reads(_last_hidden(output, "layers"))
+            version = None if torch.compiler.is_compiling() else states._version
+            self._earlier[index] = states, version
 
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
@@ -253,13 +255,15 @@ class Attached:
             self._logits = _logits(output)
 
     def _capturing(self) -> bool:
-        return self._attached and self.listening and torch.is_grad_enabled()
+        on = self._attached and self.listening and torch.is_grad_enabled()
+        return on and not _in_backward()
 
     def _captured(self) -> tuple[Tensor, dict[str, Any]]:
         """The final hidden states and what else the objective reads, by keyword."""
         if not self._attached:
             raise RuntimeError("the objective was detached from the model: attach it again")
-        if self._hidden is None:
+        passed_by = self._passed_by and not torch.is_grad_enabled()
+        if self._hidden is None or passed_by:  # what waits is of an earlier pass
             raise RuntimeError(
                 "no hidden states to regularize: run a forward pass of the attached model, with "
                 "gradients, before each call (a call consumes them; a compiled model must be "
@@ -280,136 +284,32 @@ class Attached:
                 )
             read["logits"] = self._logits
         if wanted.head:
-            read["head"] = _head(self._causal()) if self._causal else None
+            read["head"] = find_head(self._causal()) if self._causal else None
         if wanted.depths:
             if len(self._earlier) < self._layers:
                 raise RuntimeError(
                     "no hidden states of earlier layers: reentrant activation checkpointing hides "
-                    "them (use_reentrant=False does not), and so does calling parts of the model "
-                    "apart"
+                    "them (use_reentrant=False does not), so does calling parts of the model "
+                    "apart, and so a graph compiled for an objective that does not read them "
+                    "(torch.compiler.reset() first)"
                 )
-            read["earlier"] = tuple(self._earlier[i] for i in range(self._layers))
+            read["earlier"] = tuple(_unchanged(*self._earlier[i]) for i in range(self._layers))
         return read
 
 
-def _find_causal(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers, if it makes logits."""
-    inner: nn.Module = _unwrap(model)
-    if _head(inner) is None:
-        raise ValueError(
-            f"model: found no get_output_embeddings() on {type(inner).__name__}, the LM head "
-            "that the objective reads"
+def _in_backward() -> bool:
+    """Whether a backward pass runs forward again what activation checkpointing did not keep."""
+    compiling = torch.compiler.is_compiling()  # whose graphs have no hooks to run again
+    return not compiling and torch._C._current_graph_task_id() != -1
+
+
+def _unchanged(states: Tensor, version: int | None) -> Tensor:
+    if version is not None and states._version != version:
+        raise RuntimeError(
+            "hidden states of earlier layers were changed in place by what came after them: let a "
+            "layer return a new tensor (x = x + f(x), not x += f(x))"
         )
-    return inner
-
-
-def _find_layers(decoder: nn.Module) -> nn.ModuleList:
-    """The longest list of modules that the decoder has."""
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    if not lists:
-        raise ValueError(
-            f"model: found no list of layers in {type(decoder).__name__}, whose earlier hidden "
-            "states the objective reads"
-        )
-    return max(lists, key=len)
-
-
-def _at_depths(objective: Objective, layers: Iterable[nn.Module] | None) -> list[nn.Module]:
-    """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
-    stack = list(layers or ())
-    if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
-        raise ValueError(
-            f"layers: expected all layers of the model in their order, within which "
-            f"{type(objective).__name__} reads hidden states, got {type(layers).__name__} of "
-            f"{type(stack[0]).__name__ if stack else 'nothing'}"
-        )
-    depths = reads(objective).depths
-    for depth in depths:
-        if not 0 < depth <= 1:
-            raise ValueError(f"depth: expected a fraction of the layers in (0, 1], got {depth!r}")
-    check_layers(objective, len(stack))
-    chosen = [stack[layer_at(depth, len(stack)) - 1] for depth in depths]
-    if any(stack.count(layer) > 1 for layer in chosen):
-        raise ValueError(
-            "layers: one module stands at several depths of the model; which of its passes "
-            f"{type(objective).__name__} is to read cannot be told"
-        )
-    return chosen
-
-
-def _around(model: nn.Module, parts: set[nn.Module]) -> nn.Module:
-    """The innermost module with these parts that is called (a list of modules is not): where a pass
-    through them begins."""
-    found, inner = model, [model]
-    while inner:
-        if type(inner[0]).forward is not nn.Module.forward:
-            found = inner[0]
-        inner = [child for child in inner[0].children() if parts <= {*child.modules()}]
-    return found
-
-
-def _find_decoder(model: nn.Module) -> nn.Module:
-    inner = _unwrap(model)
-    if _OTHER_TASKS.search(type(inner).__name__):
-        raise ValueError(
-            f"model: expected a language model that predicts the next token, got "
-            f"{type(inner).__name__}; if it is one, pass module="
-        )
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: expected a decoder-only language model, got {type(inner).__name__}, "
-            "an encoder-decoder"
-        )
-    if any(_NOT_SHIFTED.fullmatch(kind.__name__) for kind in type(inner).__mro__):
-        raise ValueError(
-            f"model: {type(inner).__name__} takes labels that are aligned with its positions, "
-            "where all else shifts them; pass module=, and shift=False with each call"
-        )
-    if callable(getattr(inner, "get_decoder", None)):
-        head = _head(inner)
-        for decoder in _decoders(inner, head, set()):
-            if not _contains(decoder, head):
-                return decoder
-    raise ValueError(
-        f"model: found no decoder in {type(inner).__name__} (by get_decoder()); pass module=, the "
-        "submodule whose output enters the LM head (the final norm, say), and shift=False with "
-        "each call if your labels are shifted already"
-    )
-
-
-def _decoders(model: Any, head: nn.Module | None, seen: set[int]) -> Iterator[nn.Module]:
-    """What may be the decoder, likeliest first.
-
-    transformers guesses by names, and for some models finds the head, or a model with it.
-    """
-    if id(model) in seen:
-        return
-    seen.add(id(model))
-    inside = []
-    for name in ("get_decoder", "base_model", "model"):
-        found = getattr(model, name, None)
-        found = _unwrap(found() if name == "get_decoder" and callable(found) else found)
-        if isinstance(found, nn.Module):
-            yield found
-            inside.append(found)
-    for found in inside:
-        if _contains(found, head):
-            yield from _decoders(found, head, seen)
-
-
-def _contains(decoder: nn.Module, head: nn.Module | None) -> bool:
-    """Whether the decoder is, or has, the LM head; one that is the input embedding may be in it."""
-    if head is None or isinstance(head, nn.Embedding):
-        return False
-    return any(part is head for part in decoder.modules())
-
-
-def _head(model: nn.Module | None) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    head = None
-    with suppress(NotImplementedError):
-        head = find() if callable(find) else None
-    return head if isinstance(head, nn.Module) else None
+    return states
 
 
 def _check_objective(objective: object) -> None:
@@ -429,16 +329,6 @@ def _check_objective(objective: object) -> None:
             "objective: expected something like SimRegLoss(), called with hidden states, labels, "
             f"segments and num_items, got {objective!r}"
         )
-
-
-def _unwrap(model: Any) -> Any:
-    """The module inside `torch.compile` (`_orig_mod`) and data-parallel wrappers (`module`)."""
-    while True:
-        children = getattr(model, "_modules", {})
-        inner = children.get("_orig_mod") or children.get("module")
-        if inner is None or hasattr(type(model), "get_decoder"):
-            return model
-        model = inner
 
 
 def _last_hidden(output: Any, whose: str = "module") -> Tensor:

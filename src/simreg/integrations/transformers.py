@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from simreg.capture import IGNORE_INDEX, Attached, shift_left
+from simreg.decoders import aligns_labels
 from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.integrations.place import Layers, Module, attach_at
 from simreg.integrations.window import Window, wide
@@ -43,7 +44,9 @@ class SimRegTrainer(Trainer):
     Trainer; the weight is looked at in every step, unless the objective owns parameters or buffers.
 
     `module` and `layers` are those of `attach`, for a model without a `get_decoder()`; either may
-    be a function of the model, as it must be with `model_init`.
+    be a function of the model, as it must be with `model_init`. `shift=False` is for a model whose
+    `labels` hold the token after each position already; unless it is given, they are taken as
+    models of transformers take them, which of most means that they are shifted.
 
     While it trains, the `weight` of a `SimRegLoss` follows `schedule`: from what it is in the first
     step, by default down to 0 over the run ("decay"). With "constant" it is left alone, and so it
@@ -52,10 +55,10 @@ class SimRegTrainer(Trainer):
     Training records gain, averaged over the tokens since the last record and over processes: `ce`
     (cross-entropy alone), `router_loss` (without its coefficient), the objective's metrics (its
     `loss`, unweighted, as `simreg`), and `clipped`, the fraction of steps whose gradient norm
-    exceeded `max_grad_norm`; `simreg_weight` is λ of the last step. Evaluation gains `eval_ce`:
-    cross-entropy alone per token of the whole set, each row counted once, summed in float64 (on
-    several processes a padding-free collator's rows hold the samples again that fill up the last
-    round).
+    exceeded `max_grad_norm`; `simreg_weight` is λ of the last step. Evaluation gains `eval_ce`,
+    where the model's logits are those of its labels: cross-entropy alone per token of the whole
+    set, each row counted once, summed in float64 (on several processes a padding-free collator's
+    rows hold the samples again that fill up the last round).
 
     Training checkpoints keep the model's own parameter names, so that resuming is exact for models
     whose published layout differs; `save_model` writes the published layout, as in `Trainer`.
@@ -76,6 +79,7 @@ class SimRegTrainer(Trainer):
         objective: Objective | None = None,
         module: Module | None = None,
         layers: Layers | None = None,
+        shift: bool | None = None,
         schedule: Schedule | ScheduleName = SCHEDULE,
         **kwargs: Any,
     ) -> None:
@@ -83,7 +87,7 @@ class SimRegTrainer(Trainer):
         owned = objective.state_dict() if isinstance(objective, nn.Module) else {}
         self._objective = None if owned and _idle(objective) else objective
         self.schedule = as_schedule(schedule)
-        self._place = module, layers
+        self._place, self._shift = (module, layers), shift
         self.regularizer = regularizer(objective)
         self._following: Following | None = None  # while it trains
         self._reg: Attached | None = None
@@ -195,7 +199,7 @@ class SimRegTrainer(Trainer):
         if segments is None and model.training and not _idle(self._objective):
             segments = _documents(inputs)
         inputs.pop("skip_logits", None)  # fused heads: evaluation needs the logits of each row
-        targets = _targets(inputs)
+        targets = self._targets(inputs)
         if self._reg is None and model.training and not _idle(self._objective):
             self._attach(self.model)  # which was refused while it had no weight, and is again
         with self._listening(model.training and not self._out_of_use()):
@@ -203,7 +207,9 @@ class SimRegTrainer(Trainer):
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         if targets is None and model.training and not _idle(self._objective):
-            raise ValueError("inputs: expected `labels` in every training batch, for the objective")
+            raise ValueError(
+                "inputs: expected `labels` [B, L] in every training batch, for the objective"
+            )
         if targets is not None:
             loss, router = self._share_router(loss, outputs, targets, num_items_in_batch)
             if model.training:
@@ -211,6 +217,22 @@ class SimRegTrainer(Trainer):
             elif self._evaluated is not None:
                 self._record_rows(outputs, targets)
         return (loss, outputs) if return_outputs else loss
+
+    def _targets(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The token after each position, `[B, L]`; None without labels of that shape.
+
+        Padding-free collators give it themselves.
+        """
+        shifted: Tensor | None = inputs.get("shift_labels")
+        labels: Tensor | None = inputs.get("labels")
+        if shifted is not None:
+            return shifted
+        if labels is None or labels.ndim != 2 or labels.is_floating_point():
+            return None
+        if self._shift is None:
+            assert self.model is not None
+            self._shift = not aligns_labels(self.model)
+        return shift_left(labels) if self._shift else labels
 
     @contextmanager
     def _listening(self, on: bool) -> Iterator[None]:
@@ -220,6 +242,9 @@ class SimRegTrainer(Trainer):
         self._reg.listening = on
         try:
             yield
+        except BaseException:  # what a failed pass left would keep its memory
+            self._reg.forget()
+            raise
         finally:
             self._reg.listening = False
 
@@ -321,7 +346,9 @@ class SimRegTrainer(Trainer):
         return output
 
     def _record_rows(self, outputs: Any, targets: Tensor) -> None:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1]
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
+            return  # of a sequence, say, or with a prompt's before them
         losses = F.cross_entropy(
             logits.detach().float().transpose(1, 2),
             targets,
@@ -379,14 +406,6 @@ def _documents(inputs: dict[str, Any]) -> Tensor | None:
         places = torch.arange(ids.shape[1], device=ids.device)
         return torch.bucketize(places, ends[1:].to(ids.device), right=True)[None]
     return None
-
-
-def _targets(inputs: dict[str, Any]) -> Tensor | None:
-    """The token that follows each position, `[B, L]`; padding-free collators give it themselves."""
-    shifted: Tensor | None = inputs.get("shift_labels")
-    if shifted is not None or inputs.get("labels") is None:
-        return shifted
-    return shift_left(inputs["labels"])
 
 
 def _router_loss(model: nn.Module, outputs: Any) -> tuple[float, Tensor] | None:
