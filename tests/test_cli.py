@@ -171,6 +171,11 @@ def test_wrong_usage_exits_with_2(arguments: list[str], seen: list[RunConfig]) -
         (KeyboardInterrupt("stopped after step 3"), 130, "simreg: stopped after step 3\n"),
         (KeyboardInterrupt(), 130, "simreg: interrupted\n"),
         (
+            PermissionError(13, "Permission denied", "runs/a/result.json"),
+            2,
+            "simreg: error: runs/a/result.json: Permission denied\n",
+        ),
+        (
             ModuleNotFoundError("No module named 'tyro.conf'", name="tyro.conf"),
             2,
             "simreg: error: tyro.conf is not installed: pip install -e '.[train]' in the "

@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = "pip install -e '.[train]' in the checkout"
         sys.stderr.write(f"simreg: error: {error.name} is not installed: {advice}\n")
         return 2
+    except PermissionError as error:
+        sys.stderr.write(f"simreg: error: {error.filename or 'a file'}: {error.strerror}\n")
+        return 2
     except BrokenPipeError:  # `| head` has read enough
         from simreg.recipe.progress import silence
 

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -165,6 +166,22 @@ def test_every_picture_is_drawn_and_told(analysed, tmp_path):
         assert len(picture.describe(analysed)) > 60
         assert picture.describe(analysed) in told
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(analysed))
+
+
+@pytest.mark.parametrize("arms", [["simreg"], ["baseline", "simreg"]])
+def test_arms_that_have_but_checkpoints_are_in_some_pictures(study, tmp_path, arms):
+    other = shutil.copytree(study, tmp_path / "study")
+    for model in (model for arm in arms for model in other.glob(f"{arm}/1/*/model")):
+        shutil.rmtree(model)
+    options = run.AnalyzeOptions(
+        [str(other)], tokens=600, series=True, least=2, cache_dir=str(tmp_path / "cache")
+    )
+    found = run.analyze(options, Console(quiet=True), command="simreg analyze study")
+    run.write(found, tmp_path)
+    assert (tmp_path / "cosines.png").is_file()
+    assert (tmp_path / "margins.png").is_file() == (len(arms) < 2)
+    told = describe.margins(found)
+    assert [arm for arm in ("baseline", "simreg") if arm in told] == ["baseline"][: 2 - len(arms)]
 
 
 def test_pictures_are_the_same_each_time(analysed, tmp_path, monkeypatch):

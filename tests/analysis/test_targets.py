@@ -47,8 +47,12 @@ def test_a_run_without_a_model_is_known_by_its_checkpoints(study, tmp_path):
     shutil.rmtree(run / "model")
     found = targets.find([str(run)], series=True)
     assert brief(found) == [("run", 1, 10, False), ("run", 1, 20, False)]
-    with pytest.raises(UserError, match="neither a model nor checkpoints"):
+    with pytest.raises(UserError, match=r"has no trained model: finish it .* with --series"):
         targets.find([str(run)], series=False)
+    shutil.rmtree(run / "checkpoints")
+    for series in (False, True):
+        with pytest.raises(UserError, match=r"by the command that began it$"):
+            targets.find([str(run)], series=series)
 
 
 def test_a_hub_id_is_left_as_it_is(monkeypatch):

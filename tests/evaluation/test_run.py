@@ -212,6 +212,7 @@ def test_changed_or_missing_text_is_refused(runs, evaluate, tmp_path):
         (["BROKEN"], "cannot load the tokenizer in"),
         (["RUN", "--limit", "0"], "--limit must be 1 or more"),
         (["RUN", "--text", "absent.txt"], "there is no file 'absent.txt'"),
+        (["RUN", "--text", "BLANK"], "--text: no text in it"),
     ],
 )
 def test_mistakes_are_one_line(runs, model, evaluate, tmp_path, arguments, says):
@@ -221,7 +222,10 @@ def test_mistakes_are_one_line(runs, model, evaluate, tmp_path, arguments, says)
     shutil.copy(run / "config.yaml", tmp_path / "unfinished")
     (tmp_path / "broken" / "config.json").write_text("{}")
     (tmp_path / "t.txt").write_text(tiny.text(0, 100))
-    places = {"RUN": run} | {n.upper(): tmp_path / n for n in ("empty", "unfinished", "broken")}
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    places = {"RUN": run, "BLANK": tmp_path / "blank.txt"} | {
+        n.upper(): tmp_path / n for n in ("empty", "unfinished", "broken")
+    }
     extra = ["--text", tmp_path / "t.txt", runs / "text.jsonl"] if "BROKEN" in arguments else []
     status, results, _, error = evaluate(*(places.get(a, a) for a in arguments), *extra)
     assert status == 2

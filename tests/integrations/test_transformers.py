@@ -400,7 +400,7 @@ def test_documents_of_one_token_and_positions_for_every_row():
 
 def test_batches_without_labels_are_refused(tmp_path):
     data = [{"input_ids": row["input_ids"]} for row in rows()]
-    with pytest.raises(ValueError, match="expected `labels` in every training batch"):
+    with pytest.raises(ValueError, match=r"expected `labels` \[B, L\] in every training batch"):
         train(
             tmp_path,
             build(),

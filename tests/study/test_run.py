@@ -279,6 +279,7 @@ def test_a_report_trains_nothing_and_says_what_the_study_says(lab, study):
     assert "4 of 4 runs are finished" in screen
     fewer = replace(study, arms={"other": {}})
     assert redraw(fewer)[0]["complete"] is False
+    assert plan.load(f"{study.out}/study.yaml") == study  # the plan is as it was
 
 
 def test_a_report_takes_a_study_that_has_finished_runs(lab, study, tmp_path):

@@ -11,7 +11,7 @@ Results = dict[str, Any]
 def margins(results: Results) -> str:
     """Medians of both margins, by arm."""
     parts = []
-    for arm in plots.arms(results):
+    for arm in plots.trained(results):
         own = results["means"][arm]
         medians = "; ".join(
             f"{group} {_mean(own, group, 'margin_p50')}, "

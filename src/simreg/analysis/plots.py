@@ -33,9 +33,14 @@ def arms(results: Results) -> list[str]:
     return names
 
 
+def trained(results: Results) -> list[str]:
+    """The same without arms of which there are but checkpoints."""
+    return [arm for arm in arms(results) if results["means"][arm]]
+
+
 def margins(results: Results, theme: Theme) -> Figure | None:
     """Histograms of the raw and the cosine margin, arms overlaid, for head and tail."""
-    names = arms(results)
+    names = trained(results)
     if not names:
         return None
     colours = theme.of(names)
@@ -47,8 +52,8 @@ def margins(results: Results, theme: Theme) -> Figure | None:
             for ax, group in zip(line, ("all", "head", "tail"), strict=True):
                 seen = np.zeros(bins, dtype=bool)
                 for arm in names:
-                    trained = final(results["models"], arm).values()
-                    share = np.mean([m["histograms"][key][group] for m in trained], axis=0)
+                    models = final(results["models"], arm).values()
+                    share = np.mean([m["histograms"][key][group] for m in models], axis=0)
                     seen |= share > 1e-3
                     ax.stairs(share, edges, fill=True, color=colours[arm], alpha=0.22)
                     ax.stairs(share, edges, color=colours[arm], linewidth=1.3)

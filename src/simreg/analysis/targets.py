@@ -68,7 +68,12 @@ def _expand(name: str, series: bool) -> list[Target]:
     if (path / "config.yaml").is_file():
         found = _of_run(path, arm or _arm_of(path), series)
         if not found:
-            raise UserError(f"the run in {path} has neither a model nor checkpoints")
+            kept = not series and checkpoints.found(RunFolder(path).checkpoints)
+            advice = ", or look at the checkpoints that it has kept, with --series" if kept else ""
+            raise UserError(
+                f"the run in {path} has no trained model: finish it by the command that began it"
+                f"{advice}"
+            )
         return found
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(

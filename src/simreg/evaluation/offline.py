@@ -113,6 +113,8 @@ def load(
     two tasks, cloze items are left out where the text is too little for them.
     """
     documents, source = _from_text(text) if text else _from_runs(subjects, corpus)
+    if not documents:
+        raise UserError("--text: no text in it" if text else "the held-out documents have no text")
     count = limit or ITEMS
     tasks: list[Cloze | Bits] = []
     for name in names:

@@ -132,8 +132,9 @@ def redraw(
             raise UserError(f"none of the {len(cells)} runs of the study in {out} is finished yet")
         failures = {cell.folder: said for cell in cells if (said := _diverged(study, cell))}
         step_time = sizing.cached_step_times(study, any_machine=True)
-        with storage_errors(out):
-            plan.save(study, out / STUDY_FILE)
+        if not (out / STUDY_FILE).exists():
+            with storage_errors(out):
+                plan.save(study, out / STUDY_FILE)
         found = _write(study, step_time, command, failures)
     console.print(f"{len(finished)} of {len(cells)} runs are finished")
     _show(out, found, console)
