@@ -46,6 +46,14 @@ def test_a_row_for_each_study_that_has_both_arms(tmp_path):
     )
 
 
+def test_pairs_of_an_unfinished_study_that_have_not_run_are_left_out(tmp_path):
+    arms = {**BOTH, "later": PUSH}
+    losses = {"plain": {1: 4.0, 2: 4.0}, "push": {1: 3.5}}
+    record(tmp_path / "one", losses, arms, seeds=[1, 2])
+    (_, _, *rows), _ = cells("pairs one/results.json pairs=push:plain,later:plain", tmp_path)
+    assert rows == [["one", "push minus plain", "1 M", "−0.5000", "1", "1 of 1"]]
+
+
 def test_an_interval_below_zero_is_counted(tmp_path):
     losses = {"plain": {1: 4.5, 2: 4.5}, "push": {1: 4.25, 2: 4.25}}
     record(tmp_path, losses, BOTH)

@@ -31,6 +31,8 @@ def table(request: Request) -> str:
                     "that the same seed starts from other weights or sees other batches"
                 )
             found = final_difference(source.content, *pair)
+            if not found["n"] and not found["diverged"]:
+                continue  # of an unfinished study
             differences.append(found)
             rows.append(_row(source, pair, found))
     head = ["study", "arms", "tokens N", "difference (nats)", "seeds", "lower in"]
