@@ -1,6 +1,7 @@
 """Random problems: each backend against float64, with the naive loss in the same dtype beside it.
 
     python benchmarks/fuzz.py blockwise            # 2,000 problems, to benchmarks/results/
+    python benchmarks/fuzz.py summed               # the same for losses that are summed, on the CPU
     python benchmarks/fuzz.py triton               # on CUDA
     TRITON_INTERPRET=1 python benchmarks/fuzz.py triton    # on the CPU, with small tiles
 
@@ -129,7 +130,9 @@ def evaluate(problem: Problem, backend: str, dtype: torch.dtype, order: int = 0)
     dims = torch.arange(hidden.shape[-1], device=hidden.device)
     if order:
         dims = torch.randperm(len(dims), generator=torch.Generator().manual_seed(order)).to(dims)
-    loss, pos_cos, neg_cos, _ = per_token(hidden[..., dims], *options, -100, backend)
+    summed = backend == "summed"
+    kernel = "blockwise" if summed else backend
+    loss, pos_cos, neg_cos, _ = per_token(hidden[..., dims], *options, -100, kernel, summed=summed)
     (gradient,) = torch.autograd.grad((loss * weights.to(loss.dtype)).sum(), hidden)
     norm = problem.hidden.double().norm(dim=-1, keepdim=True).clamp_min(EPS)
     return [loss.detach(), pos_cos.detach(), neg_cos.detach(), gradient * norm]
@@ -171,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("backend", choices=("blockwise", "triton"))
+    parser.add_argument("backend", choices=("blockwise", "summed", "triton"))
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument(
@@ -224,11 +227,16 @@ def check_seed(seed: int, backend: str, tile: int, device: str) -> tuple[list[fl
     if tile == SMALL:
         if backend == "blockwise":
             blockwise.block = lambda device: tile
+        elif backend == "summed":  # rows that are short, or not
+            blockwise.block = lambda device: 4 * tile if seed % 4 > 1 else tile
         else:
             from simreg.kernels import triton
 
             triton.blocks = lambda dtype, device: small_blocks(seed)
     problem = random_problem(seed, tile, device)
+    if backend == "summed":
+        weights = problem.weights[:1, :1].expand_as(problem.weights)
+        problem = problem._replace(hidden=problem.hidden.float(), weights=weights)
     return error_ratios(problem, backend), str(problem)
 
 

@@ -87,7 +87,7 @@ def simreg_loss(
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     loss, _, _, valid = per_token(
         hidden, labels, segments, Form(temperature, variant, push, push_above), chunk_size,
-        ignore_index, backend,
+        ignore_index, backend, summed=reduction != "none",
     )  # fmt: skip
     if reduction == "none":
         return loss
@@ -175,6 +175,7 @@ class SimRegLoss(nn.Module):
             self.chunk_size,
             self.ignore_index,
             self.backend,
+            summed=True,
         )
         return weigh(self.weight, loss, pos_cos, neg_cos, valid, num_items)
 
@@ -249,10 +250,12 @@ def per_token(
     chunk_size: int | None,
     ignore_index: int,
     backend: str,
+    summed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checked arguments to ``(loss, pos_cos, neg_cos, valid)``, each in the shape of ``labels``.
 
-    The cosines are means over a token's positives and negatives, NaN where it has none.
+    The cosines are means over a token's positives and negatives, NaN where it has none. `summed`:
+    whether the losses will be.
     """
     check_options(form, chunk_size, backend)
     check_ignore_index(ignore_index)
@@ -279,7 +282,10 @@ def per_token(
         h, y = h.reshape(rows, chunk, h.shape[-1]), y.reshape(rows, chunk)
         g = None if g is None else g.reshape(rows, chunk)
     options = float(form.temperature), form.variant, float(form.push), float(form.push_above)
-    loss, pos_cos, neg_cos = op.loss(h, y, g, *options, backend)[:3]
+    if summed and op.gradient_comes_early(h, backend):
+        loss, pos_cos, neg_cos = op.summed(h, y, g, *options)[:3]
+    else:
+        loss, pos_cos, neg_cos = op.loss(h, y, g, *options, backend)[:3]
     if loss.shape != labels.shape:
         loss, pos_cos, neg_cos = (
             r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in (loss, pos_cos, neg_cos)

@@ -5,12 +5,13 @@ each serves its rows and its columns.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from simreg.kernels.order import Form, Order, describe, ends, losses, sort_tokens
-from simreg.kernels.pairs import Gaps, Running, Tile, block, gradient, through_norm, wide
+from simreg.kernels.order import Ends, Form, Order, describe, ends, losses, sort_tokens
+from simreg.kernels.pairs import Gaps, Running, Tile, block, fold, gradient, through_norm, wide
 from simreg.kernels.reference import EPS
 
 
@@ -20,12 +21,12 @@ def tiles(order: Order, size: int, masks: torch.dtype = torch.bool) -> Iterator[
     A tile has size² pairs at most: several short rows share one. `masks`: bool, or floating.
     """
     length = order.valid.shape[1]
-    counts = order.valid.sum(1).tolist()
     if masks != torch.bool:
         order = order._replace(segment=order.segment.to(masks), label=order.label.to(masks))
     if length <= size:
-        yield from _short(order, size, counts, masks)
+        yield from _short(order, size, masks)
         return
+    counts = order.valid.sum(1).tolist()
     begins = order.segment == torch.arange(length, device=order.segment.device)
     for b, end in enumerate(counts):
         starts = begins[b, :end].nonzero()[:, 0].tolist()
@@ -42,17 +43,23 @@ def tiles(order: Order, size: int, masks: torch.dtype = torch.bool) -> Iterator[
                 yield _tile(order, slice(b, b + 1), rows, spans[j], masked, positives, masks)
 
 
-def _short(order: Order, size: int, counts: list[int], masks: torch.dtype) -> Iterator[Tile]:
-    last = max(counts, default=0)
-    # Of a quarter of the size, lest half of the pairs in a tile on the diagonal come twice.
-    side = max(1, min(last, size // 4))
+def _short(order: Order, size: int, masks: torch.dtype) -> Iterator[Tile]:
+    last = 1 + max(order.valid.any(0).nonzero()[:, 0].tolist(), default=-1)
+    side, group = _shape(last, size)
     masked = bool((order.segment[:, :last] > 0).any())  # several segments, or ignored tokens
-    group, spans = size**2 // side**2, _spans([last], side)
-    for start in range(0, len(counts), group):
+    spans = _spans([last], side)
+    for start in range(0, len(order.valid), group):
         batch = slice(start, start + group)
         for i, rows in enumerate(spans):
             for cols in spans[i:]:
                 yield _tile(order, batch, rows, cols, masked, True, masks)
+
+
+def _shape(length: int, size: int) -> tuple[int, int]:
+    """Tokens on a side of a tile of short rows, and how many rows share it."""
+    # Of a quarter of the size, lest half of the pairs in a tile on the diagonal come twice.
+    side = max(1, min(length, size // 4))
+    return side, size**2 // side**2
 
 
 def _spans(stops: list[int], size: int) -> list[slice]:
@@ -104,48 +111,90 @@ def _flat(index: Tensor) -> Tensor:
     return (index + length * torch.arange(batch, device=index.device)[:, None]).flatten()
 
 
-def _embed(hidden: Tensor, order: Order) -> tuple[Tensor, Tensor]:
-    """Sorted unit embeddings ``[B, L, d]`` (0 where ignored) and norms ``[B, L]``."""
-    h = hidden.flatten(0, 1).index_select(0, _flat(order.position)).view_as(hidden)
-    h = h.to(wide(h.dtype))
-    ignored = (~order.valid).flatten().nonzero()[:, 0]  # few: to mask all would take far longer
-    h.flatten(0, 1).index_fill_(0, ignored, 0)
-    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    return h.div_(norm.clamp_min(EPS)), norm[..., 0]
+class Rows(NamedTuple):
+    """Tokens in the order in which `tiles` takes them."""
 
+    order: Order
+    moved: bool  # whether that is not the order of the row
+    e: Tensor  # [B, L, d], unit embeddings, 0 where ignored
+    norm: Tensor  # [B, L], of the hidden states
 
-def _similarity(e: Tensor, tile: Tile, temperature: float) -> Tensor:
-    left, right = e[tile.batch, tile.rows], e[tile.batch, tile.cols]
-    return torch.bmm(left, right.mT).mul_(1 / temperature)
+    @staticmethod
+    def of(hidden: Tensor, order: Order) -> "Rows":
+        """Sorted, unless rows are short: then no tile can be left out, but of ignored tokens."""
+        length, few = order.valid.shape[1], int(order.valid.sum(1).amax())
+        moved = length > block(hidden.device) or 4 * few < 3 * length
+        h = hidden.contiguous()
+        if moved:
+            h = h.flatten(0, 1).index_select(0, _flat(order.position)).view_as(hidden)
+        else:
+            order = order.in_rows()
+        h = h.to(wide(h.dtype))
+        ignored = ~order.valid
+        norm = torch.linalg.vector_norm(h, dim=-1).masked_fill_(ignored, 0)
+        scale = norm.clamp_min(EPS)[..., None]
+        e = h / scale if h is hidden else h.div_(scale)
+        # Few: to mask all embeddings would take far longer.
+        e.flatten(0, 1).index_fill_(0, ignored.flatten().nonzero()[:, 0], 0)
+        return Rows(order, moved, e, norm)
 
+    def split(self, rows: int) -> list["Rows"]:
+        """So many at a time."""
+        spans = [slice(start, start + rows) for start in range(0, len(self.e), rows)]
+        orders = (Order(*(value[span] for value in self.order)) for span in spans)
+        return [
+            Rows(order, self.moved, self.e[span], self.norm[span])
+            for order, span in zip(orders, spans, strict=True)
+        ]
 
-def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    # A strided result torch would take matrix by matrix.
-    if into.is_contiguous():
-        into.baddbmm_(left, right)
-    else:
-        into.add_(torch.bmm(left, right))
+    def tiles(self, form: Form, *values: Tensor) -> Iterator[Tile]:
+        """Of all of them; `values` are, like norms, 0 times which must be 0."""
+        return tiles(self.order, block(self.e.device), _masks(form, self.norm, *values))
+
+    def similarities(self, tile: Tile, form: Form) -> Tensor:
+        """``[B', rows, cols]``."""
+        left, right = self.e[tile.batch, tile.rows], self.e[tile.batch, tile.cols]
+        # Not as the alpha of a product, which MKL multiplies into a factor: that rounds once more.
+        return torch.bmm(left, right.mT).mul_(1 / form.temperature)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Of each token ``[B, L, d]``, in the order of the row."""
+        if not self.moved:
+            return values
+        place = torch.arange(values.shape[1], device=values.device)
+        back = self.order.unsort(place.expand_as(self.order.position))
+        return values.flatten(0, 1).index_select(0, _flat(back)).view_as(values)
 
 
 def forward(
     hidden: Tensor, labels: Tensor, segments: Tensor | None, form: Form
 ) -> tuple[Tensor, ...]:
     """Per-token loss and mean cosines ``[B, L]``, and what `backward` needs (see `op.loss`)."""
-    order = describe(sort_tokens(labels, segments), labels, segments)
-    e, norm = _embed(hidden, order)
-    running, masks = Running(norm, form), _masks(form, norm)
-    for tile in tiles(order, block(hidden.device), masks):
-        running.add(_similarity(e, tile, form.temperature), tile)
-    sums = running.sums()
-    if form.variant == "decoupled":
-        gaps = Gaps(sums.lse)
-        for tile in tiles(order, block(hidden.device), masks):
-            if tile.positive is None:
-                continue
-            gaps.add(_similarity(e, tile, form.temperature), tile)
-        sums = sums._replace(softplus=gaps.softplus, slope=gaps.slope)
-    *results, statistic = losses(sums, order, norm, form)
-    return (*map(order.unsort, results), order.position, norm, sums.lse, statistic)
+    index = sort_tokens(labels, segments)
+    rows = Rows.of(hidden, describe(index, labels, segments))
+    *results, lse, statistic = _losses(rows, form)
+    return (*map(rows.order.unsort, results), index, rows.norm, lse, statistic)
+
+
+def forward_and_gradient(
+    hidden: Tensor, labels: Tensor, segments: Tensor | None, form: Form
+) -> tuple[Tensor, ...]:
+    """As `forward`, and last d(Σ loss)/dhidden ``[B, L, d]``, in less time than `backward` later.
+
+    Tiles of short rows are computed once, others twice.
+    """
+    size, length = block(hidden.device), hidden.shape[1]
+    index = sort_tokens(labels, segments)
+    rows = Rows.of(hidden, describe(index, labels, segments))
+    if length <= size // 2 and form.bounded and form.variant != "decoupled":
+        parts = rows.split(_shape(length, size)[1])
+        found = [_losses_and_gradient(part, form) for part in parts]
+        *results, lse, statistic, gradient_h = map(torch.cat, zip(*found, strict=True))
+    else:
+        *results, lse, statistic = _losses(rows, form)
+        gradient_h = _gradient(torch.ones_like(lse), rows, lse, statistic, form)
+    results = [*map(rows.order.unsort, results), index, rows.norm, lse, statistic]
+    return (*results, rows.restore(gradient_h))
 
 
 def backward(
@@ -157,17 +206,76 @@ def backward(
     form: Form,
 ) -> Tensor:
     """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
-    index, norm, lse, statistic = saved
-    order = describe(index, labels, segments)
-    e, _ = _embed(hidden, order)
-    both = ends(grad, order, lse, statistic, form)
-    grad_e = torch.zeros_like(e)
-    for tile in tiles(order, block(hidden.device), _masks(form, norm, grad)):
-        g = gradient(_similarity(e, tile, form.temperature), tile, both, both, form)
-        _add_product(grad_e[tile.batch, tile.rows], g, e[tile.batch, tile.cols])
-        if tile.rows != tile.cols:
-            _add_product(grad_e[tile.batch, tile.cols], g.mT, e[tile.batch, tile.rows])
-    grad_h = through_norm(grad_e, e, norm[..., None])
-    back = order.unsort(torch.arange(index.shape[1], device=index.device).expand_as(index))
-    sorted_grad = grad_h.to(hidden.dtype).flatten(0, 1)
-    return sorted_grad.index_select(0, _flat(back)).view_as(hidden)
+    index, _, lse, statistic = saved
+    rows = Rows.of(hidden, describe(index, labels, segments))
+    return rows.restore(_gradient(grad, rows, lse, statistic, form).to(hidden.dtype))
+
+
+def _losses(rows: Rows, form: Form) -> tuple[Tensor, ...]:
+    """Loss, mean cosines, logsumexp and statistic ``[B, L]``, in the order of the rows."""
+    running = Running(rows.norm, form)
+    for tile in rows.tiles(form):
+        running.add(rows.similarities(tile, form), tile)
+    sums = running.sums()
+    if form.variant == "decoupled":
+        gaps = Gaps(sums.lse)
+        for tile in rows.tiles(form):
+            if tile.positive is None:
+                continue
+            gaps.add(rows.similarities(tile, form), tile)
+        sums = sums._replace(softplus=gaps.softplus, slope=gaps.slope)
+    *results, statistic = losses(sums, rows.order, rows.norm, form)
+    return (*results, sums.lse, statistic)
+
+
+def _gradient(grad: Tensor, rows: Rows, lse: Tensor, statistic: Tensor, form: Form) -> Tensor:
+    """dL/dh ``[B, L, d]`` in the order of the rows, from dL/dloss in that of the input."""
+    pulled = _Pulled(rows, ends(grad, rows.order, lse, statistic, form), form)
+    for tile in rows.tiles(form, grad):
+        pulled.add(rows.similarities(tile, form), tile)
+    return pulled.by_hidden()
+
+
+def _losses_and_gradient(rows: Rows, form: Form) -> tuple[Tensor, ...]:
+    """Both, of Σ loss, of few rows: all that is known of their pairs is kept in between."""
+    running, seen = Running(rows.norm, form), []
+    for tile in rows.tiles(form):
+        s = rows.similarities(tile, form)
+        seen.append((s, tile, running.add(s, tile)))
+    sums = running.sums()
+    *results, statistic = losses(sums, rows.order, rows.norm, form)
+    ones = torch.ones_like(sums.lse)
+    pulled = _Pulled(rows, ends(ones, rows.order, sums.lse, statistic, form), form)
+    for s, tile, exponential in seen:
+        pulled.add(s, tile, exponential)
+    return (*results, sums.lse, statistic, pulled.by_hidden())
+
+
+class _Pulled:
+    """G·E, tile by tile."""
+
+    def __init__(self, rows: Rows, both: Ends, form: Form) -> None:
+        self.rows, self.form = rows, form
+        self.both = fold(both, form).stack()
+        self.sum = torch.zeros_like(rows.e)
+
+    def add(self, s: Tensor, tile: Tile, exponential: Tensor | None = None) -> None:
+        """As `gradient`."""
+        left = Ends(*self.both[:, tile.batch, tile.rows, None].unbind())
+        right = Ends(*self.both[:, tile.batch, None, tile.cols].unbind())
+        g = gradient(s, tile, left, right, self.form, exponential)
+        self._product(tile.batch, tile.rows, g, tile.cols)
+        if tile.symmetric:
+            self._product(tile.batch, tile.cols, g.mT, tile.rows)
+
+    def _product(self, batch: slice, to: slice, g: Tensor, of: slice) -> None:
+        into, e = self.sum[batch, to], self.rows.e[batch, of]
+        # A strided result torch would take matrix by matrix.
+        if into.is_contiguous():
+            into.baddbmm_(g, e)
+        else:
+            into.add_(torch.bmm(g, e))
+
+    def by_hidden(self) -> Tensor:
+        """dL/dh, in the memory of the sum."""
+        return through_norm(self.sum, self.rows.e, self.rows.norm[..., None])

@@ -158,3 +158,85 @@ def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
 
 loss.register_autograd(_backward, setup_context=_save)
 loss_backward.register_autograd(_refuse)
+
+
+def gradient_comes_early(hidden: Tensor, backend: str) -> bool:
+    """Whether `summed` is for these: on the CPU, where its gradient is needed."""
+    fits = hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64)
+    return (
+        fits
+        and backend in ("auto", "blockwise")
+        and hidden.requires_grad
+        and torch.is_grad_enabled()
+    )
+
+
+@torch.library.custom_op("simreg::summed", mutates_args=())
+def summed(
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    temperature: float,
+    variant: str,
+    push: float,
+    push_above: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `loss`, for losses that are summed: "blockwise", whose gradient is computed at once.
+
+    The last is d(Σ loss)/dhidden, float32 or float64: what `backward` needs but for a factor if
+    dL/dloss is the same of all tokens. If it is not, the result is the same, but takes longer.
+    """
+    log.debug("backend blockwise (%s) for %s", choose(hidden, "auto")[1], list(hidden.shape))
+    with plainly(hidden):
+        form = Form(temperature, variant, push, push_above)
+        results = blockwise.forward_and_gradient(hidden, labels, segments, form)
+    return results  # type: ignore[return-value]
+
+
+@summed.register_fake
+def _(hidden, labels, segments, *options):  # type: ignore[no-untyped-def]
+    loss, pos_cos, neg_cos, norm, lse, statistic = (
+        hidden.new_empty(labels.shape) for _ in range(6)
+    )
+    index = labels.new_empty(labels.shape)
+    return loss, pos_cos, neg_cos, index, norm, lse, statistic, hidden.new_empty(hidden.shape)
+
+
+@torch.library.custom_op("simreg::summed_backward", mutates_args=())
+def summed_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    index: Tensor,
+    norm: Tensor,
+    lse: Tensor,
+    statistic: Tensor,
+    gradient: Tensor,
+    temperature: float,
+    variant: str,
+    push: float,
+    push_above: float,
+) -> Tensor:
+    """As `loss_backward`; `gradient` is the last result of `summed`."""
+    with plainly(hidden):
+        factors = grad[labels >= 0]
+        if bool((factors == factors[:1]).all()):
+            return gradient * factors[0] if len(factors) else torch.zeros_like(hidden)
+        form = Form(temperature, variant, push, push_above)
+        saved = (index, norm, lse, statistic)
+        return blockwise.backward(grad, hidden, labels, segments, saved, form)
+
+
+summed_backward.register_fake(lambda grad, hidden, *rest: hidden.new_empty(hidden.shape))
+
+
+def _summed_backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 7
+    gradient = summed_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (gradient, *(None,) * 6)
+
+
+summed.register_autograd(_summed_backward, setup_context=_save)
+summed_backward.register_autograd(_refuse)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Order(NamedTuple):
-    """A row's tokens sorted by (ignored, segment, label); all ``[B, L]``, in sorted order."""
+    """A row's tokens sorted by (ignored, segment, label); all ``[B, L]``, in that order."""
 
     position: Tensor  # in the unsorted row
     valid: Tensor
@@ -27,6 +27,11 @@ class Order(NamedTuple):
     def candidates(self) -> Tensor:
         """|A(i)|."""
         return self.positives + self.negatives
+
+    def in_rows(self) -> "Order":
+        """The same of the tokens in the order of the row."""
+        place = torch.arange(self.position.shape[1], device=self.position.device)
+        return Order(place.expand_as(self.position), *map(self.unsort, self[1:]))
 
     def unsort(self, values: Tensor) -> Tensor:
         """Sorted per-token values ``[B, L]`` at their tokens' positions in the row."""

@@ -58,7 +58,7 @@ class Tile:
     def add(self, into: Tensor, pairs: Tensor) -> None:
         """Sum a value of each pair for the tokens ``[B, L]`` that the tile serves."""
         for span, dim in self.sides():
-            into[self.batch, span] += pairs.sum(dim)
+            into[self.batch, span].add_(pairs.sum(dim))
 
 
 def block(device: torch.device) -> int:
@@ -113,13 +113,19 @@ class Running:
         self.positive, self.negative = torch.zeros_like(like), torch.zeros_like(like)
         self.denominator, self.numerator = _Exponentials(like, form), _Exponentials(like, form)
 
-    def add(self, s: Tensor, tile: Tile) -> None:
-        """Add similarities ``[B', rows, cols]``, which are changed."""
+    def add(self, s: Tensor, tile: Tile) -> Tensor | None:
+        """Add similarities ``[B', rows, cols]``, which are changed: to max(0, s − edge).
+
+        Returns exp(s − 1/τ), 0 where no candidate is, if the form is `bounded`. What `gradient`
+        asks for, with a push: else similarities are as before, but −∞ where no candidate is.
+        """
         if tile.diagonal:
             s.diagonal(dim1=-2, dim2=-1).fill_(0)
-        tile.add(self.negative, _only(s, tile.negative))
-        if tile.positive is not None:
-            tile.add(self.positive, _only(s, tile.positive))
+        negative, positive = _parts(s, tile)
+        tile.add(self.negative, negative)
+        if positive is not None:
+            tile.add(self.positive, positive)
+        del negative, positive
         tile.exclude(s)
         e = tile.within(_exponential(s, self.form)) if self.form.bounded else None
         decoupled = self.form.variant == "decoupled"
@@ -128,6 +134,7 @@ class Running:
             self.numerator.add(tile, s, e, tile.positive)
         if self.excess is not None:
             tile.add(self.excess, tile.within(s.sub_(self.form.edge).relu_()))
+        return e
 
     def sums(self) -> Sums:
         """What was added; "decoupled" lacks what `Gaps` sums."""
@@ -153,8 +160,19 @@ class Gaps:
         """As `Running.add`, of a tile that has positives."""
         for span, dim in tile.sides():
             gap = self.lse[tile.batch, span].unsqueeze(dim) - s
-            self.softplus[tile.batch, span] -= _only(F.logsigmoid(-gap), tile.positive).sum(dim)
-            self.slope[tile.batch, span] += _only(gap.sigmoid_(), tile.positive).sum(dim)
+            softplus = _only(F.logsigmoid(-gap), tile.positive).sum(dim)
+            self.softplus[tile.batch, span].sub_(softplus)
+            self.slope[tile.batch, span].add_(_only(gap.sigmoid_(), tile.positive).sum(dim))
+
+
+def _parts(s: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """Similarities of negatives and of positives, 0 elsewhere."""
+    if tile.positive is None:
+        return _only(s, tile.inside), None
+    positive = _only(s, tile.positive)
+    if tile.floating:
+        return tile.within(s - positive), positive
+    return _only(s, tile.negative), positive
 
 
 def _only(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -172,56 +190,79 @@ def _add_only(into: Tensor, values: Tensor, mask: Tensor, sign: int = 1) -> None
         into.addcmul_(values, mask, value=sign)
 
 
-def gradient(s: Tensor, tile: Tile, rows: Ends, cols: Ends, form: Form) -> Tensor:
+def fold(ends: Ends, form: Form) -> Ends:
+    """Ends for `gradient`: where the form is `bounded` weights are those of exp(s − 1/τ)."""
+    if not form.bounded:
+        return ends
+
+    def weight(lse: Tensor, of: Tensor) -> Tensor:
+        return _finite(lse).neg_().add_(form.largest).exp_().mul_(of)
+
+    pull = weight(ends.numerator, ends.pull) if form.variant == "in" else ends.pull
+    return ends._replace(softmax=weight(ends.lse, ends.softmax), pull=pull)
+
+
+def gradient(
+    s: Tensor, tile: Tile, left: Ends, right: Ends, form: Form, e: Tensor | None = None
+) -> Tensor:
     """G = D + Dᵀ of design §2: the derivative by s_ij, through both of its ends.
 
     Args:
         s: ``[B', rows, cols]``, which is changed.
         tile: which pairs count.
-        rows, cols: ends of all tokens on each side, from which the tile takes its own.
+        left, right: from `fold`, of the tokens of the rows, ``[B', rows, 1]``, and of the columns,
+            ``[B', 1, cols]``.
         form: which loss.
+        e: if `Running.add` has seen the tile, what it returned; s as it left it. Only for dL/dloss
+            that is the same of all tokens, and not for "decoupled".
     """
-    left, right = (
-        ends.map(lambda value: value[tile.batch, span].unsqueeze(dim))  # noqa: B023
-        for ends, span, dim in ((rows, tile.rows, -1), (cols, tile.cols, -2))
-    )
-    tile.exclude(s)
-    e = tile.within(_exponential(s, form)) if form.bounded else None
-    g = _softmax(s, e, form, (left.lse, left.softmax), (right.lse, right.softmax))
+    seen = e is not None
+
+    def both(one: Tensor, other: Tensor) -> Tensor:
+        return 2 * one if seen else one + other  # of pairs that count, then the same
+
+    if not seen:
+        tile.exclude(s)
+        e = tile.within(_exponential(s, form)) if form.bounded else None
+    if e is None:
+        g = _softmax(s, (left.lse, left.softmax), (right.lse, right.softmax))
+    else:
+        g = (left.softmax + right.softmax).mul_(e)
     if tile.positive is not None:
         if form.variant == "decoupled":
             g = _only(g, tile.negative)
-        _add_only(g, _pull(s, e, form, left, right), tile.positive, -1)
+        if form.variant == "out":
+            pull = both(left.pull, right.pull)
+        else:
+            pull = _pull(s, e, form, left, right)
+        _add_only(g, pull, tile.positive, -1)
     if left.hinge is not None and right.hinge is not None:
         e = None  # its memory is that of the next
-        beyond = tile.within(s.gt_(form.edge)) if tile.floating else s > form.edge
-        _add_only(g, left.hinge + right.hinge, beyond)
+        edge = 0.0 if seen else form.edge
+        beyond = tile.within(s.gt_(edge)) if tile.floating else s > edge
+        _add_only(g, both(left.hinge, right.hinge), beyond)
     return g
 
 
 def _pull(s: Tensor, e: Tensor | None, form: Form, left: Ends, right: Ends) -> Tensor:
-    if form.variant == "out":
-        return left.pull + right.pull
     if form.variant == "in":
-        return _softmax(s, e, form, (left.numerator, left.pull), (right.numerator, right.pull))
+        if e is not None:
+            return (left.pull + right.pull).mul_(e)
+        return _softmax(s, (left.numerator, left.pull), (right.numerator, right.pull))
     lowest = torch.finfo(s.dtype).min  # −∞ without negatives; on the diagonal s is −∞ too
     pull = (left.lse.clamp_min(lowest) - s).sigmoid_().mul_(left.pull)
     return pull.addcmul_((right.lse.clamp_min(lowest) - s).sigmoid_(), right.pull)
 
 
-def _softmax(s: Tensor, e: Tensor | None, form: Form, *ends: tuple[Tensor, Tensor]) -> Tensor:
+def _softmax(s: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
     """Σ over both ends (lse, weight) of weight · exp(s − lse), 0 where s is −∞."""
-    # Where there is no pair to sum over the weight is 0, and lse −∞.
-    (left, of_left), (right, of_right) = (
-        (lse.masked_fill(lse == -torch.inf, 0), weight) for lse, weight in ends
-    )
-    if e is None:
-        return ((s - left).exp_().mul_(of_left)).addcmul_((s - right).exp_(), of_right)
-    of_left, of_right = (
-        (form.largest - left).exp_() * of_left,
-        (form.largest - right).exp_() * of_right,
-    )
-    return (of_left + of_right).mul_(e)
+    total = (s - _finite(left[0])).exp_().mul_(left[1])
+    return total.addcmul_((s - _finite(right[0])).exp_(), right[1])
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Where there is no pair to sum over it is −∞, and the weight 0."""
+    return lse.masked_fill(lse == -torch.inf, 0)
 
 
 def through_norm(grad_e: Tensor, e: Tensor, norm: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simreg.kernels.op import no_triton
 from simreg.kernels.order import Ends, Form, Order, Sums, losses
-from simreg.kernels.pairs import Gaps, Running, Tile, gradient, through_norm, wide
+from simreg.kernels.pairs import Gaps, Running, Tile, fold, gradient, through_norm, wide
 from simreg.kernels.reference import EPS
 
 if TYPE_CHECKING:
@@ -209,7 +209,9 @@ class Plain:
         """G·E of a tile, ``[1, r, d]``; `ends` of the rows, the piece has its own."""
         assert cols.ends is not None
         s, tile = self._similarities(cols, pair)
-        g = gradient(s, tile, ends, cols.ends, self.form)
+        left = ends.map(lambda value: value[tile.batch, tile.rows, None])
+        right = cols.ends.map(lambda value: value[tile.batch, None, tile.cols])
+        g = gradient(s, tile, fold(left, self.form), fold(right, self.form), self.form)
         theirs, scale = cols.take(pair), cols.inverse[tile.batch, tile.cols, None]
         if mixed(theirs):
             return product(g.mul_(scale.mT).to(theirs.dtype), theirs)

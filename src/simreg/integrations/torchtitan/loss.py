@@ -213,7 +213,7 @@ def _simreg(
         hidden = hidden.detach()
     options = simreg.form, simreg.chunk_size, simreg.ignore_index
     if tp is None and cp is None:
-        found = per_token(hidden, labels, rows.documents, *options, simreg.backend)
+        found = per_token(hidden, labels, rows.documents, *options, simreg.backend, summed=True)
     else:  # the ranks of tp hold the same tokens and share the work
         found = parallel.per_token(hidden, labels, rows.documents, rows.places, *options, cp, tp)
     loss, pos_cos, neg_cos, valid = found[:4]
