@@ -100,6 +100,13 @@ def test_what_arrives_at_ignored_tokens_counts_for_nothing(monkeypatch, weight):
     assert torch.equal(leaf.grad, expected)
 
 
+def test_without_labels_there_is_no_gradient():
+    hidden, labels, _ = problem(2, 12, 5, 4)
+    value, grad = gradient(hidden, torch.full_like(labels, -100), push=2.0)
+    assert value == 0
+    assert torch.equal(grad, torch.zeros_like(hidden))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("length", [8, 12, 40])
 def test_a_bad_token_leaves_other_rows_as_they_are(length, bad):
