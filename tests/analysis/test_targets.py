@@ -30,6 +30,19 @@ def test_runs_that_a_study_no_longer_plans_are_left_out(study, tmp_path, capsys)
     said = capsys.readouterr().err
     assert said.count("is not in the plan of its study: left out") == 5
     assert "dropped/1/seed-1 is not" in said
+    assert "not begun" not in said
+
+
+def test_runs_that_a_study_lacks_are_named(study, tmp_path, capsys):
+    copy = tmp_path / "study"
+    shutil.copytree(study, copy)
+    shutil.rmtree(copy / "simreg" / "1" / "seed-2")
+    plan = json.loads((copy / "study.yaml").read_text())
+    (copy / "study.yaml").write_text(json.dumps({**plan, "seeds": [1, 2, 3, 4]}))
+    assert len(targets.find([str(copy)], series=False)) == 5
+    said = capsys.readouterr().err
+    missing = "baseline/1/seed-4, simreg/1/seed-2, simreg/1/seed-4"
+    assert f"3 of the 8 runs planned in {copy} have not begun: {missing}\n" in said
 
 
 def test_a_run_with_its_checkpoints_in_order(study):

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from simreg.recipe import checkpoints, config, hub
 from simreg.recipe.config import RunConfig
@@ -87,17 +86,17 @@ def _expand(name: str, series: bool) -> list[Target]:
 def _planned(study: Path) -> list[Path]:
     """The folders of its runs at the full budget, without those that its plan no longer has."""
     plan = config.read_yaml(study / STUDY_FILE)
-    folders = sorted(file.parent for file in study.glob("*/1/seed-*/config.yaml"))
-    found = [folder for folder in folders if _is_planned(folder, plan)]
-    for folder in folders:
-        if folder not in found:
-            warn(f"{folder} is not in the plan of its study: left out")
-    return found
-
-
-def _is_planned(run: Path, plan: dict[str, Any]) -> bool:
     seeds = [f"seed-{seed}" for seed in plan.get("seeds") or []]
-    return run.parents[1].name in (plan.get("arms") or {}) and run.name in seeds
+    planned = [study / arm / "1" / seed for arm in plan.get("arms") or {} for seed in seeds]
+    folders = sorted(file.parent for file in study.glob("*/1/seed-*/config.yaml"))
+    for folder in folders:
+        if folder not in planned:
+            warn(f"{folder} is not in the plan of its study: left out")
+    missing = [str(folder.relative_to(study)) for folder in planned if folder not in folders]
+    if missing:
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        warn(f"{len(missing)} of the {len(planned)} runs planned in {study} have not begun: {few}")
+    return [folder for folder in folders if folder in planned]
 
 
 def _of_run(path: Path, arm: str, series: bool) -> list[Target]:
