@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.backend == "summed" and device != "cpu":
+        parser.error("summed: on the CPU only")
     tile = SMALL if device == "cpu" else 128
     seeds = range(options.first, options.first + options.count)
 

@@ -1,6 +1,7 @@
 """The SimReg loss: the function, the module, and the checks on what they are given."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 
 import torch
@@ -283,9 +284,10 @@ def per_token(
         g = None if g is None else g.reshape(rows, chunk)
     options = float(form.temperature), form.variant, float(form.push), float(form.push_above)
     if summed and op.gradient_comes_early(h, backend):
-        loss, pos_cos, neg_cos = op.summed(h, y, g, *options)[:3]
+        compute: Callable[..., tuple[Tensor, ...]] = op.summed
     else:
-        loss, pos_cos, neg_cos = op.loss(h, y, g, *options, backend)[:3]
+        compute = op.loss
+    loss, pos_cos, neg_cos = compute(h, y, g, *options, backend)[:3]
     if loss.shape != labels.shape:
         loss, pos_cos, neg_cos = (
             r.reshape(batch, -1)[:, :length].reshape(labels.shape) for r in (loss, pos_cos, neg_cos)

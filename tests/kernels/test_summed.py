@@ -1,13 +1,17 @@
 """Losses that are summed, whose gradient on the CPU comes with them."""
 
+import logging
+
 import pytest
 import torch
 from hypothesis import given, settings
 from torch.utils.checkpoint import checkpoint
 
-from simreg import SimRegLoss, simreg_loss
+from simreg import SimRegLoss, explain, simreg_loss
 from simreg.kernels import blockwise, op
+from simreg.kernels.order import Form
 from tests.kernels.problems import each_variant, problem, small_tiles
+from tests.peak import Peak
 from tests.test_loss import problems
 from tests.truth import brute_force
 
@@ -80,7 +84,7 @@ def test_any_other_weights_are_right_too(variant, length):
     grads = []
     with small_tiles("blockwise"):
         for results in (
-            lambda h: op.summed(h, labels, ids, *options),
+            lambda h: op.summed(h, labels, ids, *options, "auto"),
             lambda h: op.loss(h, labels, ids, *options, "reference"),
         ):
             leaf = hidden.clone().requires_grad_()
@@ -95,16 +99,44 @@ def test_what_arrives_at_ignored_tokens_counts_for_nothing(monkeypatch, weight):
     monkeypatch.setattr(blockwise, "backward", refuse)
     expected = gradient(hidden, labels)[1]
     leaf = hidden.clone().requires_grad_()
-    loss = op.summed(leaf, labels, None, 0.1, "out", 0.0, 0.5)[0]
+    loss = op.summed(leaf, labels, None, 0.1, "out", 0.0, 0.5, "auto")[0]
     loss.backward(torch.full_like(loss, FACTOR).masked_fill(labels < 0, weight))
     assert torch.equal(leaf.grad, expected)
 
 
 def test_without_labels_there_is_no_gradient():
     hidden, labels, _ = problem(2, 12, 5, 4)
-    value, grad = gradient(hidden, torch.full_like(labels, -100), push=2.0)
-    assert value == 0
-    assert torch.equal(grad, torch.zeros_like(hidden))
+    ignored, turned = torch.full_like(labels, -100), hidden.mT.contiguous().mT
+    for states in (hidden, turned):
+        value, grad = gradient(states, ignored, push=2.0)
+        assert value == 0
+        assert torch.equal(grad, torch.zeros_like(hidden))
+    results = op.summed(turned, ignored, None, 0.1, "out", 2.0, 0.5, "auto")
+    backward = (torch.ones(2, 12).double(), turned, ignored, None, *results[3:])
+    options = (0.1, "out", 2.0, 0.5, "auto")
+    torch.library.opcheck(op.summed_backward, (*backward, *options))
+    assert op.summed(hidden[:0], labels[:0], None, *options)[0].shape == (0, 12)
+    assert op.loss(hidden[:0], labels[:0], None, *options)[0].shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "moved"),
+    [
+        (slice(0, 0), False),
+        (slice(15, 16), False),
+        (slice(9, 16), False),  # padding
+        (slice(3, 4), False),
+        (slice(3, 5), True),
+        (slice(0, 16), False),
+    ],
+)
+def test_short_rows_are_sorted_only_for_ignored_tokens_among_others(ignored, moved):
+    labels = torch.arange(16).expand(2, 16) % 3
+    labels = labels.masked_fill(torch.isin(torch.arange(16), torch.arange(16)[ignored]), -1)
+    order = blockwise.describe(blockwise.sort_tokens(labels, None), labels, None)
+    with small_tiles("blockwise"):
+        assert blockwise.Rows.of(torch.randn(2, 16, 4), order).moved == moved
+        assert blockwise.Rows.of(torch.randn(2, 16, 4).double(), order).moved == moved
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -174,6 +206,24 @@ def test_tiles_of_short_rows_are_computed_once(monkeypatch, length, variant, tem
     assert len(products) == times * one_pass
 
 
+def test_gradients_of_many_short_rows_are_not_copied():
+    hidden, labels, _ = problem(300, 8, 64, 5, dtype=torch.float32)
+    with small_tiles("blockwise"), Peak(hidden, labels) as memory:
+        blockwise.forward_and_gradient(hidden, labels, None, Form(0.1, "out", 2.0))
+    # Embeddings, their gradient, what is known of tokens and of the pairs of 16 rows
+    assert memory.peak <= 2 * hidden.nbytes + 400 * labels.numel() + 16 * 8 * 8 * 4 * 10
+
+
+def test_the_log_says_what_explain_says(caplog):
+    hidden, labels, _ = problem(1, 9, 4, 3)
+    hidden.requires_grad_()
+    for backend in ("auto", "blockwise"):
+        with caplog.at_level(logging.DEBUG, "simreg"):
+            simreg_loss(hidden, labels, backend=backend)
+        name, why = explain(hidden, backend=backend).split(": ", 1)
+        assert f"backend {name} ({why}) for [1, 9, 4]" in caplog.text
+
+
 def test_storage_saved_for_backward():
     hidden, labels, ids = problem(2, 48, 64, 30, 2, dtype=torch.float32)
     saved: dict[int, int] = {}
@@ -199,7 +249,7 @@ def test_custom_op_is_well_formed(variant):
     labels = (torch.arange(20).expand(2, 20) % 3).contiguous()
     ids = (torch.arange(20).expand(2, 20) // 10).contiguous()
     for segments in (None, ids):
-        options = (0.1, variant, 3.0, 0.5)
+        options = (0.1, variant, 3.0, 0.5, "auto")
         torch.library.opcheck(op.summed, (hidden, labels, segments, *options))
         saved = [value.detach() for value in op.summed(hidden, labels, segments, *options)[3:]]
         for grad in (torch.randn(2, 20), torch.ones(2, 20)):

@@ -1,7 +1,7 @@
 """The loss in tiles of the similarity matrix with a closed-form gradient: O(block² + L·d) memory.
 
-Tokens are sorted (`order`). S is symmetric: only tiles on and above the diagonal are computed, and
-each serves its rows and its columns.
+Tokens are sorted (`order`), unless rows are short. S is symmetric: only tiles on and above the
+diagonal are computed, and each serves its rows and its columns.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def tiles(order: Order, size: int, masks: torch.dtype = torch.bool) -> Iterator[
 
 
 def _short(order: Order, size: int, masks: torch.dtype) -> Iterator[Tile]:
-    last = 1 + max(order.valid.any(0).nonzero()[:, 0].tolist(), default=-1)
+    last = _end(order.valid)
     side, group = _shape(last, size)
     masked = bool((order.segment[:, :last] > 0).any())  # several segments, or ignored tokens
     spans = _spans([last], side)
@@ -53,6 +53,11 @@ def _short(order: Order, size: int, masks: torch.dtype) -> Iterator[Tile]:
         for i, rows in enumerate(spans):
             for cols in spans[i:]:
                 yield _tile(order, batch, rows, cols, masked, True, masks)
+
+
+def _end(valid: Tensor) -> int:
+    """Of the longest row, but for ignored tokens at its end."""
+    return 1 + max(valid.any(0).nonzero()[:, 0].tolist(), default=-1)
 
 
 def _shape(length: int, size: int) -> tuple[int, int]:
@@ -121,9 +126,13 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(hidden: Tensor, order: Order) -> "Rows":
-        """Sorted, unless rows are short: then no tile can be left out, but of ignored tokens."""
-        length, few = order.valid.shape[1], int(order.valid.sum(1).amax())
-        moved = length > block(hidden.device) or 4 * few < 3 * length
+        """Sorted, unless rows are short: then no tile can be left out, but of ignored tokens.
+
+        These are left in between others where they are a sixteenth of them at most.
+        """
+        most = max(order.valid.sum(1).tolist(), default=0)
+        last = _end(torch.zeros_like(order.valid).scatter_(1, order.position, order.valid))
+        moved = order.valid.shape[1] > block(hidden.device) or 16 * most < 15 * last
         h = hidden.contiguous()
         if moved:
             h = h.flatten(0, 1).index_select(0, _flat(order.position)).view_as(hidden)
@@ -140,7 +149,7 @@ class Rows(NamedTuple):
 
     def split(self, rows: int) -> list["Rows"]:
         """So many at a time."""
-        spans = [slice(start, start + rows) for start in range(0, len(self.e), rows)]
+        spans = [slice(start, start + rows) for start in range(0, max(1, len(self.e)), rows)]
         orders = (Order(*(value[span] for value in self.order)) for span in spans)
         return [
             Rows(order, self.moved, self.e[span], self.norm[span])
@@ -148,7 +157,7 @@ class Rows(NamedTuple):
         ]
 
     def tiles(self, form: Form, *values: Tensor) -> Iterator[Tile]:
-        """Of all of them; `values` are, like norms, 0 times which must be 0."""
+        """Of all of them; `values`, like norms, must be finite for masks that are multiplied by."""
         return tiles(self.order, block(self.e.device), _masks(form, self.norm, *values))
 
     def similarities(self, tile: Tile, form: Form) -> Tensor:
@@ -181,15 +190,17 @@ def forward_and_gradient(
 ) -> tuple[Tensor, ...]:
     """As `forward`, and last d(Σ loss)/dhidden ``[B, L, d]``, in less time than `backward` later.
 
-    Tiles of short rows are computed once, others twice.
+    Tiles of short rows are computed once, if the form is `bounded` and not "decoupled".
     """
     size, length = block(hidden.device), hidden.shape[1]
     index = sort_tokens(labels, segments)
     rows = Rows.of(hidden, describe(index, labels, segments))
     if length <= size // 2 and form.bounded and form.variant != "decoupled":
-        parts = rows.split(_shape(length, size)[1])
-        found = [_losses_and_gradient(part, form) for part in parts]
-        *results, lse, statistic, gradient_h = map(torch.cat, zip(*found, strict=True))
+        group = _shape(length, size)[1]
+        gradient_h = torch.zeros_like(rows.e)
+        into = zip(rows.split(group), torch.split(gradient_h, group), strict=True)
+        found = [_losses_and_gradient(part, out, form) for part, out in into]
+        *results, lse, statistic = map(torch.cat, zip(*found, strict=True))
     else:
         *results, lse, statistic = _losses(rows, form)
         gradient_h = _gradient(torch.ones_like(lse), rows, lse, statistic, form)
@@ -230,14 +241,19 @@ def _losses(rows: Rows, form: Form) -> tuple[Tensor, ...]:
 
 def _gradient(grad: Tensor, rows: Rows, lse: Tensor, statistic: Tensor, form: Form) -> Tensor:
     """dL/dh ``[B, L, d]`` in the order of the rows, from dL/dloss in that of the input."""
-    pulled = _Pulled(rows, ends(grad, rows.order, lse, statistic, form), form)
+    out = torch.zeros_like(rows.e)
+    pulled = _Pulled(out, rows, ends(grad, rows.order, lse, statistic, form), form)
     for tile in rows.tiles(form, grad):
         pulled.add(rows.similarities(tile, form), tile)
-    return pulled.by_hidden()
+    pulled.finish()
+    return out
 
 
-def _losses_and_gradient(rows: Rows, form: Form) -> tuple[Tensor, ...]:
-    """Both, of Σ loss, of few rows: all that is known of their pairs is kept in between."""
+def _losses_and_gradient(rows: Rows, out: Tensor, form: Form) -> tuple[Tensor, ...]:
+    """As `_losses`, and d(Σ loss)/dh to `out`, which is 0; what is known of pairs is kept for it.
+
+    So rows must be few.
+    """
     running, seen = Running(rows.norm, form), []
     for tile in rows.tiles(form):
         s = rows.similarities(tile, form)
@@ -245,19 +261,19 @@ def _losses_and_gradient(rows: Rows, form: Form) -> tuple[Tensor, ...]:
     sums = running.sums()
     *results, statistic = losses(sums, rows.order, rows.norm, form)
     ones = torch.ones_like(sums.lse)
-    pulled = _Pulled(rows, ends(ones, rows.order, sums.lse, statistic, form), form)
+    pulled = _Pulled(out, rows, ends(ones, rows.order, sums.lse, statistic, form), form)
     for s, tile, exponential in seen:
         pulled.add(s, tile, exponential)
-    return (*results, sums.lse, statistic, pulled.by_hidden())
+    pulled.finish()
+    return (*results, sums.lse, statistic)
 
 
 class _Pulled:
-    """G·E, tile by tile."""
+    """G·E, tile by tile, added to `out`."""
 
-    def __init__(self, rows: Rows, both: Ends, form: Form) -> None:
-        self.rows, self.form = rows, form
+    def __init__(self, out: Tensor, rows: Rows, both: Ends, form: Form) -> None:
+        self.out, self.rows, self.form = out, rows, form
         self.both = fold(both, form).stack()
-        self.sum = torch.zeros_like(rows.e)
 
     def add(self, s: Tensor, tile: Tile, exponential: Tensor | None = None) -> None:
         """As `gradient`."""
@@ -269,13 +285,13 @@ class _Pulled:
             self._product(tile.batch, tile.cols, g.mT, tile.rows)
 
     def _product(self, batch: slice, to: slice, g: Tensor, of: slice) -> None:
-        into, e = self.sum[batch, to], self.rows.e[batch, of]
+        into, e = self.out[batch, to], self.rows.e[batch, of]
         # A strided result torch would take matrix by matrix.
         if into.is_contiguous():
             into.baddbmm_(g, e)
         else:
             into.add_(torch.bmm(g, e))
 
-    def by_hidden(self) -> Tensor:
-        """dL/dh, in the memory of the sum."""
-        return through_norm(self.sum, self.rows.e, self.rows.norm[..., None])
+    def finish(self) -> None:
+        """Make it dL/dh."""
+        through_norm(self.out, self.rows.e, self.rows.norm[..., None])

@@ -1,6 +1,7 @@
 """`simreg::loss`: one operator of torch over all kernels, with its shapes and its gradient.
 
-`torch.compile` sees one node. Each kernel is a module with
+`simreg::summed` takes its place on the CPU in training. `torch.compile` sees one node. Each kernel
+is a module with
 
     forward(hidden, labels, segments, form) -> the results of `loss`
     backward(grad, hidden, labels, segments, saved, form) -> dL/dhidden
@@ -9,10 +10,11 @@ on tensors that `simreg.loss` has checked; `saved` are the last four results of 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,9 +88,10 @@ def loss(
     """Per-token SimReg loss; tensors and the first three results as in `reference.reference`, the
     options (those of a `Form`) as in `simreg_loss`.
 
-    The others are for the backward pass, ``[B, L]`` in sorted order: the sorting permutation
-    (int64), the norms of the hidden states ("triton": their inverses), the logsumexp of each token,
-    and a statistic of its positives ("in": their logsumexp, "decoupled": their mean sigmoid).
+    The others are for the backward pass, ``[B, L]``: the sorting permutation (int64), and in its
+    order, or where "blockwise" does not sort in that of the row, the norms of the hidden states
+    ("triton": their inverses), the logsumexp of each token, and a statistic of its positives ("in":
+    their logsumexp, "decoupled": their mean sigmoid).
     Differentiable once.
     """
     name, why = choose(hidden, backend)
@@ -145,26 +148,30 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return (None,) * 8
-    gradient = loss_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (gradient, *(None,) * 7)
+def _through(backward: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The gradient of an operator by another, which has none."""
+
+    def gradients(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+        others = (None,) * (2 + len(ctx.options))
+        if grad is None:
+            return (None, *others)
+        return (backward(grad, *ctx.saved_tensors, *ctx.options), *others)
+
+    def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+        raise RuntimeError("simreg_loss: double backward is not supported")
+
+    backward.register_autograd(refuse)
+    return gradients
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError("simreg_loss: double backward is not supported")
-
-
-loss.register_autograd(_backward, setup_context=_save)
-loss_backward.register_autograd(_refuse)
+loss.register_autograd(_through(loss_backward), setup_context=_save)
 
 
 def gradient_comes_early(hidden: Tensor, backend: str) -> bool:
     """Whether `summed` is for these: on the CPU, where its gradient is needed."""
-    fits = hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64)
     return (
-        fits
+        hidden.device.type == "cpu"
+        and hidden.dtype in (torch.float32, torch.float64)  # others would be rounded twice
         and backend in ("auto", "blockwise")
         and hidden.requires_grad
         and torch.is_grad_enabled()
@@ -180,13 +187,14 @@ def summed(
     variant: str,
     push: float,
     push_above: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `loss`, for losses that are summed: "blockwise", whose gradient is computed at once.
 
     The last is d(Σ loss)/dhidden, float32 or float64: what `backward` needs but for a factor if
     dL/dloss is the same of all tokens. If it is not, the result is the same, but takes longer.
     """
-    log.debug("backend blockwise (%s) for %s", choose(hidden, "auto")[1], list(hidden.shape))
+    log.debug("backend blockwise (%s) for %s", choose(hidden, backend)[1], list(hidden.shape))
     with plainly(hidden):
         form = Form(temperature, variant, push, push_above)
         results = blockwise.forward_and_gradient(hidden, labels, segments, form)
@@ -217,12 +225,13 @@ def summed_backward(
     variant: str,
     push: float,
     push_above: float,
+    backend: str,
 ) -> Tensor:
     """As `loss_backward`; `gradient` is the last result of `summed`."""
     with plainly(hidden):
         factors = grad[labels >= 0]
         if bool((factors == factors[:1]).all()):
-            return gradient * factors[0] if len(factors) else torch.zeros_like(hidden)
+            return gradient * factors[0] if len(factors) else torch.zeros_like(gradient)
         form = Form(temperature, variant, push, push_above)
         saved = (index, norm, lse, statistic)
         return blockwise.backward(grad, hidden, labels, segments, saved, form)
@@ -231,12 +240,4 @@ def summed_backward(
 summed_backward.register_fake(lambda grad, hidden, *rest: hidden.new_empty(hidden.shape))
 
 
-def _summed_backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return (None,) * 7
-    gradient = summed_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (gradient, *(None,) * 6)
-
-
-summed.register_autograd(_summed_backward, setup_context=_save)
-summed_backward.register_autograd(_refuse)
+summed.register_autograd(_through(summed_backward), setup_context=_save)

@@ -1,6 +1,7 @@
 """What the streaming kernels share: tokens sorted by label, and what is known of a token alone.
 
-The loss does not depend on the order of tokens, so each row is first sorted by segment and label.
+The loss does not depend on the order of tokens, so rows are sorted by segment and label (short
+ones of "blockwise" only to describe them).
 Then positives lie near the diagonal of the similarity matrix, segments are contiguous whatever
 they were, ignored tokens are last, and most tiles need no mask or need not be visited at all.
 """
@@ -14,7 +15,10 @@ from torch.nn import functional as F
 
 
 class Order(NamedTuple):
-    """A row's tokens sorted by (ignored, segment, label); all ``[B, L]``, in that order."""
+    """A row's tokens sorted by (ignored, segment, label); all ``[B, L]``, in that order.
+
+    Or, from `in_rows`, in that of the row; then too `segment` and `label` are as in the first.
+    """
 
     position: Tensor  # in the unsorted row
     valid: Tensor

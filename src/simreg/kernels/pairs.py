@@ -114,10 +114,11 @@ class Running:
         self.denominator, self.numerator = _Exponentials(like, form), _Exponentials(like, form)
 
     def add(self, s: Tensor, tile: Tile) -> Tensor | None:
-        """Add similarities ``[B', rows, cols]``, which are changed: to max(0, s − edge).
+        """Add similarities ``[B', rows, cols]``, which are changed.
 
-        Returns exp(s − 1/τ), 0 where no candidate is, if the form is `bounded`. What `gradient`
-        asks for, with a push: else similarities are as before, but −∞ where no candidate is.
+        With a push they become max(0, s − edge), 0 where no candidate is, without one −∞ where
+        `Tile.exclude` makes them. Returns exp(s − 1/τ), 0 where no candidate is, if the form is
+        `bounded`.
         """
         if tile.diagonal:
             s.diagonal(dim1=-2, dim2=-1).fill_(0)
@@ -237,7 +238,7 @@ def gradient(
             pull = _pull(s, e, form, left, right)
         _add_only(g, pull, tile.positive, -1)
     if left.hinge is not None and right.hinge is not None:
-        e = None  # its memory is that of the next
+        e = None  # if nobody else has it its memory is that of the next
         edge = 0.0 if seen else form.edge
         beyond = tile.within(s.gt_(edge)) if tile.floating else s > edge
         _add_only(g, both(left.hinge, right.hinge), beyond)
