@@ -207,7 +207,7 @@ def test_tiles_of_short_rows_are_computed_once(monkeypatch, length, variant, tem
 
 
 def test_gradients_of_many_short_rows_are_not_copied():
-    hidden, labels, _ = problem(300, 8, 64, 5, dtype=torch.float32)
+    hidden, labels, _ = problem(300, 8, 512, 5, dtype=torch.float32)
     with small_tiles("blockwise"), Peak(hidden, labels) as memory:
         blockwise.forward_and_gradient(hidden, labels, None, Form(0.1, "out", 2.0))
     # Embeddings, their gradient, what is known of tokens and of the pairs of 16 rows
