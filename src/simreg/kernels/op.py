@@ -103,7 +103,7 @@ def loss(
 
 
 @loss.register_fake
-def _(hidden, labels, *options):  # type: ignore[no-untyped-def]
+def _shapes(hidden, labels, *options):  # type: ignore[no-untyped-def]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss, pos_cos, neg_cos, norm, lse, statistic = (
         hidden.new_empty(labels.shape, dtype=dtype) for _ in range(6)
@@ -137,7 +137,7 @@ def loss_backward(
 
 
 @loss_backward.register_fake
-def _(grad, hidden, *rest):  # type: ignore[no-untyped-def]
+def _gradient_shape(grad, hidden, *rest):  # type: ignore[no-untyped-def]
     return hidden.new_empty(hidden.shape)
 
 
@@ -202,12 +202,8 @@ def summed(
 
 
 @summed.register_fake
-def _(hidden, labels, segments, *options):  # type: ignore[no-untyped-def]
-    loss, pos_cos, neg_cos, norm, lse, statistic = (
-        hidden.new_empty(labels.shape) for _ in range(6)
-    )
-    index = labels.new_empty(labels.shape)
-    return loss, pos_cos, neg_cos, index, norm, lse, statistic, hidden.new_empty(hidden.shape)
+def _(hidden, labels, *options):  # type: ignore[no-untyped-def]
+    return (*_shapes(hidden, labels), hidden.new_empty(hidden.shape))
 
 
 @torch.library.custom_op("simreg::summed_backward", mutates_args=())
@@ -237,7 +233,5 @@ def summed_backward(
         return blockwise.backward(grad, hidden, labels, segments, saved, form)
 
 
-summed_backward.register_fake(lambda grad, hidden, *rest: hidden.new_empty(hidden.shape))
-
-
+summed_backward.register_fake(_gradient_shape)
 summed.register_autograd(_through(summed_backward), setup_context=_save)
