@@ -31,6 +31,9 @@ def test_an_analysis_is_a_section_of_the_report_with_told_pictures(analysed, tmp
     other = {**analysed, "text": {**analysed["text"], "source": "other/*.txt"}}
     assert "validation text of other/*.txt;" in Checker(report.html(runs, results, other)).text
     assert " text; head" in checked.text
+    lost = {"fast/1/seed-0": "loss is nan", "fast/0.5/seed-1": "loss is nan"}
+    checked = Checker(report.html(runs, results | {"failures": lost}, analysed))
+    assert "Diverged, so not in them: fast/1/seed-0; the rest is no" in checked.text
     older = {k: v for k, v in analysed.items() if k not in ("tail_minus_head", "over_tokens")}
     assert "at rare labels" not in report.html(runs, results, older)
     assert not [colour for colour in report._VARIABLES if colour in page]

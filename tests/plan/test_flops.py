@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simreg.kernels import blockwise, reference
+from simreg.kernels import blockwise
 from simreg.kernels.order import Form
 from simreg.plan import costs, models
 from simreg.recipe import models as recipe
@@ -12,23 +12,6 @@ from simreg.recipe.presets import PRESETS
 from tests.plan.counting import counted, fixed_spans, problem
 
 VARIANTS = ("out", "in", "decoupled")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    ("length", "dim", "chunk"), [(64, 32, 64), (257, 96, 257), (512, 64, 64), (768, 128, 256)]
-)
-def test_reference(variant: str, length: int, dim: int, chunk: int) -> None:
-    hidden, labels = problem(2, length, dim)
-    hidden, labels = hidden.detach().view(-1, chunk, dim).requires_grad_(), labels.view(-1, chunk)
-    loss = []
-    forward = counted(
-        lambda: loss.append(reference.reference(hidden, labels, None, Form(0.1, variant))[0].sum())
-    )
-    backward = counted(loss[0].backward)
-    formula = costs.reference_flops(2 * length, chunk, dim)
-    assert formula.forward == pytest.approx(forward, rel=0.05)
-    assert formula.backward == pytest.approx(backward, rel=0.05)
 
 
 def kernel(hidden: Tensor, labels: Tensor, segments: Tensor | None, variant: str):

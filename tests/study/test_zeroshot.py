@@ -115,10 +115,10 @@ def test_scores_of_models_that_have_changed_are_left_out(trained, tmp_path, caps
     out = tmp_path / "s"
     shutil.copytree(trained[0] / "s", out)
     study = make(out, tmp_path / "text.jsonl")
-    assert list(zeroshot.recorded(study)) == ["offline"]
+    assert list(zeroshot.recorded(study, {})) == ["offline"]
     weights = next(out.glob("simreg/1/seed-*/model/model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-4] + b"else")
-    assert zeroshot.recorded(study) == {}
+    assert zeroshot.recorded(study, {}) == {}
     assert "models that have changed since: left out" in capsys.readouterr().err
 
 
@@ -171,7 +171,7 @@ def test_a_model_that_is_gone_stays_in_the_record(trained, tmp_path, monkeypatch
     monkeypatch.setattr(zeroshot.run, "evaluate", lambda *a, **k: pytest.fail("evaluated"))
     shutil.rmtree(Path(study.out) / "simreg/1/seed-2/model")
     zeroshot.after_training(study, None, {}, Console(quiet=True))
-    assert zeroshot.recorded(study)["offline"] == trained[2]["zero_shot"]["offline"]
+    assert zeroshot.recorded(study, {})["offline"] == trained[2]["zero_shot"]["offline"]
 
 
 def test_limits_of_an_older_record_are_the_bootstraps_and_not_shown(trained, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_limits_of_an_older_record_are_the_bootstraps_and_not_shown(trained, tmp
         del gap["bootstrap"]
 
     study = edited(trained, tmp_path, old)
-    found = zeroshot.recorded(study)["offline"]
+    found = zeroshot.recorded(study, {})["offline"]
     assert "has bootstrap intervals alone: not shown" in capsys.readouterr().err
     gap = found["differences"]["simreg"]["heldout-cloze"]["score"]
     assert (gap["low"], gap["high"], gap["bootstrap"]) == (None, None, [-0.25, 0.5])
@@ -191,6 +191,22 @@ def test_limits_of_an_older_record_are_the_bootstraps_and_not_shown(trained, tmp
     assert "[" not in zeroshot.summary.difference("acc", gap)
     picture = Picture([], {**trained[2], "zero_shot": {"offline": found}})
     assert plots.zero_shot(picture) is not None
+
+
+def test_a_difference_without_a_diverged_seed_has_no_limits(trained, tmp_path):
+    study = edited(trained, tmp_path, lambda results: None)
+    score = lambda found: found["differences"]["simreg"]["heldout-cloze"]["score"]  # noqa: E731
+    whole = zeroshot.recorded(study, {"simreg/0.5/seed-1": "loss is nan"})["offline"]  # not at N
+    assert (whole["diverged"], score(whole)["low"] is None) == ({}, False)
+    assert zeroshot.summary.sentences(whole)[0].endswith("items.")
+    for arm in ("simreg", "baseline"):
+        found = zeroshot.recorded(study, {f"{arm}/1/seed-2": "loss is nan"})["offline"]
+        assert found["diverged"] == {"simreg": [2]}
+        assert score(found)["low"] is score(found)["high"] is None
+        assert score(found)["mean"] == score(whole)["mean"]
+        [sentence] = zeroshot.summary.sentences(found)
+        assert "(interval not known)" in sentence
+        assert sentence.endswith(" Without seed 2: a run diverged.")
 
 
 def test_missing_text_leaves_it_out(trained, tmp_path):
@@ -268,5 +284,5 @@ def test_damaged_records_are_passed_over(tmp_path):
     path = Path(tmp_path) / "zero-shot" / "small"
     path.mkdir(parents=True)
     (path / "results.json").write_text("{")
-    assert zeroshot.recorded(study) == {}
+    assert zeroshot.recorded(study, {}) == {}
     assert records.collect(study) == []

@@ -1,6 +1,5 @@
 """Which models to look at: from what the user names to a list of them, each with arm and seed."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +7,7 @@ from simreg.recipe import checkpoints, config, hub
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, RunFolder, warn
-
-_SEED_FOLDER = re.compile(r"seed-\d+")
+from simreg.recipe.folder import SEED_FOLDER, STUDY_FILE, RunFolder, warn
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def _of_run(path: Path, arm: str, series: bool) -> list[Target]:
 def _arm_of(run: Path) -> str:
     """ARM of ARM/BUDGET/seed-N, as studies lay out their runs; else the folder's name."""
     path = run.absolute()
-    return path.parents[1].name if _SEED_FOLDER.fullmatch(path.name) else path.name
+    return path.parents[1].name if SEED_FOLDER.fullmatch(path.name) else path.name
 
 
 def _require_distinct(targets: list[Target]) -> None:

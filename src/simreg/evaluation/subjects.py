@@ -15,9 +15,8 @@ from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded, one_line
-from simreg.recipe.folder import FREE_FIELDS, RunFolder, warn
+from simreg.recipe.folder import FREE_FIELDS, SEED_FOLDER, RunFolder, warn
 
-_SEED_FOLDER = re.compile(r"seed-\d+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
@@ -125,7 +124,7 @@ def run(path: Path) -> Subject:
         raise UserError(
             f"the run in {path} has no trained model: {way} by the command that began it"
         )
-    parts = [part for part in path.resolve().parts if not _SEED_FOLDER.fullmatch(part)]
+    parts = [part for part in path.resolve().parts if not SEED_FOLDER.fullmatch(part)]
     return Subject(str(path), folder.model, "/".join(parts[-2:]), config.train.seed, config, corpus)
 
 

@@ -194,8 +194,15 @@ def sentences(results: dict[str, Any]) -> list[str]:
         sentence = f"{arm} {where}: accuracy {_points(gap['score'])} against {results['reference']}"
         if gap["normalised"] is not None:
             sentence += f"; normalised, {_points(gap['normalised'])}"
-        found.append(f"{sentence}. {_seeds_and_items(gap['score'])}.")
+        found.append(f"{sentence}. {_seeds_and_items(gap['score'])}.{_diverged(results, arm)}")
     return found
+
+
+def _diverged(results: dict[str, Any], arm: str) -> str:
+    """Of an arm of a study: the seeds that its difference is without."""
+    if not (seeds := results.get("diverged", {}).get(arm)):
+        return ""
+    return f" Without seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: a run diverged."
 
 
 def _points(gap: dict[str, Any]) -> str:

@@ -130,12 +130,6 @@ class Passes(NamedTuple):
         return self.forward + self.backward
 
 
-def reference_flops(tokens: int, span: int, hidden: int) -> Passes:
-    """Of the definition, with autograd: S = E·Eᵀ, then (D + Dᵀ)·E as two products."""
-    product = 2 * tokens * span * hidden
-    return Passes(product, 2 * product)
-
-
 def symmetric_flops(
     tokens: int, span: int, hidden: int, *, tile: int = TILE, symmetric_backward: bool = True
 ) -> Passes:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from simreg.recipe.files import expanded
 from simreg.recipe.processes import is_main_process
 
 STUDY_FILE = "study.yaml"  # in the folder of a study, which is none of a run
+SEED_FOLDER = re.compile(r"seed-\d+")  # the name of a run's folder in a study
 
 # A run may continue with these changed: they alter neither its weights nor its evaluations
 # (`accumulate`, as the number of processes: by rounding, by what a router loss balances over, and

@@ -1,6 +1,7 @@
 """What `simreg analyze` left in the folder of a study, for its report."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def _changed(study: Path, model: dict[str, Any]) -> bool:
     return folder.is_dir() and provenance.fingerprint(folder) != str(model["fingerprint"])
 
 
-def note(found: dict[str, Any]) -> str:
-    """On what, and how to read the table."""
+def note(found: dict[str, Any], failures: Iterable[str] = ()) -> str:
+    """On what, and how to read the table; `failures` are the paths of runs that diverged."""
+    lost = ", ".join(path for path in failures if path.split("/")[1] == "1")  # the full budget
     text, models = found["text"], [m for m in found["models"] if m["compared"]]
     other = f" of {text['source']}" if text.get("source") else ""
     return (
@@ -50,4 +52,5 @@ def note(found: dict[str, Any]) -> str:
         f"rarest. Means over seeds; brackets hold {summary.intervals(found)}. Metrics of classes "
         f"take labels with at least {found['settings']['least']} tokens. Definitions: "
         "docs/analysis.md."
+        + (f" Diverged, so not in them: {lost}; the rest is no sample of all." if lost else "")
     )

@@ -55,7 +55,7 @@ def html(runs: list[Run], results: dict[str, Any], analysis: dict[str, Any] | No
         table=_table(summary.COLUMNS, summary.rows(results)),
         figures="".join(_figure(picture, *entry) for entry in _FIGURES),
         zero_shot=_zero_shot(picture),
-        geometry="" if analysis is None else _geometry(analysis),
+        geometry="" if analysis is None else _geometry(analysis, results["failures"]),
         apart=_apart(results),
         confidence="95 %",
         reference=escape(study["reference"]),
@@ -123,7 +123,7 @@ def _figure(
     )
 
 
-def _geometry(analysis: dict[str, Any]) -> str:
+def _geometry(analysis: dict[str, Any], failures: dict[str, str]) -> str:
     """The section on embeddings: a table, and each picture with a text that tells it."""
     drawn = []
     for picture in figures.PICTURES:
@@ -140,7 +140,7 @@ def _geometry(analysis: dict[str, Any]) -> str:
     said = "".join(f"<p>{escape(text)}</p>" for text in geometry_summary.sentences(analysis))
     return (
         f"<section><h2>Geometry</h2>{_table(head, [row for row in rows if row[1] == 'all'])}"
-        f"<p class='note'>{escape(geometry.note(analysis))}</p>{said}"
+        f"<p class='note'>{escape(geometry.note(analysis, failures))}</p>{said}"
         f"<details><summary>Head and tail</summary>{_table(head, rows)}</details>"
         f"{''.join(drawn)}</section>"
     )

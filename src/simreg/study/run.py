@@ -154,7 +154,7 @@ def _write(
     """Write what is known now, and return it."""
     out, runs = Path(study.out), records.collect(study)
     found = results.build(study, runs, step_time, _commands(out, command), failures)
-    found["zero_shot"] = zeroshot.recorded(study)
+    found["zero_shot"] = zeroshot.recorded(study, failures)
     with storage_errors(out):
         write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
         report.write(out, runs, found)

@@ -19,6 +19,7 @@ from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
+from simreg.study.results import seeds_diverged
 from simreg.study.sizing import StepTimes, reference_step
 
 FOLDER = "zero-shot"
@@ -142,13 +143,17 @@ def _items(study: Study, step_time: StepTimes, models: int) -> int:
     return max(FEWEST_ITEMS, min(ITEMS, int(SECONDS / an_item)))
 
 
-def recorded(study: Study) -> dict[str, Any]:
+def recorded(study: Study, failures: dict[str, str]) -> dict[str, Any]:
     """Suite -> what is known of it, for the study's results.json.
 
-    Without what was found of other models than those that are there now (records are kept where
-    there are none), and without the limits of records that hold nothing but a bootstrap's.
+    `failures` are the paths of runs that diverged. Without what was found of other models than
+    those that are there now (records are kept where there are none), without the limits of records
+    that hold nothing but a bootstrap's, and of differences of which a run diverged.
     """
     found, now = {}, {model.name: model.fingerprint() for model in of_study(study)}
+    pairs = {arm: [(arm, 1.0), (study.reference, 1.0)] for arm in study.others}
+    lost = {arm: seeds_diverged(study, pair, failures) for arm, pair in pairs.items()}
+    lost = {arm: seeds for arm, seeds in lost.items() if seeds}
     for path in sorted((Path(study.out) / FOLDER).glob("*/results.json")):
         if (results := _read(path)) is None:
             continue
@@ -157,14 +162,16 @@ def recorded(study: Study) -> dict[str, Any]:
         else:
             if results.get("schema") != run.SCHEMA:
                 warn(f"{path} has bootstrap intervals alone: not shown, run simreg eval again")
-                _withdraw(results["differences"])
-            found[path.parent.name] = {key: results[key] for key in _KEPT}
+                _withdraw(list(results["differences"].values()))
+            # The seeds that are left are no sample of all.
+            _withdraw([own for arm, own in results["differences"].items() if arm in lost])
+            found[path.parent.name] = {key: results[key] for key in _KEPT} | {"diverged": lost}
     return found
 
 
-def _withdraw(differences: dict[str, Any]) -> None:
+def _withdraw(differences: list[dict[str, Any]]) -> None:
     """Take limits that are too narrow for what they would now be called."""
-    kinds = [kind for tasks in differences.values() for kind in tasks.values()]
+    kinds = [kind for tasks in differences for kind in tasks.values()]
     for gap in (gap for kind in kinds for gap in kind.values() if gap is not None):
         limits = None if gap["low"] is None else [gap["low"], gap["high"]]
         gap.update(low=None, high=None, bootstrap=limits)
@@ -186,7 +193,7 @@ def _redraw(study: Study) -> None:
     """Put what is recorded into the study's results and its report."""
     out = Path(study.out)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    results["zero_shot"] = recorded(study)
+    results["zero_shot"] = recorded(study, results["failures"])
     with storage_errors(out):
         write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
         report.write(out, records.collect(study), results)
