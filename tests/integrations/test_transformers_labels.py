@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from simreg.capture import shift_left
 from simreg.loss import SimRegLoss, simreg_loss
+from simreg.parallel import ShardedSimRegLoss
 
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_outputs import CausalLMOutput  # noqa: E402
@@ -125,6 +126,14 @@ def test_labels_of_another_shape_are_refused_by_an_objective(tmp_path):
     model.forward = lambda **kwargs: CausalLMOutput(loss=model.lm_head.weight.sum() * 0)
     with pytest.raises(ValueError, match=r"expected `labels` \[B, L\] in every training batch"):
         trainer(model, tmp_path, data=data, objective=SimRegLoss()).train()
+
+
+def test_sequences_spread_over_processes_are_refused(tmp_path):
+    objective = ShardedSimRegLoss(0.3)
+    trainer(build("llama"), tmp_path, objective=objective)  # each process has whole rows
+    objective.group = object()  # one that several processes would make
+    with pytest.raises(ValueError, match="objective: sequences spread over processes"):
+        trainer(build("llama"), tmp_path, objective=objective)
 
 
 def test_a_pass_that_failed_leaves_no_graph(tmp_path, monkeypatch):

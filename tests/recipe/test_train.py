@@ -66,11 +66,13 @@ def test_metrics_at_the_steps_asked_for(make: Make) -> None:
     assert record.keys() == {"kind", "step", "tokens", "ce", "simreg", "pos_cos", "neg_cos"} | {
         "pos_fraction",
         "earlier",
+        "simreg_weight",
         "lr",
         "grad_norm",
         "clipped",
     }
     assert record["tokens"] == 3 * 4 * 32
+    assert record["simreg_weight"] == pytest.approx(0.3 * (1 - 2 / tiny.STEPS))  # of its last step
     kept = sorted(p.name for p in (Path(config.out) / "checkpoints").iterdir())
     assert kept == ["step-0000014", "step-0000020"]
 
@@ -85,6 +87,7 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_batches(make: Make) -> None
     first, base, elsewhere, long = (lines(c, "train")[0] for c in (with_loss, plain, other, longer))
     assert first["ce"] == base["ce"] == long["ce"] != elsewhere["ce"]
     assert base["simreg"] is None
+    assert "simreg_weight" not in base
     assert first["simreg"] > 0
     assert first["grad_norm"] != base["grad_norm"]
 

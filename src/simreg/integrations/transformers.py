@@ -103,6 +103,11 @@ class SimRegTrainer(Trainer):
             raise ValueError(
                 "args: context and sequence parallelism are not supported; set both to 1"
             )
+        if getattr(objective, "group", None) is not None:
+            raise ValueError(
+                "objective: sequences spread over processes are not supported; each would lose the "
+                "label of its last token"
+            )
         self._attach(self.model)
 
     def _attach(self, model: nn.Module | None) -> None:

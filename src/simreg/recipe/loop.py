@@ -27,6 +27,7 @@ from simreg.recipe.processes import is_main_process, world_size
 from simreg.recipe.progress import Clock, MetricsFile
 
 _OBJECTIVE_KEYS = ("simreg", "pos_cos", "neg_cos", "pos_fraction")
+_FURTHER_KEYS = ("router_loss", "auxiliary", "earlier", "simreg_weight")  # where there are any
 _ECHO = 1.0  # seconds within which a launcher passes on a signal that the process has had itself
 
 
@@ -221,7 +222,7 @@ class RunCallback(TrainerCallback):
             **position,
             "ce": logs["ce"],
             **{key: logs.get(key) for key in _OBJECTIVE_KEYS},
-            **{key: logs[key] for key in ("router_loss", "auxiliary", "earlier") if key in logs},
+            **{key: logs[key] for key in _FURTHER_KEYS if key in logs},
             "lr": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
             "clipped": logs["clipped"],
