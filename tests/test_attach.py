@@ -1,5 +1,7 @@
 """`attach`: what it takes, where it finds the hidden states, what it refuses."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -295,6 +297,15 @@ class Wrapped(nn.Module):
             return getattr(self.base_model, name)
 
 
+def test_prompt_learning_is_refused():
+    model = Wrapped(build())
+    model.peft_config = {"default": types.SimpleNamespace(is_prompt_learning=False)}
+    attach(model, SimRegLoss())
+    model.peft_config["prompts"] = types.SimpleNamespace(is_prompt_learning=True)
+    with pytest.raises(ValueError, match="model: PEFT's prompt learning puts tokens of its own"):
+        attach(model, SimRegLoss())
+
+
 @pytest.mark.parametrize("wrap", [lambda model: model, Wrapped])
 def test_what_a_model_is_does_not_depend_on_its_wrapper(wrap):
     size = {"d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
@@ -336,6 +347,21 @@ def test_layers_that_are_changed_in_place_later_are_refused(in_place):
             reg(labels)
     else:
         reg(labels).backward()
+
+
+def test_a_compiled_layer_is_read_before_it_is_changed_in_place():
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        model, (ids, labels) = Deep(False), batch()
+        blocks = model.parts["blocks"] = nn.ModuleList([Adds(in_place) for _ in range(4)])
+        places = {"module": model.parts["norm"], "layers": blocks}
+        reg = attach(model, AtDepths(SimRegLoss(), [0.5]), **places)
+        torch.compile(model, backend="aot_eager", fullgraph=True)(ids)
+        reg(labels).backward()
+        found.append((reg.metrics["earlier"], blocks[0].inner.weight.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_a_checkpointed_model_leaves_nothing_of_its_second_pass():

@@ -14,7 +14,7 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -241,8 +241,10 @@ class Attached:
         # A layer that activation checkpointing runs again is not in a pass of the decoder's.
         if self._running and torch.is_grad_enabled():
             states = _as_the_head_reads(_last_hidden(output, "layers"))
-            version = None if torch.compiler.is_compiling() else states._version
-            self._earlier[index] = states, version
+            if torch.compiler.is_compiling():  # a graph does not say what changes them afterwards
+                self._earlier[index] = states.clone(), None
+            else:
+                self._earlier[index] = states, states._version
 
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
@@ -252,7 +254,7 @@ class Attached:
 
     def _capture_logits(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._capturing():
-            self._logits = _logits(output)
+            self._logits = logits_of(output)
 
     def _capturing(self) -> bool:
         on = self._attached and self.listening and torch.is_grad_enabled()
@@ -361,9 +363,12 @@ def _as_the_head_reads(hidden: Tensor) -> Tensor:
     return hidden.to(dtype) if dtype == torch.bfloat16 else hidden
 
 
-def _logits(output: Any) -> Tensor | None:
-    """Those of a model's output: an object, a tuple with a loss before them or not, or a tensor."""
+def logits_of(output: Any) -> Tensor | None:
+    """Logits `[B, L, V]` of a model's output: an object, a mapping, a tuple with a loss before them
+    or not, or a tensor; None if it has none."""
     found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
     if found is None and isinstance(output, tuple):
         found = next((x for x in output if isinstance(x, Tensor) and x.dim() == 3), None)
     elif found is None:

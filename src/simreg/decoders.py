@@ -87,6 +87,14 @@ def find_decoder(model: nn.Module) -> nn.Module:
             f"model: expected a language model that predicts the next token, got {kind}; if it is "
             "one, pass module="
         )
+    adapters = getattr(inner, "peft_config", None)
+    if isinstance(adapters, dict) and any(
+        getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()
+    ):
+        raise ValueError(
+            "model: PEFT's prompt learning puts tokens of its own before the rows, which have no "
+            "labels; train adapters (LoRA), or the model itself"
+        )
     if _encodes(of):
         raise ValueError(
             f"model: expected a decoder-only language model, got {kind}, an encoder-decoder"

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import warnings
+from copy import deepcopy
 from functools import wraps
 from typing import Any
 
@@ -245,13 +246,34 @@ def test_a_decorated_step_gets_what_it_takes() -> None:
     torch.testing.assert_close(gradients, [by_hand()[0]])
 
 
-def test_validation_within_fit_is_without_it() -> None:
-    module = Module()
+class ByTraining(Module):
+    def validation_step(self, batch: Any) -> None:
+        self.log("val", self.training_step(batch))
+
+
+@pytest.mark.parametrize("kind", [Module, ByTraining])
+def test_validation_within_fit_is_without_it(kind: type[Module]) -> None:
+    module = kind()
     run = trainer(SimRegCallback(SimRegLoss(WEIGHT, push=2)))
     run.fit(module, DataLoader(make_rows(), ROWS), DataLoader(make_rows(), ROWS))
     labels = torch.stack([row["labels"] for row in make_rows()])
     ce = make_model()(labels, labels=labels).loss
     torch.testing.assert_close(run.callback_metrics["val"], ce.detach().float())
+
+
+def test_a_copy_of_the_module_has_its_own_step() -> None:
+    copies: list[Module] = []
+
+    class Average(Callback):
+        def on_train_start(self, trainer: Trainer, module: Any) -> None:
+            copies.append(deepcopy(module))
+
+    module = Module()
+    batch = {"labels": torch.stack([row["labels"] for row in make_rows()])}
+    run = trainer(SimRegCallback(SimRegLoss(WEIGHT)), Average())
+    run.fit(module, DataLoader(make_rows(), ROWS))
+    assert copies[0].training_step.__self__ is copies[0]
+    torch.testing.assert_close(copies[0].training_step(batch), module.training_step(batch))
 
 
 def test_an_error_in_the_step_leaves_nothing() -> None:

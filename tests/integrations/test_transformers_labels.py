@@ -114,6 +114,36 @@ def test_models_without_logits_of_their_labels_are_evaluated_as_by_trainer(tmp_p
     assert "ce" not in trainer_log(judge, classes, tmp_path)
 
 
+class Bare(Own):
+    """Without a loss: logits alone, in one of the forms that models return."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, input_ids):
+        return self.form(super().forward(input_ids).logits)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: (x,), lambda x: x, lambda x: {"logits": x}], ids=["tuple", "bare", "mapping"]
+)
+@pytest.mark.parametrize("rows", [1, 2])  # in an evaluation batch
+def test_models_that_return_no_loss_are_evaluated(tmp_path, form, rows):
+    def loss(outputs, labels, num_items_in_batch=None):
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    places = {"module": lambda model: model.norm, "shift": False}
+    found = trainer(Bare(form), tmp_path, compute_loss_func=loss, objective=SimRegLoss(), **places)
+    found.args.per_device_eval_batch_size = rows
+    found.label_names = ["labels"]
+    data = [row for row in items() if row["labels"].min() >= 0][:4]  # as many labels in each row
+    metrics = found.evaluate(data)
+    assert metrics["eval_ce"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
 def trainer_log(model, data, folder):
     found = trainer(model, folder, data=data)
     found.train()

@@ -86,6 +86,42 @@ def test_weight_is_constant_if_asked_to_be(tmp_path):
         SimRegTrainer(build(), arguments(tmp_path), schedule="linear")
 
 
+class Forgets(SimRegTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(inputs["input_ids"], labels=inputs["labels"])
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_subclass_that_leaves_the_objective_out_is_told(tmp_path):
+    settings = {"train_dataset": rows(), "objective": SimRegLoss(**SIMREG)}
+    with pytest.raises(RuntimeError, match=r"Forgets\.compute_loss leaves the objective out"):
+        Forgets(build(), arguments(tmp_path), **settings).train()
+    Forgets(build(), arguments(tmp_path), train_dataset=rows()).train()
+
+
+def test_records_hold_no_attempt_with_a_batch_that_was_too_large(tmp_path):
+    class Fails(transformers.TrainerCallback):
+        failed = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+
+    settings = {"logging_steps": 2, "max_steps": 2, "learning_rate": 0.0}
+    objective = SimRegLoss(**SIMREG)
+    extra = {"callbacks": [Fails()]}
+    run = train(
+        tmp_path, build(), objective=objective, extra=extra, auto_find_batch_size=True, **settings
+    )
+    size = run._train_batch_size
+    assert size < run.args.per_device_train_batch_size
+    settings["per_device_train_batch_size"] = size
+    plain = train(tmp_path, build(), objective=objective, **settings)
+    for name in ("ce", "simreg", "pos_cos"):
+        assert records(run)[0][name] == records(plain)[0][name]
+
+
 def test_graphs_are_not_kept_outside_of_training(tmp_path):
     model = build()
 

@@ -7,6 +7,7 @@ trainer.fit(module)  # whose `training_step` returns cross-entropy
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import update_wrapper
 from typing import Any
 
@@ -131,6 +132,8 @@ class SimRegCallback(Callback):
     def _complete(self, output: STEP_OUTPUT, batch: Any, pl_module: LightningModule) -> STEP_OUTPUT:
         if output is None:  # a batch that is skipped
             return None
+        if not pl_module.trainer.training:  # validation may be by training_step
+            return output
         assert self._reg is not None
         segments = None if self.segments is None else _field("segments", batch, self.segments)
         labels = _field("labels", batch, self.labels)
@@ -155,6 +158,10 @@ class _Step:
 
     def __call__(self, batch: Any, *rest: Any, **named: Any) -> STEP_OUTPUT:
         return self._callback._complete(self._step(batch, *rest, **named), batch, self._module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What a copy of the module has (EMA): its own step, without the callback's objective."""
+        return deepcopy(self._step, memo)
 
 
 def _done(trainer: Trainer, batch: int) -> float | None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from simreg.capture import IGNORE_INDEX, Attached, shift_left
+from simreg.capture import IGNORE_INDEX, Attached, logits_of, shift_left
 from simreg.decoders import aligns_labels
 from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.integrations.place import Layers, Module, attach_at
@@ -93,6 +93,7 @@ class SimRegTrainer(Trainer):
         self._reg: Attached | None = None
         self._owned = {name: value.clone() for name, value in owned.items()}
         self._window = Window()
+        self._applied = False  # the objective, in this training
         self._evaluated: list[Tensor] | None = None
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -175,13 +176,29 @@ class SimRegTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; afterwards the regularizer has the weight that it began with."""
-        self._window = Window()
         try:
             return super().train(*args, **kwargs)
         finally:
             if self._following is not None:
                 self._following.end()
             self._following = None
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Again with each batch size that `auto_find_batch_size` tries.
+        self._window, self._applied = Window(), False
+        if self._reg is not None:
+            self._reg.forget()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer.training_step`; RuntimeError if the objective is not part of the loss."""
+        loss = super().training_step(*args, **kwargs)
+        if not self._applied and not _idle(self._objective):
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss leaves the objective out: call that of "
+                "SimRegTrainer in it, or attach the objective yourself and leave objective out"
+            )
+        return loss
 
     def _follow_schedule(self) -> None:
         if self.regularizer is not None and self.is_in_train:
@@ -294,6 +311,7 @@ class SimRegTrainer(Trainer):
             divisor = tokens if num_items is None else num_items
             self._window.add("ce", cross_entropy * divisor / tokens.clamp_min(1), tokens)
         if self._reg is not None and not self._out_of_use():
+            self._applied = True
             device = self._reg.device
             labels, ids, items = (moved(v, device) for v in (targets, segments, num_items))
             added = self._reg(labels, ids, num_items=items, shift=False)
@@ -351,8 +369,8 @@ class SimRegTrainer(Trainer):
         return output
 
     def _record_rows(self, outputs: Any, targets: Tensor) -> None:
-        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1]
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
+        logits = logits_of(outputs)
+        if logits is None or logits.shape[:-1] != targets.shape:
             return  # of a sequence, say, or with a prompt's before them
         losses = F.cross_entropy(
             logits.detach().float().transpose(1, 2),
