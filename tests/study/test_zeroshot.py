@@ -220,7 +220,7 @@ def test_missing_text_leaves_it_out(trained, tmp_path):
     assert "left out: the text of baseline/1/seed-1 is not there" in screen.getvalue()
 
 
-def test_eval_of_a_study_adds_to_its_report(trained, tmp_path, capsys):
+def test_eval_of_a_study_adds_to_its_report(trained, tmp_path, capsys, monkeypatch):
     out, cache = tmp_path / "s", tmp_path / "cache"
     shutil.copytree(trained[0] / "s", out)
     flags = ["--tasks", "heldout-cloze", "--limit", "7", "--cache-dir", str(cache)]
@@ -229,6 +229,16 @@ def test_eval_of_a_study_adds_to_its_report(trained, tmp_path, capsys):
     assert list(results["zero_shot"]) == ["offline", "tasks"]
     assert results["zero_shot"]["tasks"]["arms"]["simreg"]["tasks"]["heldout-cloze"]["n"] == 7
     assert "Tasks chosen by hand." in (out / "report.html").read_text()
+    monkeypatch.setattr("sys.argv", ["simreg", "eval", "other tasks"])
+    flags[1] = "heldout-bits"
+    for _ in range(2):  # the same command line replaces its own
+        assert cli.main(["eval", str(out), *flags]) == 0
+    found = json.loads((out / "results.json").read_text())["zero_shot"]
+    assert [[*found[name]["tasks"]] for name in ("tasks", "tasks-2")] == [
+        ["heldout-cloze"],
+        ["heldout-bits"],
+    ]
+    assert found.keys() == {"offline", "tasks", "tasks-2"}
     shutil.rmtree(out / "simreg")
     shutil.rmtree(out / "baseline")
     assert cli.main(["eval", str(out)]) == 2

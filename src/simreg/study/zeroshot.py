@@ -16,7 +16,7 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
+from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, unused, warn
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.results import seeds_diverged
@@ -43,7 +43,10 @@ def main(options: EvalOptions) -> None:
     study, found = _study(folder)
     console = Console(highlight=False)
     command = shlex.join(["simreg", *sys.argv[1:]])
-    out = expanded(options.out or folder / FOLDER / _suite(options))
+    default = folder / FOLDER / _suite(options)
+    if options.tasks:  # a suite takes its own place, other tasks do not take that of the first
+        default = unused(default, command)
+    out = expanded(options.out or default)
     run.prepare(out)
     results = run.evaluate(found, options, console, command=command)
     run.write(results, out, console)
