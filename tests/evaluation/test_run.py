@@ -13,6 +13,7 @@ from simreg.evaluation import offline, subjects
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import config as recipe
 from simreg.recipe.errors import UserError
+from simreg.recipe.tokenizer import Encoder
 from tests.evaluation import tiny
 from tests.recipe.tiny import PRESETS  # noqa: F401  the runs' presets
 
@@ -77,6 +78,21 @@ def test_bits_per_byte_against_brute_force(runs, evaluate):
     found = results["models"][0]["tasks"]["heldout-bits"]
     assert found["score"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert sum(map(len, task.texts)) == 3 * 500
+
+
+def test_bits_are_of_the_tokens_that_training_would_see(runs):
+    path = runs / "simreg" / "seed-1"
+    scorer, tokenizer = subjects.find([str(path)])[0].load(bf16=False)
+    text, seen = f"hello {tokenizer.eos_token} world", []
+
+    def score(pairs, advance):
+        seen.extend(token for _, targets in pairs for token in targets)
+        return [(0.0, False)] * len(pairs)
+
+    score.max_length = scorer.max_length
+    offline.Bits([text], "").run(score, tokenizer, lambda n: None)
+    assert seen == Encoder(tokenizer)([text])[0][:-1].tolist()
+    assert tokenizer.eos_token_id not in seen
 
 
 def test_held_out_documents_are_those_of_the_run(runs):

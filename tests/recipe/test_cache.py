@@ -5,6 +5,7 @@ import logging
 import lzma
 import multiprocessing
 import os
+import pkgutil
 import resource
 import signal
 from pathlib import Path
@@ -164,6 +165,27 @@ def test_two_processes_at_once(config, tmp_path):
     (one, built_one), (two, built_two) = results.get(), results.get()
     assert one == two == prepared(config).fingerprint
     assert built_one + built_two == 1
+
+
+@pytest.mark.parametrize("meanwhile", ["data._Builder.__call__", "tokenizer.train_bpe"])
+def test_a_file_that_changes_while_it_is_read_leaves_no_entry(
+    config, tmp_path, monkeypatch, meanwhile
+):
+    path = tmp_path / "train.jsonl"
+    before, target = path.read_bytes(), f"simreg.recipe.{meanwhile}"
+    build = pkgutil.resolve_name(target)
+
+    def grows(*arguments):
+        with open(path, "ab") as file:
+            file.write(before)
+        return build(*arguments)
+
+    monkeypatch.setattr(target, grows)
+    assert "train.jsonl changed while it was read" in message_of(config)
+    monkeypatch.undo()
+    path.write_bytes(before)
+    elsewhere = make(tmp_path, cache_dir=str(tmp_path / "another"))
+    assert prepared(config).fingerprint == prepared(elsewhere).fingerprint
 
 
 # ---- bad input

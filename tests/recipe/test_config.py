@@ -31,6 +31,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     [
         ({"optim": {"lr": -1}}, r"optim\.lr: .*greater than 0 \(got -1\)"),
         ({"optim": {"lr": float("nan")}}, r"optim\.lr"),
+        ({"train": {"tokens": 10**30}}, r"train\.tokens: .*less than or equal to"),
         ({"simreg": {"weight": -0.1}}, r"simreg\.weight: .*greater than or equal to 0"),
         ({"simreg": {"temperature": 0}}, r"simreg\.temperature"),
         ({"simreg": {"variant": "inout"}}, r"simreg\.variant: .*'out', 'in' or 'decoupled'"),

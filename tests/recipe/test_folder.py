@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from simreg.recipe import checkpoints, models
 from simreg.recipe import config as run_config
 from simreg.recipe.config import with_overrides
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import Locked, UserError
-from simreg.recipe.folder import RunFolder, storage_errors, unused
+from simreg.recipe.folder import RunFolder, native_errors, storage_errors, unused
 from simreg.recipe.train import train
 from tests.recipe import tiny
 from tests.recipe.tiny import Make
@@ -67,6 +68,16 @@ def test_what_no_run_wrote_is_kept(make: Make) -> None:
     with pytest.raises(UserError, match=r"there is a .*model already; no run of simreg wrote it"):
         train(config)
     assert precious.read_text() == "precious"
+    other = out / "metrics.jsonl", out / "result.json", out / "checkpoints" / "step-5000" / "x"
+    for path in other:  # of another program, which names its files as a run does
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"step": 100, "loss": 3.1}\n')
+        with pytest.raises(UserError, match=r"there is a .* already; no run of simreg wrote it"):
+            train(config)
+        assert path.read_text() == '{"step": 100, "loss": 3.1}\n'
+        assert precious.read_text() == "precious"
+        path.unlink()
+    shutil.rmtree(out / "checkpoints")
     shutil.rmtree(out / "model")
     plain = "a: 1\n", "optim:\n  lr: 0.001\n", "- a\n"
     for text in (
@@ -109,6 +120,57 @@ def test_full_disk_is_reported_and_the_run_goes_on_afterwards(make: Make) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((Path(config.out) / "checkpoints").iterdir())
     assert train(config, corpus=corpus)["steps"] == tiny.STEPS
+
+
+def test_full_disk_at_the_end_loses_nothing(make: Make) -> None:
+    config = make()
+    corpus = prepare(config.data)
+    expected = train(config, corpus=corpus)["final_ce"]
+    shutil.rmtree(Path(config.out) / "model")
+    (Path(config.out) / "result.json").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*model.*make room"):
+            train(config, corpus=corpus)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert train(config, corpus=corpus)["final_ce"] == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+        SafetensorError("Error while serializing: I/O error: File too large"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_in_the_words_of_native_writers(tmp_path: Path, error: Exception) -> None:
+    words = pytest.raises(UserError, match="make room")
+    with words, storage_errors(tmp_path), native_errors(tmp_path / "x"):
+        raise error
+
+
+def test_other_errors_of_native_writers_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no tensor"), native_errors(tmp_path):
+        raise RuntimeError("no tensor")
+
+
+def test_the_result_is_of_the_last_step(make: Make) -> None:
+    config = make()
+    out = Path(config.out)
+    train(config)
+    shutil.rmtree(out / "model")
+    (out / "result.json").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if a backup had been put back
+    with pytest.raises(UserError, match="lacks the evaluation after the last step"):
+        train(config)
+    assert not (out / "result.json").exists()
+    shutil.rmtree(out / "checkpoints" / "step-0000020")
+    assert train(config)["final_ce"] == json.loads(lines[-1])["ce"]
 
 
 def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:

@@ -360,6 +360,18 @@ def test_an_arm_is_timed_after_the_compiled_baseline(
         assert timing.step_time_ratio(base, arm, prepare(base.data), pairs=2)["n"] == 2
 
 
+@pytest.mark.parametrize("where", ["simreg.recipe.assemble.model", "transformers.Trainer.train"])
+def test_too_little_memory_of_a_cpu_is_said(
+    make: Make, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def allocates(*args: Any, **kwargs: Any) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(where, allocates)
+    with pytest.raises(UserError, match="the device is out of memory"):
+        train(make())
+
+
 class TestProgress:
     record = {"kind": "train", "step": 5, "ce": 2.5, "simreg": None, "lr": 1e-3}  # noqa: RUF012
     record |= {

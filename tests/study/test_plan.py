@@ -52,6 +52,12 @@ def test_a_seeds_arms_run_together_reference_first():
     ]
 
 
+def test_arms_of_one_name_are_refused():
+    arms = ["a:simreg.weight=1", "a:simreg.weight=2"]
+    with pytest.raises(UserError, match="--arm: two of them have the same name"):
+        plan.from_options(CompareOptions(arm=arms))
+
+
 def test_budgets_for_each_arm():
     budgets = {"baseline": [1.0, 1.2], "a": [0.5]}
     study = plan.from_dict({"arms": {"a": {}, "b": {}}, "budgets": budgets})
@@ -160,6 +166,9 @@ def test_tokens_replace_the_minutes(tmp_path):
         ({"seeds": [-1]}, "seeds"),
         ({"budgets": [0]}, "budgets"),
         ({"budgets": []}, "budgets"),
+        ({"budgets": [True]}, "budgets"),
+        ({"seeds": [True]}, "seeds"),
+        ({"budgets": [0.9999999]}, "0.9999999 of arm .* would pass for 1.0"),
         ({"budgets": {"nobody": [1.0]}}, "nobody"),
         ({"budgets": {"baseline": [0.5]}}, "needs the budget 1.0"),
         ({"reference": "nobody"}, "not among the arms"),

@@ -86,7 +86,9 @@ class Bits:
         """Score a model."""
         prefix, pairs, owner = prefix_token(tokenizer), [], []
         for i, text in enumerate(self.texts):
-            tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens = tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]  # as in training: <|endoftext|> in a text is text
             parts = heldout.windows(tokens, prefix, scorer.max_length)
             pairs += parts
             owner += [i] * len(parts)

@@ -19,12 +19,17 @@ _HASHED = 1 << 26  # files up to this many bytes are verified by content, larger
 
 
 def entry(
-    folder: Path, build: Callable[[Path], dict[str, Any]], *, setting: str = "data.cache_dir"
+    folder: Path,
+    build: Callable[[Path], dict[str, Any]],
+    *,
+    setting: str = "data.cache_dir",
+    confirm: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Make sure that the cache entry `folder` is there; return the facts that `build` gave.
 
     `build` writes files into the folder it is given and returns facts (JSON). It runs only if there
-    is no whole entry, in one process at a time, in a temporary folder that is renamed at the end.
+    is no whole entry, in one process at a time, in a temporary folder that is renamed at the end,
+    unless `confirm`, called before that, raises.
     Raises UserError if the cache cannot be written; it names `setting`, which says where it is.
     """
     facts = stored(folder)
@@ -42,6 +47,7 @@ def entry(
                     files = {path.name: _measure(path) for path in sorted(partial.iterdir())}
                     manifest = json.dumps({"files": files, "facts": facts})
                     (partial / _MANIFEST).write_text(manifest)
+                    confirm()
             return facts
     except OSError as error:  # what the sources raise is a UserError already
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

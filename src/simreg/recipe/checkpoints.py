@@ -65,7 +65,11 @@ def verify(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{name} is missing")
         if path.stat().st_size != expected["size"]:
             raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['size']}")
-        if _sha256(path) != expected["sha256"]:
+        try:
+            same = _sha256(path) == expected["sha256"]
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read ({error.strerror})") from None
+        if not same:
             raise ValueError(f"{name} was altered (its hash differs)")
     return manifest
 
@@ -120,6 +124,7 @@ def write_atomically(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         _fsync(partial)
         partial.replace(path)
+        _fsync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

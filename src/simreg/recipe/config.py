@@ -69,7 +69,7 @@ Whole = Annotated[
 ]
 """An integer, in a file or on the command line, that may be written as 1e6."""
 
-Count = Annotated[Whole, Field(gt=0)]
+Count = Annotated[Whole, Field(gt=0, le=2**53)]
 
 WSD_DECAY = 0.2
 """Share of the steps over which the `wsd` schedule decays."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from simreg.recipe import cache
 from simreg.recipe.config import DataConfig
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import expanded
+from simreg.recipe.files import LocalFile, expanded
 from simreg.recipe.sources import Source, interleave, resolve
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
@@ -161,10 +161,19 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     def training_texts() -> Iterator[str]:
         return (text for text in interleave(source) if not held_out(text))
 
+    def confirm() -> None:  # the cache would give the tokens for the text that the key is of
+        for file in (*source, *(validation or ())):
+            if isinstance(file, LocalFile):
+                file.require_unchanged()
+
     with _Progress(progress) as bar:
         bar.say("tokenizer")
         tokenizer = load_tokenizer(
-            config.tokenizer, training_texts, key=cache.name(text_key), cache_dir=cache_dir
+            config.tokenizer,
+            training_texts,
+            key=cache.name(text_key),
+            cache_dir=cache_dir,
+            confirm=confirm,
         )
         key = cache.name(
             text_key
@@ -175,7 +184,7 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
         )
         folder = cache_dir / "tokens" / key
         writer = _Builder(Encoder(tokenizer), source, validation, held_out, config.max_tokens, bar)
-        facts = cache.entry(folder, writer)
+        facts = cache.entry(folder, writer, confirm=confirm)
     return _corpus(config, folder, facts, tokenizer)
 
 

@@ -61,17 +61,32 @@ class LocalFile:
         """The suffix that names the format, without the compression."""
         return Path(self.path.stem if self.compression else self.path.name).suffix.lower()
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Identity by content (and format), wherever the file lies and whatever its name."""
+        return self._seen[0]
+
+    @cached_property
+    def _seen(self) -> tuple[str, tuple[int, ...]]:
+        """The hash, and what changes with the file, from before it was read."""
         digest = hashlib.blake2b(f"{self.format}{self.compression}{self.whole}".encode())
         try:
             with open(self.path, "rb") as raw:
+                stamp = _stamp(os.fstat(raw.fileno()))
                 while block := raw.read(1 << 20):
                     digest.update(block)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}") from None
-        return digest.hexdigest()[:32]
+        return digest.hexdigest()[:32], stamp
+
+    def require_unchanged(self) -> None:
+        """UserError if the file is another one than when `key` was asked for."""
+        try:
+            same = _stamp(self.path.stat()) == self._seen[1]
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{self.path} changed while it was read: try again when it is complete")
 
     @cached_property
     def weight(self) -> int:
@@ -246,6 +261,10 @@ class _Decompressed(io.RawIOBase):
         buffer[:size] = self._output[:size]
         self._output = self._output[size:]
         return size
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def text_of(record: Any, field: str, where: str) -> str:

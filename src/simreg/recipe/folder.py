@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from simreg.recipe import checkpoints
 from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig
@@ -65,6 +67,8 @@ class RunFolder:
             result = json.loads(self.result.read_text(encoding="utf-8"))
             if isinstance(result, dict) and "final_ce" in result:
                 return result
+        if not self.config.exists():
+            raise UserError(_not_ours(self.result))
         raise UserError(f"{self.result} is damaged: delete it; the same command completes the run")
 
     def diverged(self, config: RunConfig) -> str | None:
@@ -129,12 +133,14 @@ class RunFolder:
         if (self.root / STUDY_FILE).exists():
             raise UserError(f"{self.root} is the folder of a study: choose another `out`")
         if self._begun():
-            return
-        advice = "no run of simreg wrote it, and this one would replace it: choose another `out`"
+            if self.config.exists():  # `check` was content
+                return
+            computed = self.metrics, self.result, self.checkpoints
+            raise UserError(_not_ours(next(path for path in computed if path.exists())))
         if self.model.exists():
-            raise UserError(f"there is a {self.model} already; {advice}")
+            raise UserError(_not_ours(self.model))
         if self.config.exists() and not run_config.of_run(self.config):
-            raise UserError(f"there is a {self.config} already; {advice}")
+            raise UserError(_not_ours(self.config))
 
     def _begun(self) -> bool:
         """Whether there is anything that a run has computed."""
@@ -153,6 +159,13 @@ class RunFolder:
         return None, {}
 
 
+def _not_ours(path: Path) -> str:
+    return (
+        f"there is a {path} already; no run of simreg wrote it, and this one would replace it: "
+        "choose another `out`"
+    )
+
+
 @contextlib.contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
     """Turn what the file system refuses under `root` into a UserError."""
@@ -168,6 +181,24 @@ def storage_errors(root: Path) -> Iterator[None]:
             f"cannot write {error.filename or f'in {root}'}: {error.strerror}; {advice} another "
             f"`out`{saved if _has_checkpoints(root) else ''}"
         ) from None
+
+
+@contextlib.contextmanager
+def native_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk, which writers outside Python report in ways of their own, into OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        text = str(error)
+        told = re.search(r"\(os error (\d+)\)", text)  # tokenizers raises a bare Exception
+        writer = "PytorchStreamWriter", "inline_container.cc"  # torch
+        if not (told or isinstance(error, SafetensorError) or any(each in text for each in writer)):
+            raise
+        code = int(told[1]) if told else errno.ENOSPC
+        reason = f"no room, or not writable ({text.splitlines()[0]})"
+        raise OSError(code, reason, str(target)) from None
 
 
 def _has_checkpoints(root: Path) -> bool:

@@ -1,6 +1,5 @@
 """The Trainer of a run: when to log, evaluate and save, and what must never be saved."""
 
-import errno
 import math
 import signal
 import threading
@@ -12,7 +11,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,7 +18,7 @@ from simreg.integrations.transformers import SimRegTrainer
 from simreg.recipe import assemble, checkpoints
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Diverged
-from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.recipe.folder import RunFolder, native_errors, storage_errors
 from simreg.recipe.muon import MuonAdamW
 from simreg.recipe.probe import Probe
 from simreg.recipe.processes import is_main_process, world_size
@@ -99,7 +97,11 @@ class RunTrainer(SimRegTrainer):
         if not is_main_process():  # the others add their random state to what the main one saves
             self._save_into(checkpoints.aside(target), model, trial)
             return
-        with _write_errors(target), checkpoints.new_folder(target) as aside:
+        with (
+            storage_errors(target),
+            native_errors(target),
+            checkpoints.new_folder(target) as aside,
+        ):
             self._save_into(aside, model, trial)
             saved = aside / f"checkpoint-{step}"
             for path in saved.iterdir():
@@ -280,19 +282,3 @@ def interruptible(trainer: RunTrainer) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
-    """Writers outside Python report a full disk as errors of their own."""
-    with storage_errors(target):
-        try:
-            yield
-        except (RuntimeError, SafetensorError) as error:
-            text = str(error)
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text:
-                raise
-            reason = text.splitlines()[0]
-            raise OSError(
-                errno.ENOSPC, f"no room, or not writable ({reason})", str(target)
-            ) from None

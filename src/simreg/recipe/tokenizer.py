@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from simreg.recipe import cache
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded, one_line
+from simreg.recipe.folder import native_errors
 
 EOS = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000
@@ -25,13 +26,19 @@ _log = logging.getLogger(__name__)
 
 
 def load_tokenizer(
-    spec: str, texts: Callable[[], Iterable[str]], *, key: str, cache_dir: Path
+    spec: str,
+    texts: Callable[[], Iterable[str]],
+    *,
+    key: str,
+    cache_dir: Path,
+    confirm: Callable[[], None] = lambda: None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that `spec` names, with an eos token.
 
     `bpe:SIZE` trains on the first 16 MB of `texts()` once per `key` (the identity of the texts) and
-    size. A loaded tokenizer that names no eos token gets one: a special token of a usual name such
-    as `<|endoftext|>`, else its sep or bos token.
+    size; `confirm` raises afterwards if the texts are not these any more. A loaded tokenizer that
+    names no eos token gets one: a special token of a usual name such as `<|endoftext|>`, else its
+    sep or bos token.
     Raises UserError for what cannot be used.
     """
     if not spec.startswith("bpe:"):
@@ -42,12 +49,13 @@ def load_tokenizer(
 
     def build(target: Path) -> dict[str, Any]:
         trained = train_bpe(bounded(texts(), SAMPLE_BYTES), size)
-        trained.save_pretrained(str(target))
+        with native_errors(target):
+            trained.save_pretrained(str(target))
         if len(trained) < size:
             _log.warning("the text gives a vocabulary of %d tokens, not %d", len(trained), size)
         return {"vocabulary": len(trained)}
 
-    cache.entry(folder, build)
+    cache.entry(folder, build, confirm=confirm)
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(folder))
     return tokenizer
 

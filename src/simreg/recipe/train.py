@@ -18,7 +18,7 @@ from simreg.recipe import assemble, checkpoints, models, progress, provenance
 from simreg.recipe.config import RunConfig
 from simreg.recipe.data import Corpus, Ordered, Rows, prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import RunFolder, storage_errors, warn
+from simreg.recipe.folder import RunFolder, native_errors, storage_errors, warn
 from simreg.recipe.hub import quiet
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
@@ -79,7 +79,8 @@ def _run(
             f"the data of the run in {folder.root} has changed since it began: "
             "restore it, choose another `out`, or delete the folder"
         )
-    model = assemble.model(config, corpus)
+    with _out_of_memory():
+        model = assemble.model(config, corpus)
     total, active = models.count_parameters(model.config)
     rows = Ordered(corpus.train, config.train.seed, config.steps * config.train.batch_rows)
     say(_headline(config, corpus, total, active))
@@ -217,8 +218,11 @@ def _result(
     seconds: float,
 ) -> dict[str, Any]:
     evals = [r for r in progress.read_metrics(folder.metrics) if r["kind"] == "eval"]
-    if not evals:
-        raise UserError(f"{folder.metrics} has no evaluation: start the run in another folder")
+    if not evals or evals[-1]["step"] != config.steps:
+        raise UserError(
+            f"{folder.metrics} lacks the evaluation after the last step: delete the newest of "
+            f"{folder.checkpoints}; the same command goes on from the one before"
+        )
     return {
         "schema": 1,
         "final_ce": evals[-1]["ce"],
@@ -240,7 +244,7 @@ def _export(
     folder: RunFolder, model: PreTrainedModel, corpus: Corpus, result: dict[str, Any]
 ) -> None:
     """The model as a normal Hugging Face folder; then the result, which marks the run finished."""
-    with checkpoints.new_folder(folder.model) as aside:
+    with native_errors(folder.model), checkpoints.new_folder(folder.model) as aside:
         # Off for training alone: whoever generates with the model wants it.
         model.config.use_cache = model.generation_config.use_cache = True
         with published(model):
@@ -264,11 +268,16 @@ def _silent(text: str) -> None:
     """In place of `print`."""
 
 
+_CPU = "DefaultCPUAllocator"
+
+
 @contextlib.contextmanager
 def _out_of_memory() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it is a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and _CPU not in str(error):
+            raise
         raise UserError(
             "the device is out of memory: raise train.accumulate, turn on "
             f"train.gradient_checkpointing or choose a smaller model ({str(error).splitlines()[0]})"

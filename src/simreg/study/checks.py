@@ -55,6 +55,9 @@ def overrides(arm: str, changes: dict[str, Any]) -> None:
 
 def budgets(arm: str, fractions: Sequence[float]) -> None:
     """Ascending budgets have folders of their own."""
+    for each in fractions:
+        if f"{each:g}" == "1" and each != 1:
+            raise ValueError(f"budget {each!r} of arm {arm!r} would pass for 1.0")
     for one, other in pairwise(fractions):
         if f"{one:g}" == f"{other:g}":
             raise ValueError(

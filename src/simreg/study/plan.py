@@ -25,7 +25,7 @@ REFERENCE = "baseline"
 REFERENCE_OVERRIDES: dict[str, Any] = {"simreg": {"weight": 0}}
 DEMO_MINUTES = 5.0
 
-Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Budget = Positive
 Budgets = Annotated[list[Budget], Field(min_length=1)]
 
 
@@ -60,7 +60,7 @@ class Study:
     is added where it is the reference."""
     budgets: Budgets | dict[str, Budgets] = field(default_factory=lambda: [0.6, 0.8, 1.0])
     """Fractions of N for all arms but the reference (which has [1.0]), or a list for each arm."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = field(
+    seeds: Annotated[list[Annotated[Whole, Field(ge=0, lt=2**32)]], Field(min_length=1)] = field(
         default_factory=lambda: [0]
     )
     """Each seed fixes initialisation and batches in every arm alike."""
@@ -355,6 +355,9 @@ def from_options(options: CompareOptions) -> Study:
         values["budgets"] = options.budgets
     if options.arm:
         reference = values.get("reference", REFERENCE)
-        added = dict(_parse_arm(text, reference) for text in options.arm)
+        parsed = [_parse_arm(text, reference) for text in options.arm]
+        added = dict(parsed)
+        if len(added) < len(parsed):
+            raise UserError("--arm: two of them have the same name")
         values["arms"] = {**(_section(values, "arms", "arms") or {"simreg": {}}), **added}
     return from_dict({**values, "base": base})

@@ -347,7 +347,8 @@ def _run_missing(
                 postponed.append(cell)
             except Diverged as error:
                 failures[cell.folder] = str(error)
-                RunFolder(study.config(cell).out).record_divergence(str(error))
+                with storage_errors(Path(study.out)):
+                    RunFolder(study.config(cell).out).record_divergence(str(error))
                 console.print(f"diverged: {error}", markup=False, soft_wrap=True)
             if first and study.minutes is not None and (left.slowdown or 0) > SLOW:
                 slow = f"slower than timed by a factor of {left.slowdown:.1f}"
