@@ -177,7 +177,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_entry(
 
     def grows(*arguments):
         with open(path, "ab") as file:
-            file.write(before)
+            file.write(b'{"text": "zzxy zzxy zzxy"}\n' * 300)
         return build(*arguments)
 
     monkeypatch.setattr(target, grows)

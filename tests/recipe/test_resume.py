@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or damaged ends as one that never was."""
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from simreg.recipe import checkpoints, loop
 from simreg.recipe.config import RunConfig, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder
 from simreg.recipe.train import train
 from tests.processes import popen
 from tests.recipe import tiny
@@ -71,6 +73,26 @@ def test_corrupt_checkpoint_falls_back(
     error = capsys.readouterr().err
     assert "step-0000015 is corrupt (model.safetensors was altered" in error
     tiny.assert_same_run(config, whole["llama-test"])
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = checkpoints._sha256
+
+    def fails(path: Path) -> str:
+        if path.parent.name == "step-0000002":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    folder = RunFolder(tmp_path)
+    for step in (1, 2):
+        with checkpoints.new_folder(folder.checkpoints / f"step-{step:07d}") as aside:
+            (aside / "model").write_text("weights")
+            checkpoints.seal(aside, {"step": step, "corpus": "c"})
+    monkeypatch.setattr(checkpoints, "_sha256", fails)
+    assert folder.resume_point()[1]["step"] == 1
+    assert "model cannot be read (Input/output error)" in capsys.readouterr().err
 
 
 def interrupt_at(
