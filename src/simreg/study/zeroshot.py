@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,19 +166,19 @@ def recorded(study: Study, failures: dict[str, str]) -> dict[str, Any]:
         else:
             if results.get("schema") != run.SCHEMA:
                 warn(f"{path} has bootstrap intervals alone: not shown, run simreg eval again")
-                _withdraw(list(results["differences"].values()))
+                for gap in _gaps(results["differences"].values()):
+                    limits = None if gap["low"] is None else [gap["low"], gap["high"]]
+                    gap.update(low=None, high=None, bootstrap=limits)
             # The seeds that are left are no sample of all.
-            _withdraw([own for arm, own in results["differences"].items() if arm in lost])
+            for gap in _gaps(own for arm, own in results["differences"].items() if arm in lost):
+                gap.update(low=None, high=None, bootstrap=None)
             found[path.parent.name] = {key: results[key] for key in _KEPT} | {"diverged": lost}
     return found
 
 
-def _withdraw(differences: list[dict[str, Any]]) -> None:
-    """Take limits that are too narrow for what they would now be called."""
-    kinds = [kind for tasks in differences for kind in tasks.values()]
-    for gap in (gap for kind in kinds for gap in kind.values() if gap is not None):
-        limits = None if gap["low"] is None else [gap["low"], gap["high"]]
-        gap.update(low=None, high=None, bootstrap=limits)
+def _gaps(differences: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    kinds = (kind for tasks in differences for kind in tasks.values())
+    return (gap for kind in kinds for gap in kind.values() if gap is not None)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
