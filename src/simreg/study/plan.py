@@ -25,8 +25,7 @@ REFERENCE = "baseline"
 REFERENCE_OVERRIDES: dict[str, Any] = {"simreg": {"weight": 0}}
 DEMO_MINUTES = 5.0
 
-Budget = Positive
-Budgets = Annotated[list[Budget], Field(min_length=1)]
+Budgets = Annotated[list[Positive], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
