@@ -1,6 +1,7 @@
 """`simreg train`: what it computes, records, prints, refuses."""
 
 import importlib.machinery
+import itertools
 import json
 import math
 import sys
@@ -314,6 +315,7 @@ def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.Mon
     monkeypatch.setattr(timing.Stepper, "step", step)
     base, arm = make(simreg={"weight": 0}), make()
     corpus = prepare(base.data)
+    monkeypatch.setattr(timing, "WITHIN", 100)
     measured = timing.step_time_ratio(base, arm, corpus, pairs=3)
     # Each arm comes first in every other pair.
     assert order == ([0.0, 0.3, 0.3, 0.0] * (timing.WARM_UP + 3))[: 2 * (timing.WARM_UP + 3)]
@@ -339,6 +341,23 @@ def test_an_impatient_timing_still_takes_eight_pairs(
     assert timing.step_time_ratio(base, make(), corpus)["n"] == 20
 
 
+@pytest.mark.parametrize(("slower", "pairs"), [(0.02, 20), (0.06, 23), (0.1, 62), (9.0, 200)])
+def test_uneven_steps_are_timed_until_their_ratio_is_known(
+    make: Make, monkeypatch: pytest.MonkeyPatch, slower: float, pairs: int
+) -> None:
+    """Ratios from 1 to 1 + `slower` in equal parts: their quartiles are half of it apart."""
+    parts = itertools.cycle(1 + slower * i / 8 for i in (0, 4, 8, 2, 6))
+
+    def step(self: timing.Stepper) -> float:
+        return next(parts) if self.config.simreg.weight else 1.0
+
+    monkeypatch.setattr(timing.Stepper, "step", step)
+    base = make(simreg={"weight": 0})
+    measured = timing.step_time_ratio(base, make(), prepare(base.data))
+    assert measured["n"] == pytest.approx(pairs, abs=4)
+    assert measured["ratio"] == pytest.approx(1 + slower / 2, abs=0.13 * slower)
+
+
 def test_a_timed_step_is_a_real_one(make: Make) -> None:
     config = make()
     corpus = prepare(config.data)
@@ -357,7 +376,7 @@ def test_an_arm_is_timed_after_the_compiled_baseline(
     base = make(simreg={"weight": 0}, train={"compile": True})
     arm = make(train={"compile": True})
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # the default
-        assert timing.step_time_ratio(base, arm, prepare(base.data), pairs=2)["n"] == 2
+        assert timing.step_time_ratio(base, arm, prepare(base.data), seconds=0)["n"] == 8
 
 
 @pytest.mark.parametrize("where", ["simreg.recipe.assemble.model", "transformers.Trainer.train"])

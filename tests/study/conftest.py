@@ -41,7 +41,7 @@ class Lab:
             on_step(record)
             return write_run(config, SPEED if config.simreg.weight else 1.0)
 
-    def step_time_ratio(self, base, arm, corpus):
+    def step_time_ratio(self, base, arm, corpus, seconds):
         assert base.simreg.weight == 0
         self.timed.append(arm.simreg.weight)
         base_s = base.train.batch_rows * base.data.seq_len / self.tokens_per_s

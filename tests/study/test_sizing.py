@@ -102,8 +102,8 @@ def test_what_leaves_the_cost_of_a_step_alone_is_not_timed(tmp_path):
 def test_a_step_time_belongs_to_its_configs_software_and_machine(tmp_path, monkeypatch, changed):
     measured = []
 
-    def measure(*args):
-        measured.append(args)
+    def measure(*args, seconds):
+        measured.append(seconds)
         return TIMES
 
     machine = {"cpu": "a", "device": "cpu", "threads": 2, "platform": "x"}
@@ -126,7 +126,19 @@ def test_a_step_time_belongs_to_its_configs_software_and_machine(tmp_path, monke
         base = {"train": {"tokens": 900_000, "eval_tokens": 9}}
         study = plan.from_dict({"out": str(tmp_path), "base": base})
     sizing.step_times(study, None)
-    assert len(measured) == (1 if changed == "nothing" else 2)
+    assert measured == [120.0] * (1 if changed == "nothing" else 2)
+
+
+def test_a_study_sized_to_fit_some_minutes_is_timed_for_less_long(tmp_path, monkeypatch):
+    given = []
+
+    def measure(*args, seconds):
+        given.append(seconds)
+        return TIMES
+
+    monkeypatch.setattr(sizing.timing, "step_time_ratio", measure)
+    sizing.step_times(plan.from_dict({"out": str(tmp_path), "minutes": 8}), None)
+    assert given == [40.0]
 
 
 def test_time_left_learns_from_what_was_slower():
@@ -185,7 +197,7 @@ def test_the_step_times_on_record_still_count(record):
 
 def test_a_step_time_of_another_machine_is_still_of_its_configs(tmp_path, monkeypatch):
     """A finished study may name another reference: the ratio on record is not to that."""
-    monkeypatch.setattr(sizing.timing, "step_time_ratio", lambda *args: TIMES)
+    monkeypatch.setattr(sizing.timing, "step_time_ratio", lambda *args, seconds: TIMES)
     arms = {"half": {"simreg": {"chunk_size": 8}}, "simreg": {}}
     study = plan.from_dict({"arms": arms, "out": str(tmp_path)})
     sizing.step_times(study, None)
@@ -225,7 +237,7 @@ def test_a_regularizer_that_stops_costs_until_then(study, monkeypatch):
     arms = {"stop": {"simreg": stop}, "decay": {"simreg": {"schedule": "decay"}}}
     asked = []
 
-    def ratio(reference, arm, corpus):
+    def ratio(reference, arm, corpus, seconds):
         asked.append(arm.simreg.weight)
         ratio = 1.4 if arm.simreg.weight else 1.0
         return {**TIMES, "ratio": ratio, "ratio_quartiles": [ratio - 0.1, ratio + 0.1]}
@@ -244,7 +256,12 @@ def test_a_regularizer_that_stops_costs_until_then(study, monkeypatch):
 
 def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(sizing.timing, "step_time_ratio", lambda *a: measured.append(a) or TIMES)
+
+    def measure(*args, seconds):
+        measured.append(seconds)
+        return TIMES
+
+    monkeypatch.setattr(sizing.timing, "step_time_ratio", measure)
     none = {"simreg": {"weight": 0}}
     arms = {
         "baseline": none,

@@ -21,6 +21,8 @@ T = TypeVar("T")
 WARM_UP = 2
 LEAST_PAIRS = 8
 """Fewer pairs of steps say too little of how much a ratio of step times varies."""
+WITHIN = 0.01
+"""A ratio of step times is known well enough when its 95 % interval reaches no further."""
 
 
 class Stepper:
@@ -87,7 +89,8 @@ def step_time_ratio(
 
     Neighbouring steps share whatever else the machine does, so the ratio is taken pair by pair;
     each comes first in every other pair, so that what the first leaves behind favours neither.
-    Stops at `pairs`, or after about `seconds` but not before 8 pairs.
+    Takes `pairs`, and up to ten times as many while the 95 % interval of their median is wider
+    than ± 1 %; stops after about `seconds`, but not before 8 pairs.
 
     Returns:
         {"ratio": median over the pairs, "ratio_quartiles": [first, third] over the pairs,
@@ -95,7 +98,8 @@ def step_time_ratio(
         processes that wanted to run in the minute before}
     """
     load = os.getloadavg()[0]
-    first, second = (Stepper(config, corpus, WARM_UP + pairs) for config in (base, arm))
+    most = 10 * pairs
+    first, second = (Stepper(config, corpus, WARM_UP + most) for config in (base, arm))
     swapped = itertools.cycle((False, True))
 
     def pair() -> tuple[float, float]:
@@ -104,9 +108,11 @@ def step_time_ratio(
             return first.step(), arm_s
         return first.step(), second.step()
 
-    times = _measured(pair, pairs, seconds, least=LEAST_PAIRS)
-    ratios = [b / a for a, b in times]
-    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    def known(times: list[tuple[float, float]]) -> bool:
+        return len(times) >= pairs and _uncertainty(times) <= WITHIN
+
+    times = _measured(pair, most, seconds, least=LEAST_PAIRS, enough=known)
+    lower, median, upper = _quartiles(times)
     return {
         "ratio": median,
         "ratio_quartiles": [lower, upper],
@@ -118,12 +124,31 @@ def step_time_ratio(
     }
 
 
-def _measured(measure: Callable[[], T], count: int, seconds: float, *, least: int) -> list[T]:
-    """Up to `count` results after the warm-up, fewer (but `least`) if `seconds` are over."""
+def _quartiles(times: list[tuple[float, float]]) -> list[float]:
+    return statistics.quantiles([b / a for a, b in times], n=4, method="inclusive")
+
+
+def _uncertainty(times: list[tuple[float, float]]) -> float:
+    """Half the 95 % interval of the median ratio (McGill, Tukey and Larsen, 1978: box notches)."""
+    lower, _, upper = _quartiles(times)
+    return float(1.57 * (upper - lower) / len(times) ** 0.5)
+
+
+def _measured(
+    measure: Callable[[], T],
+    count: int,
+    seconds: float,
+    *,
+    least: int,
+    enough: Callable[[list[T]], bool] = lambda results: False,
+) -> list[T]:
+    """Up to `count` results after the warm-up, fewer if `enough`, or (but `least`) out of time."""
     began = time.perf_counter()
     for _ in range(WARM_UP):
         measure()
     results: list[T] = []
-    while len(results) < count and (len(results) < least or time.perf_counter() - began < seconds):
+    while len(results) < count and not (len(results) >= least and enough(results)):
+        if len(results) >= least and time.perf_counter() - began >= seconds:
+            break
         results.append(measure())
     return results

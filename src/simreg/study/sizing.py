@@ -30,6 +30,9 @@ _EVAL_SHARE = 0.15
 _EVAL_COST = 0.4
 # Start-up of a run, checkpoints, the report: seconds a run on top of its steps.
 _RUN_SECONDS = 3.0
+# To time an arm's steps, where the machine is too uneven to know sooner; a study sized to fit some
+# minutes has less to spare.
+_TIMING_SECONDS, _SIZED_TIMING_SECONDS = 120.0, 40.0
 # Settings that leave the cost of a step as it is (of SimReg's schedules, all but "stop").
 _FREE = {
     "simreg": {"schedule", "schedule_fraction"},
@@ -53,7 +56,7 @@ def step_times(study: Study, corpus: Corpus) -> StepTimes:
     known = cached_step_times(study)
     for arm in study.others:
         if arm not in known and study.times(arm):
-            measured = _measured(study.arm_config(study.reference), study.arm_config(arm), corpus)
+            measured = _measured(study, arm, corpus)
             entry = {**measured, "key": _key(study, arm), "configs": _configs(study, arm)}
             known = _shared(study, {**known, arm: entry})
             write_atomically(path, json.dumps(known, indent=1) + "\n")
@@ -71,13 +74,16 @@ def _shared(study: Study, known: StepTimes) -> StepTimes:
     return found
 
 
-def _measured(reference: RunConfig, arm: RunConfig, corpus: Corpus) -> dict[str, Any]:
+def _measured(study: Study, name: str, corpus: Corpus) -> dict[str, Any]:
     """The arm's step time over the reference's, on average over a run."""
-    found = timing.step_time_ratio(reference, arm, corpus)
+    reference, arm = (study.arm_config(which) for which in (study.reference, name))
+    seconds = _TIMING_SECONDS if study.minutes is None else _SIZED_TIMING_SECONDS
+    found = timing.step_time_ratio(reference, arm, corpus, seconds=seconds)
     if not _stops(arm.simreg):
         return found
     plain = replace(arm, simreg=replace(arm.simreg, weight=0.0))
-    rest, share = timing.step_time_ratio(reference, plain, corpus), arm.simreg.over_run.share
+    rest = timing.step_time_ratio(reference, plain, corpus, seconds=seconds)
+    share = arm.simreg.over_run.share
 
     def mean(first: float, then: float) -> float:
         return share * first + (1 - share) * then
