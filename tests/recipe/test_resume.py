@@ -283,3 +283,25 @@ class TestCheckpoints:
             self.save(tmp_path, step)
         checkpoints.prune(tmp_path, step=3, keep=2)  # 9 was found corrupt: the run went back
         assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path)] == [3, 2]
+
+
+@pytest.mark.parametrize("on_step", [None, [].append], ids=["alone", "of a study"])
+def test_a_signal_in_the_last_evaluation_ends_what_the_run_is_part_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_step: Any
+) -> None:
+    """The run itself has nothing left to stop."""
+    config = tiny.config(tmp_path / "run", tiny.write_text(tmp_path), {"train": {"evals": 1}})
+    original = loop.RunTrainer._evaluate
+
+    def evaluate(self: loop.RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop.RunTrainer, "_evaluate", evaluate)
+    if on_step is None:
+        assert train(config)["steps"] == config.steps
+    else:
+        with pytest.raises(KeyboardInterrupt, match="run, which is finished"):
+            train(config, on_step=on_step)
+    monkeypatch.undo()
+    assert train(config)["steps"] == config.steps

@@ -336,3 +336,14 @@ def test_an_arms_typo_is_told_before_any_arms_size():
     values = {"arms": {"simreg": {}, "x": {"simreg": {"weigth": 1}}}, "budgets": [0.6, 0.8, 1.0]}
     with pytest.raises(UserError, match=r"arm 'x': .*weigth"):
         plan.from_dict(values | {"base": {"train": {"tokens": 100}}})
+
+
+def test_a_size_among_what_all_arms_share_is_the_size(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("minutes: 3\n")
+    study = plan.from_options(CompareOptions(study=str(path), set=["train.tokens=2000000"]))
+    assert (study.minutes, study.base.train.tokens) == (None, 2_000_000)
+    with pytest.raises(UserError, match=r"--set train.tokens and --minutes"):
+        plan.from_options(CompareOptions(minutes=3, set=["train.tokens=2000000"]))
+    with pytest.raises(UserError, match="--set out"):
+        plan.from_options(CompareOptions(set=["out=runs/mine"]))

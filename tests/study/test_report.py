@@ -6,7 +6,7 @@ import pytest
 
 from simreg.study import plan, plots, records, report, results, sizing, summary
 from simreg.study.picture import Picture
-from tests.study.fakes import TIMES, made, write_run
+from tests.study.fakes import SPEED, TIMES, made, write_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 SCHEMA = Path(__file__).parents[2] / "docs" / "results-schema.md"
@@ -251,3 +251,25 @@ def test_no_time_is_saved_by_noise_of_the_timing(tmp_path):
         "saved is not known."
     ) in summary.headlines(found)[0]
     Checker(report.html(runs, found))
+
+
+def test_a_step_time_that_is_noise_is_not_drawn(tmp_path):
+    runs, found = made(tmp_path, {"baseline": 1.0, "simreg": SPEED})
+    drawn = Picture(runs, found).seconds_per_token()
+    assert drawn["simreg"] == pytest.approx(1.05 * drawn["baseline"])
+    found["step_time"]["simreg"]["ratio"] = 0.9
+    assert "simreg" not in Picture(runs, found).seconds_per_token()
+
+
+def test_what_stands_beside_the_headline(five):
+    """Each figure is in its own column."""
+    found = five[1]
+    page = report._apart(found)
+    row = page.split("fast")[1].split("</tr>")[0].replace("<br>", " ")
+    row = re.findall(r"<td[^>]*>(.*?)</td>", row)
+    saved = found["isoloss"]["fast"]
+    boot = saved["tokens_saved"]["bootstrap"]
+    limits = f"{summary.percent(boot['low'])} to {summary.percent(boot['high'])}"
+    assert boot["low"] < boot["high"]
+    assert row[:2] == [summary.saving_cell(saved["midrun_tokens_saved"]), limits]
+    assert row[0] != summary.saving_cell(saved["tokens_saved"])

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import signal
@@ -301,3 +302,34 @@ def test_a_report_takes_a_study_that_has_finished_runs(lab, study, tmp_path):
 def redraw(study):
     screen = io.StringIO()
     return run.redraw(study, console=Console(file=screen, width=120)), screen.getvalue()
+
+
+def test_one_process_at_a_time_settles_times_and_ends_a_study(lab, study, monkeypatch):
+    """The steps, between, are for all of them."""
+    held, seen = [], []
+
+    @contextlib.contextmanager
+    def exclusive(out, console):
+        out.mkdir(exist_ok=True)
+        held.append(out)
+        yield
+        held.pop()
+
+    def watched(module, name):
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            seen.append((name, bool(held)))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    monkeypatch.setattr(run.plan, "exclusive", exclusive)
+    for module, name in ((run.sizing, "step_times"), (run.sizing, "fit"), (run.plan, "save")):
+        watched(module, name)
+    for module, name in ((run.train, "train"), (run.report, "publish")):
+        watched(module, name)
+    compare(plan.from_dict({"out": study.out, "minutes": 5}))
+    assert ("train", False) in seen
+    assert {name for name, inside in seen if inside} == {"step_times", "fit", "save", "publish"}
+    assert {name for name, inside in seen if not inside} == {"train"}

@@ -7,6 +7,7 @@ import pytest
 from simreg.recipe.errors import UserError
 from simreg.study import plan, sizing
 from simreg.study.plan import CompareOptions
+from tests.study.fakes import compare
 
 TIMES = {"ratio": 1.1, "ratio_quartiles": [1.05, 1.15], "base_s": 0.4, "arm_s": 0.44, "n": 20}
 A_STEP = 16 * 256
@@ -259,7 +260,7 @@ def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypat
 
     def measure(*args, seconds):
         measured.append(seconds)
-        return TIMES
+        return {**TIMES, "arm_s": len(measured) - 1.0}
 
     monkeypatch.setattr(sizing.timing, "step_time_ratio", measure)
     none = {"simreg": {"weight": 0}}
@@ -293,16 +294,14 @@ def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypat
     found = sizing.step_times(study, None)
     assert len(measured) == 5
     assert found["baseline-large"]["n"] == 0
-    ours = found["simreg-strong"]
-    assert found["simreg"] is ours
-    assert found["simreg-large"] is ours
-    assert found["simreg-colder"] is found["simreg-cold"]
-    assert found["simreg-cold"] is not ours
-    assert found["in"] is not ours
-    assert found["push-weak"] is found["push"]
-    assert found["push"] is not ours
-    assert found["above"] is ours
-    assert found["z"] is found["z-weak"]
+    measured_as = {arm: times["arm_s"] for arm, times in found.items() if times["n"]}
+    assert measured_as == {
+        **dict.fromkeys(("simreg", "simreg-strong", "simreg-large", "above"), 0.0),
+        **dict.fromkeys(("simreg-cold", "simreg-colder"), 1.0),
+        "in": 2.0,
+        **dict.fromkeys(("push", "push-weak"), 3.0),
+        **dict.fromkeys(("z", "z-weak"), 4.0),
+    }
     assert not {"z-none", "z-document"} & found.keys()
     again = sizing.cached_step_times(study)
     assert again == found
@@ -310,3 +309,34 @@ def test_arms_whose_steps_do_the_same_work_share_a_step_time(tmp_path, monkeypat
         *("simreg", "simreg-strong", "simreg-large", "simreg-cold", "simreg-colder"),
         *("in", "push", "push-weak", "above", "z", "z-weak", "z-none", "z-document"),
     ]
+
+
+def test_what_is_added_to_simreg_must_cost_more(tmp_path):
+    formula = {"simreg": {"push": 0.0, "depths": [0.25]}}
+    arms = {
+        "formula": formula,
+        "push": {"simreg": {"depths": [0.25]}},
+        "layers": {"simreg": {"push": 0.0, "depths": [0.25, 0.5]}},
+        "other-layer": {"simreg": {"depths": [0.5]}},
+        "chunk": {"simreg": {"depths": [0.25], "chunk_size": 8}},
+        "nothing": {"simreg": {"weight": 0}},
+        "z": {**formula, "auxiliary": {"name": "z-loss", "options": {"weight": 1e-3}}},
+    }
+    study = plan.from_dict({"out": str(tmp_path), "reference": "formula", "arms": arms})
+    more = [arm for arm in study.others if sizing.only_adds(study, arm)]
+    assert more == ["push", "layers", "z"]
+    beside = plan.from_dict({"out": str(tmp_path), "reference": "z", "arms": arms})
+    assert not sizing.only_adds(beside, "formula")
+
+
+def test_step_times_of_arms_that_were_dropped_are_kept(lab, study):
+    def times(**arms):
+        before = len(lab.timed)
+        compare(dataclasses.replace(study, arms={"baseline": study.arms["baseline"], **arms}))
+        return len(lab.timed) - before
+
+    twin, other = {"simreg": {"weight": 0.5}}, {"simreg": {"variant": "in"}}
+    assert times(simreg={}, twin=twin) == 1
+    assert times(other=other) == 1
+    assert times(simreg={}) == 0
+    assert times(twin=twin) == 0  # timed as another arm, which does the same work

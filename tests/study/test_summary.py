@@ -146,7 +146,7 @@ def test_sentences(tokens, budgets, times, sentence):
         },
         "isoloss": {
             "a": {
-                "tokens_saved": {**tokens, "missing": []},
+                "tokens_saved": {**tokens, "missing": [], "diverged": []},
                 "seconds_saved": {"mean": -0.01, **limits},
             }
         },
@@ -241,3 +241,40 @@ def test_a_mean_over_lines_is_one_over_their_steps():
     run = Run(Cell("a", 1.0, 0), {}, lines, [])
     assert run.mean("clipped") == pytest.approx(10 / 11)
     assert run.mean("grad_norm") is None
+
+
+def test_a_seed_is_left_out_for_its_own_reason(five):
+    """That a longer run of the reference diverged does not finish the arm's."""
+    runs, found = five
+    budgets = {"baseline": [1.0, 1.1], "fast": [0.6, 0.8, 1.0], "far": [0.6], "slow": [0.6]}
+    study = plan.from_dict({**found["study"], "out": "x", "budgets": budgets})
+    ended = [run for run in runs if run.cell != Cell("fast", 0.6, 2)]
+    known = results.build(study, ended, {}, [], {"baseline/1.1/seed-2": "NaN"})
+    line = summary.headline(known, "fast")
+    assert "1 of 5 seeds is left out: its runs are not finished (seed 2)." in line
+    lost = results.build(study, ended, {}, [], {"fast/0.6/seed-2": "NaN"})
+    assert "left out" not in summary.headline(lost, "fast")
+
+
+def test_a_curve_within_a_run_is_asked_of_arms_that_are_trained_to_the_end(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x", "budgets": [0.6, 0.8]})
+    ended = [run for run in runs if run.cell.arm == "baseline" or run.cell.budget < 1]
+    ended = [run for run in ended if run.cell != Cell("fast", 0.6, 3)]
+    known = results.build(study, ended, {}, [], {"fast/0.6/seed-3": "NaN"})
+    assert known["isoloss"]["fast"]["midrun_tokens_saved"] is None
+
+
+def test_equal_time_is_of_seeds_that_have_the_budgets_it_lies_between(five):
+    runs, found = five
+    budgets = {"baseline": [1.0, 1.1], "fast": [1.0], "far": [1.0], "slow": [1.0]}
+    study = plan.from_dict({**found["study"], "out": "x", "budgets": budgets})
+    ended = [run for run in runs if run.cell.budget == 1]
+    longer = [
+        replace(run, cell=replace(run.cell, budget=1.1), result={**run.result, "tokens": 1_100_000})
+        for run in ended
+        if run.cell.arm == "baseline" and run.cell.seed != 2
+    ]
+    times = {"fast": {**TIMES, "ratio": 1.0}}
+    seeds = results.build(study, [*ended, *longer], times, [])["equal_time"]["fast"]
+    assert [each["seed"] for each in seeds["ce_difference"]["per_seed"]] == [0, 1, 3, 4]

@@ -121,3 +121,16 @@ def test_sentences_have_real_minus_signs_and_names_keep_their_hyphens(tmp_path):
         "lr1e-3 ended 0.0300 nats per token below baseline at equal tokens (2 seeds, 95 % interval "
         "−0.1571 to +0.0971, which includes no difference; a claim takes at least 5 seeds)."
     )
+
+
+def test_a_diverged_run_is_told_from_one_that_has_not_ended(tmp_path):
+    losses = {"baseline": dict.fromkeys(range(5), 5.0), "simreg": dict.fromkeys(range(4), 4.5)}
+    for failures, said in (
+        ({}, "4 of 5, a claim takes 5"),
+        ({"simreg/1/seed-4": "NaN"}, "1 diverged"),
+    ):
+        record(tmp_path, losses, {"simreg": {}}, failures=failures, seeds=[*range(5)])
+        [row] = rows(tmp_path, "headline")[0]
+        seeds = row[4]
+        assert said in seeds
+        assert ("diverged" in seeds) == bool(failures)

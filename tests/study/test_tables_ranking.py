@@ -213,3 +213,14 @@ def test_a_study_without_looks_is_told(tmp_path):
     look(tmp_path, "good", 1)
     with pytest.raises(UserError, match=r"results.json: no look at the geometry .*analyze_every"):
         document.draw("looks results.json", tmp_path)
+
+
+def test_why_there_are_no_intervals(tmp_path):
+    """Not for want of seeds, if a run diverged; and the reference has none beside itself."""
+    losses = {"baseline": dict.fromkeys(range(4), 5.0), "simreg": dict.fromkeys(range(5), 4.5)}
+    failures = {"baseline/1/seed-4": "NaN"}
+    record(tmp_path, losses, {"simreg": {}}, failures=failures, seeds=[*range(5)])
+    below = rows(tmp_path, "ranking")[1]
+    assert "a run diverged" in below
+    assert "One seed" not in below
+    assert "One seed" not in rows(tmp_path, "ranking", "arms=baseline")[1]

@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.folder import RunFolder
-from simreg.study import plan, run, sizing
+from simreg.study import geometry, plan, report, run, sizing
 from simreg.study.plan import CompareOptions
 from tests.study.fakes import SPEED, compare, write_run
 
@@ -259,7 +260,7 @@ def test_a_damaged_or_full_study_folder_is_named(lab, study, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_atomically", full)
+    monkeypatch.setattr(report, "write_atomically", full)
     with pytest.raises(UserError, match="No space left"):
         compare(study)
     monkeypatch.setattr(plan, "write_atomically", full)
@@ -273,3 +274,72 @@ def test_a_damaged_cache_of_step_times_is_as_good_as_none(lab, study, text):
     (RunFolder(study.out).root / sizing.STEP_TIME_FILE).write_text(text)
     compare(study)
     assert lab.timed == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("text", ["base:\nname: x", "base: 5", "[1]", "arms: 5"])
+def test_a_study_file_of_another_shape_is_damaged(lab, study, text):
+    compare(study)
+    (Path(study.out) / "study.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"study.yaml (is (damaged|not as)|must hold a mapping)"):
+        compare(study)
+
+
+def test_a_sized_study_whose_size_is_lost_is_not_sized_anew(lab, tmp_path):
+    study = plan.from_dict({"out": str(tmp_path), "minutes": 5})
+    compare(study)
+    path = tmp_path / "study.yaml"
+    size = plan.load(path).base.train.tokens
+    path.unlink()
+    with pytest.raises(UserError, match=r"no study.yaml that says how large they are.*--tokens"):
+        compare(study)
+    assert not path.exists()
+    assert str(size) in (tmp_path / "baseline/1/seed-0/config.yaml").read_text()
+
+
+def test_a_run_that_diverged_stays_so_whatever_is_made_of_it(lab, study):
+    def diverge(config):
+        if config.simreg.weight and config.train.tokens == 1_000_000:
+            raise Diverged("NaN at step 7")
+
+    lab.before = diverge
+    compare(study)
+    [lost] = [cell for cell in study.cells() if cell.arm == "simreg" and cell.budget == 1]
+    write_run(study.config(lost), 1.35)  # somebody trains on in the folder
+    found, _ = compare(study)
+    again = run.redraw(study, console=Console(quiet=True))
+    for each in (found, again):
+        assert each["failures"] == {lost.folder: "NaN at step 7"}
+        assert lost.folder not in {run["path"] for run in each["runs"]}
+        assert each["isoloss"]["simreg"]["tokens_saved"]["status"] == "not_reached"
+
+
+def test_results_that_are_a_folder_are_not_replaced(lab, study):
+    (Path(study.out) / "results.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"results.json that `simreg compare` did not write"):
+        compare(study)
+
+
+def test_runs_without_their_curves_can_be_drawn(lab, study):
+    lab.report = lab.draw
+    compare(study)
+    for cell in study.cells():
+        (Path(study.out) / cell.folder / "metrics.jsonl").unlink()
+    assert run.redraw(study, console=Console(quiet=True))["complete"]
+    assert (Path(study.out) / "curves.png").exists()
+
+
+def test_pictures_of_an_earlier_plan_are_removed(lab, study):
+    lab.report = lab.draw
+    compare(study)
+    assert (Path(study.out) / "isoloss.png").exists()
+    compare(replace(study, budgets=[1.0]))
+    assert sorted(path.name for path in Path(study.out).glob("*.png")) == ["curves.png"]
+    assert not (Path(study.out) / "isoloss.svg").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"models": [{}]}', "{"])
+def test_a_damaged_analysis_is_named(tmp_path, text):
+    (tmp_path / "geometry").mkdir()
+    (tmp_path / "geometry/results.json").write_text(text)
+    with pytest.raises(UserError, match=r"results.json is damaged"):
+        geometry.load(tmp_path)

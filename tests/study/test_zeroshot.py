@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -296,3 +297,34 @@ def test_damaged_records_are_passed_over(tmp_path):
     (path / "results.json").write_text("{")
     assert zeroshot.recorded(study, {}) == {}
     assert records.collect(study) == []
+
+
+def test_what_is_drawn_anew_is_of_the_plan_that_is_there(tmp_path):
+    """Another plan was begun and interrupted before its results: a seed less, an arm more."""
+    base = {"train": {"tokens": 1_000_000}}
+    values = {"out": str(tmp_path), "base": base, "arms": {"fast": {}}, "seeds": [0, 1]}
+    study = plan.from_dict(values)
+    for cell in study.cells():
+        fakes.write_run(study.config(cell), 1.0 if cell.arm == "baseline" else 1.35)
+    run.redraw(study, console=Console(quiet=True), command="simreg compare")
+    more = {**study.arms, "new": {"simreg": {"weight": 1.0}}}
+    for damage in (None, "{", "{}", "[]"):
+        if damage is not None:
+            (tmp_path / "results.json").write_text(damage)
+        zeroshot._redraw(replace(study, seeds=[0], arms=more))
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert (found["seeds"], found["complete"]) == ([0], False)
+        assert found["commands"] == ([] if damage else ["simreg compare"])
+
+
+def test_models_whose_run_has_no_result_are_not_evaluated(tmp_path):
+    study = plan.from_dict({"out": str(tmp_path)})
+    cells = [cell for cell in study.cells() if cell.budget == 1.0]
+    for cell in cells:
+        fakes.write_run(study.config(cell))
+        model = tmp_path / cell.folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+    assert len(zeroshot.of_study(study)) == len(cells)
+    (tmp_path / cells[0].folder / "result.json").unlink()
+    assert [subject.name for subject in zeroshot.of_study(study)] == [cells[1].folder]

@@ -219,7 +219,7 @@ def check_results(out: Path, key: str, writer: str) -> None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, IsADirectoryError):
             values = None
         if not isinstance(values, dict) or key not in values:
             raise UserError(

@@ -44,6 +44,8 @@ def train(
     Raises:
         UserError: bad input or data, a folder of another run, a full disk, NaN.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint; its text says how to continue.
+            With `on_step` also one that came when nothing was left but the last evaluation: the
+            run is finished then, and the caller decides what else is to stop.
     """
     folder = RunFolder(config.out)
     with storage_errors(folder.root), quiet(), lost_contact():
@@ -121,6 +123,8 @@ def _run(
 
     result = from_main(finish)
     say(f"done: validation ce {result['final_ce']:.4f}; model in {folder.model}")
+    if trainer.interrupted and on_step is not None:
+        raise KeyboardInterrupt(f"stopped after {folder.root}, which is finished")
     return result
 
 

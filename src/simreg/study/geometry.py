@@ -23,11 +23,12 @@ def load(study: Path) -> dict[str, Any] | None:
     path = study / FOLDER / "results.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        changed = any(_changed(study, model) for model in found["models"] if model["final"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: delete it, or run simreg analyze again") from None
-    if any(_changed(study, model) for model in found["models"] if model["final"]):
+    if changed:
         warn(f"{path} is of models that have changed since: left out, run simreg analyze again")
         return None
     return found

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from simreg.study import plan
 from simreg.study.records import Run
-from simreg.study.results import Grid, grid
+from simreg.study.results import Grid, grid, resolved
 from simreg.theme import PRINT, Theme
 
 _LINES: tuple[Literal["-"], Literal["-."]] = "-", "-."
@@ -60,8 +61,16 @@ class Picture:
         return len(self.results["seeds"]) > 1
 
     def seconds_per_token(self) -> dict[str, float]:
-        """Arm -> measured training seconds per token; empty if no step time was measured."""
-        times = self.results["step_time"]
+        """Arm -> measured training seconds per token; empty if no step time was measured.
+
+        Without arms whose measurement the results reject as noise.
+        """
+        study = plan.from_dict(self.results["study"])
+        times = {
+            arm: found
+            for arm, found in self.results["step_time"].items()
+            if resolved(study, arm, found["ratio"])
+        }
         measured = [t["base_s"] for t in times.values() if t["n"]]
         steps = {r["arm"]: r["steps"] / r["tokens"] for r in self.results["runs"]}
         if not measured:

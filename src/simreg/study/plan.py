@@ -216,7 +216,7 @@ def load(path: str | Path) -> Study:
     values = recipe.read_yaml(path)
     try:
         if values:
-            base = recipe.merge(recipe.BEFORE, values.get("base", {}))
+            base = recipe.merge(recipe.BEFORE, _section(values, "base", "base"))
             return from_dict({**values, "base": base})
         error = "it is empty"
     except UserError as wrong:
@@ -331,8 +331,16 @@ def from_options(options: CompareOptions) -> Study:
         values = {"name": Path(options.study).stem, **recipe.read_yaml(options.study)}
     values = _scaled(values, options.scale)
     base = _section(values, "base", "base")
+    shared: dict[str, Any] = {}
     for text in options.set:
-        base = recipe.merge(base, parse_assignments(text, "--set"))
+        shared = recipe.merge(shared, parse_assignments(text, "--set"))
+    if "out" in shared:
+        raise UserError("--set out: each run has a folder of its own in that of the study: --out")
+    if "tokens" in _section(shared, "train", "--set train"):
+        if options.minutes is not None:
+            raise UserError("--set train.tokens and --minutes both size the study: give one")
+        values.pop("minutes", None)
+    base = recipe.merge(base, shared)
     if options.model is not None:
         base = recipe.merge(base, {"model": {"preset": options.model}})
     if options.data is not None:

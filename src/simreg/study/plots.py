@@ -72,6 +72,7 @@ def _curve(
 def _loss_limits(runs: list[Run]) -> tuple[float, float]:
     """Leaves out the steep start, which would flatten what matters."""
     shown = [e["ce"] for run in runs for e in run.evals if e["tokens"] >= 0.2 * run.tokens]
+    shown = shown or [run.final_ce for run in runs]  # curves may be lost
     low, high = min(shown), max(shown)
     pad = 0.06 * (high - low or 1.0)
     return low - pad, high + pad

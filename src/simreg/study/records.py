@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder
 from simreg.recipe.progress import read_metrics
 from simreg.study.plan import Cell, Study
 
@@ -61,6 +62,18 @@ def read(folder: Path, cell: Cell) -> Run | None:
 
 
 def collect(study: Study) -> list[Run]:
-    """The study's finished runs, in the order of its plan."""
-    found = (read(Path(study.out) / cell.folder, cell) for cell in study.cells())
+    """The study's finished runs, in the order of its plan; none that is in `failures`."""
+    lost = failures(study)
+    cells = [cell for cell in study.cells() if cell.folder not in lost]
+    found = (read(Path(study.out) / cell.folder, cell) for cell in cells)
     return [run for run in found if run is not None]
+
+
+def failures(study: Study) -> dict[str, str]:
+    """The runs that diverged (path -> message), whatever was made of their folders since."""
+    found = {}
+    for cell in study.cells():
+        config = study.config(cell)
+        if (message := RunFolder(config.out).diverged(config)) is not None:
+            found[cell.folder] = message
+    return found

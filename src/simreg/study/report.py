@@ -1,5 +1,7 @@
 """The report: one HTML file that needs nothing else, and pictures to show elsewhere."""
 
+import contextlib
+import json
 import re
 from collections.abc import Callable
 from html import escape
@@ -17,9 +19,13 @@ from simreg.analysis import figures
 from simreg.analysis import summary as geometry_summary
 from simreg.evaluation import summary as scores
 from simreg.recipe.checkpoints import write_atomically
-from simreg.study import geometry, plots, summary
+from simreg.recipe.folder import storage_errors
+from simreg.study import geometry, plots, records, summary
 from simreg.study.picture import Picture
+from simreg.study.plan import Study
 from simreg.study.records import Run
+from simreg.study.results import build
+from simreg.study.sizing import StepTimes
 from simreg.theme import PRINT, Theme
 
 # Stand-ins that matplotlib can draw with; the page's style decides what they look like.
@@ -35,6 +41,32 @@ _TEMPLATE = Path(__file__).with_name("report.html.template")
 _FILES = (("curves", plots.curves), ("isoloss", plots.isoloss), ("zero-shot", plots.zero_shot))
 
 
+def publish(
+    study: Study,
+    step_time: StepTimes,
+    zero_shot: dict[str, Any],
+    failures: dict[str, str],
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Write results.json and the report of the runs that are finished; returns the results."""
+    out, runs = Path(study.out), records.collect(study)
+    found = build(study, runs, step_time, _all_commands(out, command), failures)
+    found["zero_shot"] = zero_shot
+    with storage_errors(out):
+        write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
+        write(out, runs, found)
+    return found
+
+
+def _all_commands(out: Path, command: str | None) -> list[str]:
+    """The commands that led to these results, earlier ones first."""
+    earlier: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        earlier = [str(each) for each in stored["commands"]]
+    return list(dict.fromkeys([*earlier, *([command] if command else [])]))
+
+
 def write(out: Path, runs: list[Run], results: dict[str, Any]) -> None:
     """Write report.html and, for other documents, its main figures as .png and .svg."""
     write_atomically(out / "report.html", html(runs, results, geometry.load(out)))
@@ -42,6 +74,9 @@ def write(out: Path, runs: list[Run], results: dict[str, Any]) -> None:
     for name, draw in _FILES:
         if (figure := draw(picture)) is not None:
             theme.save(figure, out, name)
+            continue
+        for kind in ("png", "svg"):  # of an earlier plan
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def html(runs: list[Run], results: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:

@@ -41,7 +41,7 @@ def build(
     ratios = {
         arm: step_time[arm]["ratio"] * study.steps_over_reference(arm)
         for arm in study.others
-        if arm in step_time and _resolved(study, arm, step_time[arm]["ratio"])
+        if arm in step_time and resolved(study, arm, step_time[arm]["ratio"])
     }
     return {
         "schema": SCHEMA,
@@ -67,7 +67,7 @@ def build(
     }
 
 
-def _resolved(study: Study, arm: str, ratio: float) -> bool:
+def resolved(study: Study, arm: str, ratio: float) -> bool:
     """False for a step time that is below the reference's though the arm does more: noise."""
     return ratio >= 1 or not sizing.only_adds(study, arm)
 
@@ -101,6 +101,11 @@ def _curve(table: Grid, arm: str, seed: int) -> tuple[list[float], list[float]]:
     return [run.tokens for run in runs], [run.final_ce for run in runs]
 
 
+def _has_all(study: Study, table: Grid, arm: str, seed: int) -> bool:
+    """Whether all planned runs of an arm are finished for a seed."""
+    return all(seed in table[arm].get(budget, {}) for budget in study.budgets_of(arm))
+
+
 def _isoloss(
     study: Study, table: Grid, arm: str, ratio: float | None, failures: dict[str, str]
 ) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _isoloss(
         if any(cell.folder in failures for cell in cells):
             diverged.append(seed)
             crossings[seed] = midrun[seed] = never
-        elif all(seed in budgets.get(cell.budget, {}) for cell in cells):
+        elif _has_all(study, table, arm, seed):
             target = full[seed].final_ce
             crossings[seed] = stats.crossing(*_curve(table, arm, seed), target)
             run = budgets.get(1.0, {}).get(seed)
@@ -134,10 +139,11 @@ def _isoloss(
             saved |= {"low": None, "high": None, "bootstrap": None}
         return {**saved, "missing": missing, "diverged": diverged}
 
+    mid = midrun and 1.0 in study.budgets_of(arm)
     return {
         "tokens_saved": saving(crossings),
         "seconds_saved": saving(crossings, ratio),
-        "midrun_tokens_saved": saving(midrun) if midrun else None,
+        "midrun_tokens_saved": saving(midrun) if mid else None,
         "budgets": sorted(budgets),
     }
 
@@ -156,8 +162,10 @@ def _equal_time(
     answer["reference_tokens"] = ratio * next(iter(full.values())).tokens
     reference_ce = {}
     for seed, run in full.items():
-        tokens, ce = _curve(table, study.reference, seed)
-        if tokens and (value := stats.interpolate(tokens, ce, ratio * run.tokens)) is not None:
+        if not _has_all(study, table, study.reference, seed):
+            continue  # between budgets that are further apart the loss would be another
+        curve = _curve(table, study.reference, seed)
+        if (value := stats.interpolate(*curve, ratio * run.tokens)) is not None:
             reference_ce[seed] = value
     if not reference_ce:
         return answer

@@ -1,7 +1,6 @@
 """Running a study: what is missing is trained, what is finished is reused, then the report."""
 
 import contextlib
-import json
 import math
 import os
 import shlex
@@ -18,7 +17,6 @@ from rich.console import Console
 
 from simreg.recipe import assemble, data, models, timing, train
 from simreg.recipe import config as recipe
-from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import RunConfig, TrainConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import Diverged, Locked, UserError
@@ -32,7 +30,7 @@ from simreg.recipe.folder import (
 )
 from simreg.recipe.processes import world_size
 from simreg.recipe.progress import duration, log_line
-from simreg.study import plan, records, report, results, sizing, summary, zeroshot
+from simreg.study import plan, records, report, sizing, summary, zeroshot
 from simreg.study.plan import Cell, CompareOptions, Study
 
 POLL_SECONDS = 5.0
@@ -94,6 +92,8 @@ def compare(
         study = _settled(study)
         _check_models(study)
         unsized = study.minutes is not None and not (out / STUDY_FILE).exists()
+        if unsized:
+            _check_unbegun(study)
         corpus, step_time = _measure(study, console, unsized=unsized)
         if unsized and corpus is not None:
             study = _sized(study, corpus, step_time, began, console)
@@ -130,7 +130,7 @@ def redraw(
         cells, finished = study.cells(), _finished(study)
         if not finished:
             raise UserError(f"none of the {len(cells)} runs of the study in {out} is finished yet")
-        failures = {cell.folder: said for cell in cells if (said := _diverged(study, cell))}
+        failures = records.failures(study)
         step_time = sizing.cached_step_times(study, any_machine=True)
         if not (out / STUDY_FILE).exists():
             with storage_errors(out):
@@ -152,13 +152,8 @@ def _write(
     study: Study, step_time: sizing.StepTimes, command: str | None, failures: dict[str, str]
 ) -> dict[str, Any]:
     """Write what is known now, and return it."""
-    out, runs = Path(study.out), records.collect(study)
-    found = results.build(study, runs, step_time, _commands(out, command), failures)
-    found["zero_shot"] = zeroshot.recorded(study, failures)
-    with storage_errors(out):
-        write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
-        report.write(out, runs, found)
-    return found
+    zero_shot = zeroshot.recorded(study, failures)
+    return report.publish(study, step_time, zero_shot, failures, command)
 
 
 def _show(out: Path, found: dict[str, Any], console: Console) -> None:
@@ -220,6 +215,16 @@ def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") ->
     return "; ".join(filter(None, found))
 
 
+def _check_unbegun(study: Study) -> None:
+    """UserError if runs are there, of a size that is not known: another would not fit them."""
+    begun = (RunFolder(study.config(cell).out).config for cell in study.cells())
+    if (there := next((path for path in begun if path.exists()), None)) is not None:
+        raise UserError(
+            f"{study.out} has runs, but no {STUDY_FILE} that says how large they are: restore it, "
+            f"give --tokens as in {there}, or delete the folder to start again"
+        )
+
+
 def _check_models(study: Study) -> None:
     """UserError for a config that cannot be trained, before any text is read."""
     for arm in study.arms:
@@ -227,15 +232,14 @@ def _check_models(study: Study) -> None:
 
 
 def _finished(study: Study) -> dict[Cell, dict[str, Any]]:
-    """Results of the finished runs; UserError if a folder holds the run of another config."""
-    configs = {cell: study.config(cell) for cell in study.cells()}
+    """Results of the finished runs; UserError if a folder holds the run of another config.
+
+    Not of one that diverged before: see `records.failures`.
+    """
+    lost = records.failures(study)
+    configs = {cell: study.config(cell) for cell in study.cells() if cell.folder not in lost}
     found = {cell: RunFolder(config.out).finished(config) for cell, config in configs.items()}
     return {cell: result for cell, result in found.items() if result is not None}
-
-
-def _diverged(study: Study, cell: Cell) -> str | None:
-    config = study.config(cell)
-    return RunFolder(config.out).diverged(config)
 
 
 def _measure(
@@ -243,7 +247,8 @@ def _measure(
 ) -> tuple[Corpus | None, sizing.StepTimes]:
     """The corpus (None if nothing is left to train or time) and the arms' step times."""
     finished = {} if unsized else _finished(study)
-    done = all(cell in finished or _diverged(study, cell) for cell in study.cells())
+    lost = records.failures(study)
+    done = all(cell in finished or cell.folder in lost for cell in study.cells())
     # A study that is over can be drawn again anywhere, with the times that are on record.
     known = sizing.cached_step_times(study, any_machine=done)
     untimed = [arm for arm in study.others if study.times(arm) and arm not in known]
@@ -301,15 +306,6 @@ def _sized(
     return study
 
 
-def _commands(out: Path, command: str | None) -> list[str]:
-    """The commands that led to these results, earlier ones first."""
-    earlier: list[str] = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        earlier = [str(each) for each in stored["commands"]]
-    return list(dict.fromkeys([*earlier, *([command] if command else [])]))
-
-
 def _run_missing(
     study: Study, corpus: Corpus | None, left: sizing.TimeLeft, console: Console
 ) -> dict[str, str]:
@@ -336,7 +332,7 @@ def _run_missing(
                 title = f"{number} {_title(study, cell)}{_about(left.of([cell, *rest]))}"
                 console.print(title, style="bold", markup=False, soft_wrap=True)
             first = left.slowdown is None
-            if before := _diverged(study, cell):
+            if before := records.failures(study).get(cell.folder):
                 failures[cell.folder] = before
                 again = f"delete {Path(study.out) / cell.folder} to try again"
                 console.print(f"diverged before: {before}; {again}", markup=False, soft_wrap=True)

@@ -57,9 +57,14 @@ def step_times(study: Study, corpus: Corpus) -> StepTimes:
     for arm in study.others:
         if arm not in known and study.times(arm):
             measured = _measured(study, arm, corpus)
-            entry = {**measured, "key": _key(study, arm), "configs": _configs(study, arm)}
-            known = _shared(study, {**known, arm: entry})
-            write_atomically(path, json.dumps(known, indent=1) + "\n")
+            known = {
+                # A key of its own: the arm that it was measured for may be dropped.
+                a: {**found, "key": _key(study, a), "configs": _configs(study, a)}
+                if found["n"]
+                else found
+                for a, found in _shared(study, {**known, arm: measured}).items()
+            }
+            write_atomically(path, json.dumps(_stored(study) | known, indent=1) + "\n")
     return known
 
 
@@ -104,11 +109,7 @@ def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
     Unless `any_machine`, those of another machine or of other software do not count; those of
     another reference or of other configs never do, if the record says.
     """
-    try:
-        stored = json.loads((Path(study.out) / STEP_TIME_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stored = None
-    stored = stored if isinstance(stored, dict) else {}
+    stored = _stored(study)
     known: StepTimes = {}
     for arm in study.others:
         entry = stored.get(arm)
@@ -120,6 +121,15 @@ def cached_step_times(study: Study, *, any_machine: bool = False) -> StepTimes:
             if elsewhere or entry.get("key") == _key(study, arm):
                 known[arm] = entry
     return _shared(study, known)
+
+
+def _stored(study: Study) -> dict[str, Any]:
+    """What the file holds, of this plan and of earlier ones; nothing if it is damaged."""
+    try:
+        stored = json.loads((Path(study.out) / STEP_TIME_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def _cost(study: Study, arm: str) -> dict[str, Any]:
@@ -163,11 +173,21 @@ def _work(study: Study, arm: str) -> dict[str, Any]:
 
 
 def only_adds(study: Study, arm: str) -> bool:
-    """Whether the arm does what the reference does, and an objective besides: it must cost more."""
+    """Whether the arm does what the reference does, and an objective besides: it must cost more.
+
+    Or more of SimReg: the push, further depths.
+    """
     plain, own = (_work(study, name) for name in (study.reference, arm))
-    objectives = [work.pop("simreg") | work.pop("auxiliary") for work in (plain, own)]
-    nothing = objectives[0].keys() <= {"options"}
-    return plain == own and nothing and objectives[0] != objectives[1]
+    before, after = (work.pop("simreg") for work in (plain, own))
+    few, many = (set(simreg.pop("depths", ())) for simreg in (before, after))
+    if "weight" in before:  # else there is nothing that the options of the other could replace
+        pushes = before.pop("push", False) <= after.pop("push", False)
+        contained = before == after and pushes and few <= many
+    else:
+        contained = before.items() <= after.items()
+    first, second = (work.pop("auxiliary") for work in (plain, own))
+    contained &= first == second or first.keys() <= {"options"}
+    return contained and plain == own and _work(study, study.reference) != _work(study, arm)
 
 
 def _configs(study: Study, arm: str) -> str:

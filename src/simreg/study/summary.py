@@ -49,10 +49,12 @@ def headline(results: dict[str, Any], arm: str) -> str:
         counted = {entry["seed"] for entry in difference["per_seed"]} if difference else set()
         sentence = _by_loss(results, arm, difference)
         missing = [seed for seed in results["seeds"] if seed not in counted]
+        full = [f"{name}/1/seed-" for name in (arm, results["study"]["reference"])]
+        lost = [s for s in missing if any(f"{path}{s}" in results["failures"] for path in full)]
     else:
         sentence = _by_tokens(results, arm, saved)
-        missing = saved["tokens_saved"]["missing"]
-    unfinished = [seed for seed in missing if seed not in _diverged_seeds(results, arm)]
+        missing, lost = saved["tokens_saved"]["missing"], saved["tokens_saved"]["diverged"]
+    unfinished = [seed for seed in missing if seed not in lost]
     parts = sentence, _left_out(unfinished, len(results["seeds"])), _diverged(results, arm)
     return " ".join(filter(None, parts))
 
@@ -115,13 +117,6 @@ def _left_out(missing: list[int], planned: int) -> str:
         f"{k} of {planned} seeds {verb} left out: {whose} runs are not finished "
         f"({seeds} {', '.join(map(str, missing))})."
     )
-
-
-def _diverged_seeds(results: dict[str, Any], arm: str) -> set[int]:
-    """Seeds of which a run of the arm or of the reference became NaN."""
-    arms = arm, results["study"]["reference"]
-    paths = [path.split("/") for path in results["failures"]]
-    return {int(path[-1].removeprefix("seed-")) for path in paths if path[0] in arms}
 
 
 def _diverged(results: dict[str, Any], arm: str) -> str:

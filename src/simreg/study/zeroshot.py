@@ -21,7 +21,7 @@ from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, unused, 
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.results import seeds_diverged
-from simreg.study.sizing import StepTimes, reference_step
+from simreg.study.sizing import StepTimes, cached_step_times, reference_step
 
 FOLDER = "zero-shot"
 ITEMS, FEWEST_ITEMS, SECONDS = 250, 50, 20.0
@@ -86,7 +86,9 @@ def of_study(study: Study) -> list[Subject]:
     for arm in (study.reference, *study.others):
         for cell in study.cells():
             path = Path(study.out) / cell.folder
-            if cell.arm == arm and cell.budget == 1.0 and RunFolder(path).model.is_dir():
+            folder = RunFolder(path)  # the model is there a moment before the result
+            finished = folder.model.is_dir() and folder.result.is_file()
+            if cell.arm == arm and cell.budget == 1.0 and finished:
                 found.append(replace(subjects.run(path), name=cell.folder, arm=arm))
     return found
 
@@ -195,12 +197,9 @@ def _models(results: dict[str, Any]) -> set[tuple[str, str]]:
 
 def _redraw(study: Study) -> None:
     """Put what is recorded into the study's results and its report."""
-    out = Path(study.out)
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    results["zero_shot"] = recorded(study, results["failures"])
-    with storage_errors(out):
-        write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
-        report.write(out, records.collect(study), results)
+    failures = records.failures(study)
+    step_time = cached_step_times(study, any_machine=True)
+    report.publish(study, step_time, recorded(study, failures), failures)
 
 
 def show(results: dict[str, Any], console: Console) -> None:

@@ -135,7 +135,8 @@ def _model(preset: str | None, params: dict[str, int] | None) -> str:
 
 def _seeds(saved: dict[str, Any] | None, difference: dict[str, Any] | None, planned: int) -> str:
     """How many count, and what that allows to claim."""
-    n = saved["n"] if saved else difference["n"] if difference else 0
+    found = saved or difference or {"n": 0, "diverged": []}
+    n = found["n"]
     words = [str(n) if n == planned else f"{n} of {planned}"]
     if n == 1:
         words = [
@@ -143,9 +144,7 @@ def _seeds(saved: dict[str, Any] | None, difference: dict[str, Any] | None, plan
         ]
     elif 0 < n < summary.CLAIM_SEEDS:
         words.append(f"a claim takes {summary.CLAIM_SEEDS}")
-    if saved and saved["diverged"]:
-        words.append(f"{len(saved['diverged'])} diverged")
-    return ", ".join(words)
+    return and_diverged(", ".join(words), found)
 
 
 def _saving(saved: dict[str, Any] | None) -> str:

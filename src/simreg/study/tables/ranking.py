@@ -129,13 +129,16 @@ def _seeds(results: dict[str, Any], standing: Standing) -> str:
 
 def how_to_read(shown: list[Standing], against: str) -> list[str]:
     """How to read the differences."""
-    others = [each for each in shown if each.arm != against]
-    if any(each.gap["low"] is not None for each in others):
+    gaps = [each.gap for each in shown if each.arm != against]
+    notes = []
+    if any(gap["low"] is not None for gap in gaps):
         notes = [
             "Brackets: 95 % Student-t intervals of differences paired by seed, not corrected for "
             "the number of arms."
         ]
-    else:
+    elif any(gap["n"] > 1 for gap in gaps):
+        notes = ["No intervals: a run diverged, and the seeds that are left are no sample of all."]
+    elif gaps:
         notes = ["One seed an arm: no intervals, no claim."]
     if any(each.unpaired for each in shown):
         notes.append(markdown.unpaired_note(against))
