@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from simreg.baselines import registry
 from simreg.capture import attach, shift_left
 from simreg.depths import AtDepths
 from simreg.loss import SimRegLoss, simreg_loss
+from simreg.objectives import Sum
 from tests.test_capture import CONFIGS, SMALL, HeadCrossEntropy, Pull, batch, build, transformers
 
 
@@ -389,3 +391,26 @@ def test_a_pass_without_gradients_is_not_answered_with_an_earlier_one():
     model(ids)
     with torch.no_grad():
         assert reg(labels) > 0
+
+
+def test_a_weight_that_is_a_parameter_is_the_objectives_own():
+    class Weighted(HeadCrossEntropy):
+        def __init__(self, head):
+            super().__init__(head)
+            self.weight = nn.Parameter(torch.ones(16))
+
+        def __call__(self, hidden, labels, segments=None, *, num_items=None):
+            return super().__call__(hidden * self.weight, labels, segments, num_items=num_items)
+
+    model, (ids, labels) = Own(FORMS["tensor"]), batch()
+    objective = Weighted(model.head)
+    for each in (
+        objective,
+        Sum(objective, registry.build("cosine", {"weight": 0}, hidden_size=16, vocab_size=40)),
+    ):
+        reg = attach(model, each, module=model.norm)
+        model(ids)
+        loss = reg(labels)
+        reg.detach()
+        assert loss.requires_grad
+        assert loss > 0

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simreg import SimRegLoss, simreg_loss
+from simreg import SimRegLoss, explain, simreg_loss
 from simreg.baselines.simctg import SimCTG
 from simreg.loss import LEAST_TEMPERATURE, VARIANTS
 from tests.truth import brute_force
@@ -428,3 +428,35 @@ def test_bad_arguments_are_named(arguments, options, named):
 def test_bad_weight(weight):
     with pytest.raises(ValueError, match=r"^weight: expected"):
         SimRegLoss(weight)
+
+
+@pytest.mark.parametrize("items", [[100, 101, 102], [100.5, 101.5, 102.5]], ids=["int", "float"])
+def test_a_divisor_that_changes_compiles_without_a_break(items):
+    """Tokens of the whole batch, under gradient accumulation."""
+    hidden, labels = torch.randn(2, 12, 4), torch.arange(24).view(2, 12) % 3
+    objective, graphs = SimRegLoss(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda n: objective(hidden, labels, num_items=n)[0], fullgraph=True, backend=count
+    )
+    for each in items:
+        torch.testing.assert_close(compiled(each), objective(hidden, labels, num_items=each)[0])
+    assert len(graphs) <= 2  # the first number, then any
+
+
+@pytest.mark.parametrize("temperature", [1e-31, 1e39, float("inf"), float("nan"), "0.1"])
+def test_temperatures_that_float32_cannot_hold_are_refused(temperature):
+    hidden, labels = torch.randn(1, 4, 3), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="temperature: expected a number from 1e-30 to 1e\\+30"):
+        SimRegLoss(temperature=temperature)(hidden, labels)
+    _, metrics = SimRegLoss(temperature=1e30)(hidden, labels)
+    assert not any(value.isnan() for name, value in metrics.items() if name != "neg_cos")
+
+
+def test_explain_takes_a_tensor():
+    with pytest.raises(ValueError, match="hidden: expected a tensor, got list"):
+        explain([1])

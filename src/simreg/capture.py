@@ -33,7 +33,7 @@ from simreg.decoders import (
     find_layers,
     unwrap,
 )
-from simreg.objectives import Objective, reads
+from simreg.objectives import Objective, reads, switched_off
 
 IGNORE_INDEX = -100
 
@@ -179,7 +179,7 @@ class Attached:
         loss, metrics = self.objective(
             hidden, labels, segments, num_items=num_items, **read, **options
         )
-        wanted = torch.is_grad_enabled() and getattr(self.objective, "weight", 1) != 0
+        wanted = torch.is_grad_enabled() and not switched_off(self.objective)
         if wanted and not loss.requires_grad:
             warnings.warn(
                 "the objective trains nothing: the hidden states it was attached to need no "

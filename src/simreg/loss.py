@@ -13,7 +13,7 @@ from simreg.kernels import op
 from simreg.kernels.order import Form
 
 VARIANTS = ("out", "in", "decoupled")
-LEAST_TEMPERATURE = 1e-30  # 1/τ, and sums of a few, are still float32
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30  # they, and sums of a few, are still float32
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -102,8 +102,10 @@ def explain(hidden: Tensor, *, backend: str = "auto") -> str:
     The logger ``"simreg"`` says the same at level DEBUG whenever the loss is computed.
 
     Raises:
-        ValueError: for an unknown backend, or one that can't run here.
+        ValueError: for what is no tensor, an unknown backend, or one that can't run here.
     """
+    if not isinstance(hidden, Tensor):
+        raise ValueError(f"hidden: expected a tensor, got {type(hidden).__name__}")
     _check_backend(backend)
     return ": ".join(op.choose(hidden, backend))
 
@@ -112,7 +114,8 @@ class SimRegLoss(nn.Module):
     """λ × SimReg and what it did, in the form that trainers take (`objectives.Objective`).
 
     Args:
-        weight: λ ≥ 0. At 0 the loss is 0 without gradient, and the metrics are still computed.
+        weight: λ ≥ 0. At 0 the loss is 0 without gradient (NaN where hidden states are not
+            finite), and the metrics are still computed.
         temperature, variant, chunk_size, ignore_index, backend, push, push_above: as in
             `simreg_loss`, except that `push` is 3.333 by default. It is weighted by λ too.
     """
@@ -235,11 +238,11 @@ def per_item(total: Tensor, count: Tensor, num_items: Tensor | float | None) -> 
 def check_items(num_items: Tensor | float | None) -> None:
     """Refuse a divisor that is none; a tensor's value is not read, which would wait for a GPU."""
     if isinstance(num_items, Tensor):
-        good, got = num_items.numel() == 1, str(list(num_items.shape))
+        good = num_items.numel() == 1
     else:
         good = num_items is None or (is_number(num_items) and num_items >= 0)
-        got = repr(num_items)
-    if not good:
+    if not good:  # only then: a number that changes has no repr under torch.compile
+        got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
         raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
 
 
@@ -298,10 +301,10 @@ def per_token(
 def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
     """Refuse settings that mean nothing."""
     temperature, variant, push, push_above = form
-    if not (is_number(temperature) and LEAST_TEMPERATURE <= temperature < math.inf):
+    least, most = LEAST_TEMPERATURE, MOST_TEMPERATURE
+    if not (is_number(temperature) and least <= temperature <= most):
         raise ValueError(
-            f"temperature: expected a finite number of at least {LEAST_TEMPERATURE}, "
-            f"got {temperature!r}"
+            f"temperature: expected a number from {least} to {most}, got {temperature!r}"
         )
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")

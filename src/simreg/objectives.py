@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +74,8 @@ class Objective(Protocol):
 
     An objective that needs more declares it in an attribute ``reads`` (a `Reads`) and gets it as
     keywords. One that owns parameters or buffers is an `nn.Module`. One whose loss of a row depends
-    on more than that row has an attribute ``by_rows = False``.
+    on more than that row has an attribute ``by_rows = False``. One whose attribute ``weight`` is
+    the number 0 is off.
     """
 
     def __call__(
@@ -88,6 +90,12 @@ class Objective(Protocol):
         ...
 
 
+def switched_off(objective: object) -> bool:
+    """Whether its attribute `weight`, if that is a number, is 0 (a trainer's schedule may say)."""
+    weight = getattr(objective, "weight", None)
+    return isinstance(weight, Real) and weight == 0
+
+
 class Sum(nn.Module):
     """SimReg and another objective as one: their losses add.
 
@@ -96,6 +104,11 @@ class Sum(nn.Module):
 
     def __init__(self, simreg: Objective | None, auxiliary: Objective) -> None:
         super().__init__()
+        if any(hasattr(each, "group") for each in (simreg, auxiliary)):
+            raise ValueError(
+                "Sum: objectives of tokens that are spread over processes do not add: attach one, "
+                "whose rows the other would see a part of"
+            )
         self.simreg, self.auxiliary = simreg, auxiliary
         self.reads = reads(simreg) | reads(auxiliary)
         self.by_rows = by_rows(simreg) and by_rows(auxiliary)
@@ -114,7 +127,7 @@ class Sum(nn.Module):
             hidden, labels, segments, num_items=num_items, **self._share(self.auxiliary, read)
         )
         found = {"auxiliary": metrics["loss"]}
-        if self.simreg is not None and getattr(self.simreg, "weight", 1) != 0:
+        if self.simreg is not None and not switched_off(self.simreg):
             own, metrics = self.simreg(
                 hidden, labels, segments, num_items=num_items, **self._share(self.simreg, read)
             )

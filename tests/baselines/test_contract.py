@@ -276,3 +276,50 @@ def test_on_a_model(name):
     for layer in model.model.layers[:trained]:
         assert layer.mlp.down_proj.weight.grad.abs().sum() > 0
     assert all(w.grad.abs().sum() > 0 for w in objective.parameters())
+
+
+@every
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_shortest_rows_have_a_gradient(name, length):
+    p, inputs = leaves(problem(batch=2, length=length))
+    loss, _ = call(make(name, p), p)
+    assert loss.requires_grad
+    loss.backward()
+    assert all(each.grad is None or each.grad.isfinite().all() for each in inputs)
+
+
+@every
+def test_on_meta_tensors(name):
+    """As counters of operations run a model."""
+    p = problem()
+    objective = make(name, p).to("meta")
+    p = changed(p, lambda x: x.to("meta"))
+    p |= {"labels": p["labels"].to("meta"), "head": p["head"].to("meta"), "segments": None}
+    loss, _ = call(objective, p)
+    assert (loss.shape, loss.device.type) == (torch.Size(), "meta")
+
+
+@every
+@pytest.mark.parametrize("weight", [float("nan"), -1.0, None])
+def test_a_weight_that_a_schedule_sets_is_checked(name, weight):
+    p = problem()
+    objective = make(name, p)
+    objective.weight = weight
+    with pytest.raises(ValueError, match="weight: expected a finite number"):
+        call(objective, p)
+
+
+@every
+def test_labels_of_another_dtype_are_refused(name):
+    p = problem()
+    p["labels"] = p["labels"].int()
+    with pytest.raises(ValueError, match=r"labels: expected .* in torch.int64"):
+        call(make(name, p), p)
+
+
+def test_objectives_of_tokens_over_processes_do_not_add():
+    part = SimRegLoss()
+    part.group = None
+    for pair in ((part, registry.build("cosine", {}, hidden_size=4, vocab_size=6)), (None, part)):
+        with pytest.raises(ValueError, match="spread over processes do not add"):
+            Sum(*pair)

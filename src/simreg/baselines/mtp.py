@@ -1,6 +1,5 @@
 """Multi-token prediction without heads of its own: the logits also score later tokens."""
 
-import torch
 from torch import Tensor, nn
 
 from simreg.baselines import terms
@@ -34,7 +33,7 @@ class MTP(Rival):
         """As `Rival`."""
         wide = terms.seen(logits, labels)
         normaliser = wide.logsumexp(-1)
-        losses = torch.zeros_like(normaliser)
+        losses = 0 * normaliser  # rows of two tokens have no more, and their gradient is 0
         for k in range(2, min(self.horizon, labels.shape[1] - 1) + 1):
             known = terms.together(labels, segments, k - 1)[:, :-1]
             if segments is not None:  # the label may be the first token of the next one

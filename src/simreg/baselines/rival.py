@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simreg.baselines import terms
-from simreg.loss import per_item
+from simreg.loss import check_tensors, per_item
 from simreg.objectives import Reads
 
 
@@ -27,7 +27,7 @@ class Rival(nn.Module):
     def __init__(self, weight: float, highest: float = float("inf")) -> None:
         """ValueError for a `weight` that is no finite number from 0 to `highest`."""
         super().__init__()
-        self.weight = terms.check("weight", weight, 0, highest)
+        self.weight, self._highest = terms.check("weight", weight, 0, highest), highest
 
     def forward(
         self,
@@ -42,6 +42,8 @@ class Rival(nn.Module):
 
         `loss` among the metrics is without `weight`, over the valid labels of this call.
         """
+        terms.check("weight", self.weight, 0, self._highest)  # which trainers set
+        check_tensors(hidden, labels, segments)
         some = labels.numel() > 0
         total = (self.losses(hidden, labels, segments, **read) if some else hidden).sum()
         count = terms.valid(labels).sum().clamp_min(1)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def unit(hidden: Tensor, labels: Tensor) -> Tensor:
 
 def products(states: Tensor) -> Tensor:
     """`[B, L, L]`: of each two of `[B, L, d]`, cosines if their norm is 1; no autocast."""
-    with torch.autocast(states.device.type, enabled=False):
+    there = torch.amp.is_autocast_available(states.device.type)  # not on "meta"
+    with torch.autocast(states.device.type, enabled=False) if there else nullcontext():
         return states @ states.mT
 
 

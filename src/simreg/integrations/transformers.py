@@ -23,7 +23,7 @@ from simreg.decoders import aligns_labels
 from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.integrations.place import Layers, Module, attach_at
 from simreg.integrations.window import Window, wide
-from simreg.objectives import Objective, moved
+from simreg.objectives import Objective, moved, switched_off
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 SEGMENTS = "segments"
@@ -408,7 +408,7 @@ class SimRegTrainer(Trainer):
 
 
 def _idle(objective: object) -> bool:
-    return objective is None or getattr(objective, "weight", None) == 0
+    return objective is None or switched_off(objective)
 
 
 def _documents(inputs: dict[str, Any]) -> Tensor | None:

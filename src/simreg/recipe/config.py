@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
 from simreg.depths import DEPTHS, layers_within
-from simreg.loss import LEAST_TEMPERATURE, PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
+from simreg.loss import LEAST_TEMPERATURE, MOST_TEMPERATURE, PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
 from simreg.recipe.errors import UserError
 from simreg.recipe.presets import PRESETS
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -216,7 +216,7 @@ class SimRegConfig:
 
     weight: NonNegative = WEIGHT
     """λ, the weight beside cross-entropy; its largest, as `schedule` has it."""
-    temperature: Annotated[Positive, Field(ge=LEAST_TEMPERATURE)] = TEMPERATURE
+    temperature: Annotated[Positive, Field(ge=LEAST_TEMPERATURE, le=MOST_TEMPERATURE)] = TEMPERATURE
     """τ, the divisor of cosines."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Which of the three formulas (docs/loss.md)."""
