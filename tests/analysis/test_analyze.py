@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+import types
 from itertools import pairwise
 from pathlib import Path
 
@@ -371,3 +372,37 @@ def test_nc1_takes_twice_as_many_classes_as_dimensions(labels, given):
     assert groups["tail"]["classes_measured"] > 1
     assert groups["tail"]["nc1"] is None
     assert groups["tail"]["cdnv"] is not None
+
+
+@pytest.mark.parametrize("files", [None, ["vocab.json", "merges.txt"], ["tokenizer.json"]])
+def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkeypatch, files):
+    """A model of the Hub, a slow tokenizer's files."""
+    run_folder = Path(study / "simreg" / "1" / "seed-1")
+    found = run.targets.find([str(run_folder)], series=False)
+    corpus = prepare(found[0].config.data)
+    other = "some/model"
+    if files is not None:
+        other = str(tmp_path / "other")
+        Path(other).mkdir()
+        for name in files:
+            (Path(other) / name).write_text("{}")
+    load = text.AutoTokenizer.from_pretrained
+    vocabulary = {"a": 0}
+
+    def from_pretrained(path):
+        fake = types.SimpleNamespace(get_vocab=lambda: vocabulary)
+        return fake if path == other else load(path)
+
+    monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", from_pretrained)
+    both = [*found, run.targets.Target("other", other)]
+    with pytest.raises(UserError, match="another vocabulary"):
+        text.check_tokenizers(both, corpus)
+    vocabulary = corpus.tokenizer.get_vocab()
+    text.check_tokenizers(both, corpus)
+
+    def missing(path):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", missing)
+    with pytest.raises(UserError, match="cannot load the tokenizer of"):
+        text.check_tokenizers(both, corpus)

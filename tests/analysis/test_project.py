@@ -30,3 +30,8 @@ def test_two_axes_hold_the_spread_of_tokens_in_a_plane() -> None:
 )
 def test_nothing_to_see(hidden: torch.Tensor, chosen: list[int]) -> None:
     assert project.project(of(hidden, [1, 2, 2]), chosen, "pca") is None
+
+
+def test_points_that_cannot_be_told_apart_are_one() -> None:
+    near = torch.ones(40, 4) + 1e-6 * torch.randn(40, 4)
+    assert project.project(of(near, [1, 2] * 20), [1, 2], "pca") is None

@@ -3,10 +3,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from simreg.analysis import states, targets
 from simreg.geometry.margins import margins
+from simreg.recipe import hub
 from simreg.recipe.errors import UserError
 from simreg.recipe.train import train
 from tests.recipe import tiny
@@ -94,3 +101,39 @@ def test_no_model(tmp_path):
     with pytest.raises(UserError, match="cannot load") as caught:
         collect(targets.Target("x", str(tmp_path)), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_longer_than_the_model(tmp_path):
+    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="rows of 32 tokens are longer than its 16 positions"):
+        collect(targets.Target("gpt2", str(tmp_path / "gpt2")), tmp_path)
+    collect(targets.Target("gpt2", str(tmp_path / "gpt2")), tmp_path, IDS[:, :16])
+
+
+def test_a_nan_in_a_later_row_is_named(tmp_path):
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    token = int(IDS[3, 7])
+    assert token not in IDS[0]
+    with torch.no_grad():
+        model.transformer.wte.weight[token] = torch.nan
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(300, 8))
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="hidden states are NaN or infinite"):
+        collect(targets.Target("gpt2", str(tmp_path / "gpt2")), tmp_path)
+    assert not list(tmp_path.glob("hidden/*/hidden.f32"))
+
+
+def test_a_model_that_reads_what_it_is_to_predict_is_refused(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=300, intermediate_size=16, initializer_range=0.2, **sizes)
+    for decoder in (True, False):
+        config.is_decoder = decoder
+        BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+        if decoder:
+            hub.load(tmp_path / "bert")
+            continue
+        with pytest.raises(UserError, match="is no causal language model"):
+            hub.load(tmp_path / "bert")

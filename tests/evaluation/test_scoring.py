@@ -1,8 +1,17 @@
+import copy
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from simreg.evaluation.scoring import Scorer, encode_pair
+from simreg.recipe.errors import UserError
 
 rng = torch.Generator().manual_seed(0)
 
@@ -142,3 +151,43 @@ def test_bf16_is_close(loaded):
         abs(a[0] - b[0]) / len(pair[1]) for a, b, pair in zip(exact, rounded, PAIRS, strict=True)
     ]
     assert 0 < max(gaps) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("", ""), ("<s>", ""), ("", "</s>"), ("<s>", "</s>")]
+)
+def test_encode_pair_where_texts_are_marked(loaded, before, after):
+    tokenizer = copy.deepcopy(loaded[1])
+    context, continuation = encode_pair(tokenizer, "the river ", "ran over")
+    tokenizer.add_tokens(["<s>", "</s>"], special_tokens=True)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>")}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{before} $A {after}".strip(), special_tokens=list(ids.items())
+    )
+    found = encode_pair(tokenizer, "the river ", "ran over")
+    assert found == ([*([ids[before]] if before else []), *context], continuation)
+    marks = [ids[mark] for mark in (before, after) if mark]
+    assert encode_pair(tokenizer, " ", "ran") == (marks[:1], encode_pair(tokenizer, "x", " ran")[1])
+
+
+def test_a_model_that_gives_nan_has_no_scores(loaded):
+    model = copy.deepcopy(loaded[0].model)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="log-likelihoods are NaN"):
+        Scorer(model, max_length=64)(PAIRS)
+
+
+def test_tokens_that_the_model_has_not_are_named(loaded):
+    with pytest.raises(UserError, match="has token 300, its vocabulary only 300"):
+        Scorer(loaded[0].model, max_length=64)([([1, 2], [300])])
+
+
+def test_a_model_of_several_modalities():
+    text = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    assert len(Scorer(model, max_length=64)(PAIRS)) == len(PAIRS)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from simreg.geometry.classes import token_cosines
@@ -67,3 +68,12 @@ def test_what_is_not_known_is_none():
     found = glance(torch.randn(1, 3, 4), torch.tensor([[0, 1, 2]]), torch.randn(3, 4))
     assert found["intra_cos"] is None
     assert found["inter_cos"] is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_glance_at_what_is_not_finite_says_so(value):
+    """Where training goes wrong, it is training that says it."""
+    hidden, labels = torch.randn(1, 20, 6), torch.arange(20)[None] % 4
+    hidden[0, 3, 2] = value
+    found = glance(hidden, labels, torch.randn(8, 6))
+    assert found["effective_rank"] is None

@@ -65,4 +65,6 @@ def project(sample: Sample, chosen: list[int], method: str) -> dict[str, Any] | 
         str(label): [[round(x, 4), round(y, 4)] for x, y in part.tolist()]
         for label, part in zip(chosen, parts, strict=True)
     }
+    if len({tuple(point) for part in points.values() for point in part}) < 2:
+        return None
     return {"method": method, "points": points, "explained": explained}

@@ -18,7 +18,7 @@ from simreg.recipe import assemble, cache, hub
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 
-_LAYOUT = 1  # of the cache; a new number makes old entries invisible
+_LAYOUT = 2  # of the cache; a new number makes old entries invisible
 _TOKENS = 4096  # a forward pass
 _TOLERANCE = 1e-3  # of logits, relative to the largest
 
@@ -40,7 +40,8 @@ def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], N
     states are looked up by a hash of the weights and of the tokens, and read as they are needed.
 
     Raises:
-        UserError: the model cannot be loaded, has other tokens, or its logits are not W·h + b.
+        UserError: the model cannot be loaded, has other tokens or shorter rows, its states are not
+            finite, or its logits are not W·h + b.
     """
     model = hub.load(target.path)
     weight, bias = _head(model, target)
@@ -48,6 +49,12 @@ def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], N
         raise UserError(
             f"{target.path}: the text has token {int(ids.max())}, its vocabulary only "
             f"{len(weight)}: it was made for another tokenizer"
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise UserError(
+            f"{target.path}: rows of {ids.shape[1]} tokens are longer than its {longest} "
+            "positions: give --seq-len"
         )
     digest = _hash(model)
     key = hashlib.blake2b(
@@ -90,6 +97,8 @@ class _Forward:
                 hidden = decoder(input_ids=batch, use_cache=False).last_hidden_state.float().cpu()
                 if number == 0:
                     self._check(model, batch[:1], hidden[0])
+                if not bool(hidden.isfinite().all()):
+                    raise UserError(f"{self.target.path}: its hidden states are NaN or infinite")
                 width = hidden.shape[-1]
                 file.write(hidden[:, :-1].contiguous().numpy().tobytes())
         return {"width": width}

@@ -15,7 +15,9 @@ from simreg.geometry import groups, positives
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import one_line
 
+_TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
 _STREAM = 1 << 18  # tokens that positive rates are counted in
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -66,9 +68,16 @@ def check_tokenizers(targets: Sequence[Target], corpus: Corpus) -> None:
     """UserError if a model comes with another vocabulary than the text was cut into."""
     vocabulary = corpus.tokenizer.get_vocab()
     for target in targets:
-        if not (Path(target.path) / "tokenizer.json").is_file():
-            continue  # checkpoints of a run, and Hub ids, of which data_of took the tokenizer
-        if AutoTokenizer.from_pretrained(target.path).get_vocab() != vocabulary:
+        folder = Path(target.path)
+        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+            continue  # a checkpoint of a run
+        try:
+            own = AutoTokenizer.from_pretrained(target.path).get_vocab()
+        except Exception as error:  # many kinds: missing, damaged or unknown files
+            raise UserError(
+                f"cannot load the tokenizer of {target.path}: {one_line(error)[:200]}"
+            ) from None
+        if own != vocabulary:
             raise UserError(
                 f"{target.path} has another vocabulary than the text was cut into: models are "
                 "compared on the same tokens only; analyze it alone"

@@ -21,7 +21,7 @@ ITEMS = 1000
 """Cloze items without --limit."""
 _DOCUMENT = 4096  # characters read of a document, so that no long one decides alone
 _AN_ITEM = 500  # characters that bits per byte reads for each cloze item
-_VERSION = 1  # of what these tasks are; a new number makes cached results invisible
+_VERSION = 2  # of what these tasks are; a new number makes cached results invisible
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations: batched by tokens, logits only where they are needed."""
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from simreg.recipe.errors import UserError
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context (not empty) and of what follows it (not empty)."""
@@ -40,8 +43,13 @@ class Scorer:
 
         Pairs that differ in their last token only (as "yes" and "no") share a forward pass. A
         continuation of more than `max_length` tokens is scored in parts of so many, each after the
-        token before it. ValueError for an empty part of a pair.
+        token before it.
+
+        Raises:
+            ValueError: an empty part of a pair.
+            UserError: tokens that the model has not, or a score that is NaN.
         """
+        self._check(pairs)
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         long = []
         for i, (context, continuation) in enumerate(pairs):
@@ -70,6 +78,11 @@ class Scorer:
             for ids, logits in scored:
                 for i in groups[ids]:
                     answers[i] = _answer(logits, pairs[i][1])
+                    if math.isnan(answers[i][0]):  # it would make the first choice the likeliest
+                        raise UserError(
+                            f"{self.model.name_or_path}: its log-likelihoods are NaN: the weights "
+                            "hold NaN, or its activations overflow"
+                        )
             advance(sum(len(groups[ids]) for ids in batch))
             queue = queue[len(batch) :]
         for i in long:
@@ -78,13 +91,23 @@ class Scorer:
             advance(1)
         return answers
 
+    def _check(self, pairs: Sequence[Pair]) -> None:
+        largest = max((max(part, default=0) for pair in pairs for part in pair), default=0)
+        embeddings: Any = self.model.get_input_embeddings()
+        if largest >= (known := len(embeddings.weight)):
+            raise UserError(
+                f"{self.model.name_or_path}: the text has token {largest}, its vocabulary only "
+                f"{known}: its tokenizer is that of another model, or has had tokens added"
+            )
+
     def _rows(self, queue: list[tuple[int, ...]], wanted: dict[tuple[int, ...], int]) -> int:
         """How many of the queue fit into a batch."""
         rows, first = max(1, self.tokens // len(queue[0])), len(queue[0])
         start = first
         for row, ids in enumerate(queue[:rows]):
             start = min(start, len(ids) - wanted[ids])
-            if row and (row + 1) * (first - start) * self.model.config.vocab_size > _LOGITS:
+            vocabulary = self.model.config.get_text_config().vocab_size
+            if row and (row + 1) * (first - start) * vocabulary > _LOGITS:
                 return row
         return min(rows, len(queue))
 
@@ -124,12 +147,19 @@ def _answer(logits: Tensor, continuation: list[int]) -> Answer:
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
     """Token ids of both, split where the context alone ends (as lm-evaluation-harness does).
 
-    White space at the end of the context goes over to the continuation.
+    White space at the end of the context goes over to the continuation. Tokens that the tokenizer
+    puts before a text (bos) stand before the context; what it puts after one (eos) is left out.
     """
+
+    def encode(text: str, special: bool = False) -> list[int]:
+        options = {"add_special_tokens": special, "split_special_tokens": True}
+        return list(tokenizer(text, verbose=False, **options)["input_ids"])
+
     kept = context.rstrip()
-    whole = tokenizer(context + continuation, verbose=False)["input_ids"]
-    ids = tokenizer(kept, verbose=False)["input_ids"]
-    return ids, whole[len(ids) :]
+    ids, whole, marked = encode(kept), encode(context + continuation), encode(kept, special=True)
+    ends = range(len(marked) - len(ids) + 1)
+    first = next((i for i in ends if marked[i : i + len(ids)] == ids), 0) if ids else 1
+    return marked[:first] + ids, whole[len(ids) :]
 
 
 def prefix_token(tokenizer: Any) -> Any:

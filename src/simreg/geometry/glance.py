@@ -39,5 +39,8 @@ def glance(
 def _effective_rank(hidden: Tensor) -> float:
     """As in `spectrum`, from the smaller of the covariance and the Gram matrix."""
     x = hidden - hidden.mean(0)
-    values = torch.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x).clamp_min(0)
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    if not bool(gram.isfinite().all()):
+        return math.nan
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
     return math.exp(float(torch.special.entr(values / values.sum()).sum()))

@@ -31,8 +31,8 @@ def folder(name: str, patterns: list[str]) -> Path:
 def load(model: str | Path) -> PreTrainedModel:
     """A causal language model of a folder or of the Hub, in float32.
 
-    UserError if it can't be loaded, or has not all of its weights: transformers would draw the
-    missing ones at random.
+    UserError if it can't be loaded, or has not all of its weights (transformers would draw the
+    missing ones at random), or reads the tokens that it is to predict.
     """
     auto: Any = AutoModelForCausalLM.from_pretrained
     try:
@@ -46,7 +46,21 @@ def load(model: str | Path) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the model {model} lacks weights: {', '.join(missing[:3])}")
     found: PreTrainedModel = loaded
+    with quiet():
+        _require_causal(found, model)
     return found
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel, name: str | Path) -> None:
+    """UserError for BERT and its like, which load as causal models without being one."""
+    ids = torch.tensor([[1, 1, 1], [1, 1, 2]])
+    first, second = model(input_ids=ids, use_cache=False).logits[:, :2].float()
+    if (first - second).abs().max() > 1e-4 * first.abs().max():  # rounding: 2e-6
+        raise UserError(
+            f"the model {name} ({type(model).__name__}) is no causal language model: what it says "
+            "of a token depends on later ones (`is_decoder` in its config?)"
+        )
 
 
 @contextlib.contextmanager
