@@ -70,10 +70,12 @@ def collect(study: Study) -> list[Run]:
 
 
 def failures(study: Study) -> dict[str, str]:
-    """The runs that diverged (path -> message), whatever was made of their folders since."""
-    found = {}
-    for cell in study.cells():
-        config = study.config(cell)
-        if (message := RunFolder(config.out).diverged(config)) is not None:
-            found[cell.folder] = message
-    return found
+    """The runs that diverged (path -> message)."""
+    said = {cell.folder: failure(study, cell) for cell in study.cells()}
+    return {path: message for path, message in said.items() if message is not None}
+
+
+def failure(study: Study, cell: Cell) -> str | None:
+    """Why a run diverged, if it did, whatever was made of its folder since."""
+    config = study.config(cell)
+    return RunFolder(config.out).diverged(config)

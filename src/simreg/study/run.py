@@ -332,7 +332,7 @@ def _run_missing(
                 title = f"{number} {_title(study, cell)}{_about(left.of([cell, *rest]))}"
                 console.print(title, style="bold", markup=False, soft_wrap=True)
             first = left.slowdown is None
-            if before := records.failures(study).get(cell.folder):
+            if before := records.failure(study, cell):
                 failures[cell.folder] = before
                 again = f"delete {Path(study.out) / cell.folder} to try again"
                 console.print(f"diverged before: {before}; {again}", markup=False, soft_wrap=True)
