@@ -29,7 +29,7 @@ class Options:
     set: str = ""
     """Fields of the run's config, `section.key=value,...`."""
     pairs: int = 60
-    """Pairs of steps, at most."""
+    """Pairs of steps; up to ten times as many while their ratio is not known to a hundredth."""
     seconds: float = 240.0
     """No new pair after so long."""
     out: Path | None = None

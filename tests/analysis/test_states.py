@@ -137,3 +137,14 @@ def test_a_model_that_reads_what_it_is_to_predict_is_refused(tmp_path):
             continue
         with pytest.raises(UserError, match="is no causal language model"):
             hub.load(tmp_path / "bert")
+
+
+def test_a_model_that_runs_elsewhere_only_is_loaded(tmp_path, monkeypatch):
+    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+
+    def forward(self, **kwargs):
+        raise RuntimeError("this kernel needs a GPU")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", forward)
+    assert isinstance(hub.load(tmp_path), GPT2LMHeadModel)

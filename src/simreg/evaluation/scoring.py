@@ -148,7 +148,8 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
     """Token ids of both, split where the context alone ends (as lm-evaluation-harness does).
 
     White space at the end of the context goes over to the continuation. Tokens that the tokenizer
-    puts before a text (bos) stand before the context; what it puts after one (eos) is left out.
+    puts before a text (bos) stand before the context; what it puts after one (eos) is left out,
+    and a special token's name in the text is text.
     """
 
     def encode(text: str, special: bool = False) -> list[int]:
