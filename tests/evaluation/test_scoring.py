@@ -191,3 +191,9 @@ def test_a_model_of_several_modalities():
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     model = Gemma3ForConditionalGeneration(config).eval()
     assert len(Scorer(model, max_length=64)(PAIRS)) == len(PAIRS)
+
+
+def test_the_name_of_a_special_token_is_text(loaded):
+    tokenizer = loaded[1]
+    context, continuation = encode_pair(tokenizer, f"the {tokenizer.eos_token} river ", "ran")
+    assert tokenizer.eos_token_id not in [*context, *continuation]
