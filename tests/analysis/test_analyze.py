@@ -111,6 +111,27 @@ def test_a_seed_without_its_checkpoint_is_not_in_the_curve(analysed):
     assert f"{sum(first) / 2:.3f} and" in describe.cosines(results).split(", then")[0]
 
 
+def test_points_without_a_cosine_are_left_out_of_the_curve(analysed):
+    results = copy.deepcopy(analysed)
+    for m in results["models"]:
+        if m["arm"] == "baseline" or not m["final"]:
+            m["groups"]["all"]["intra_cos"] = None
+    for curve in results["training"]:
+        curve["records"] = [
+            {"tokens": 10, "intra_cos": None, "inter_cos": 0.1},
+            {"tokens": 20, "intra_cos": 0.5, "inter_cos": 0.25},
+            {"tokens": 30, "intra_cos": 0.75, "inter_cos": 0.25},
+        ][: 3 if curve["arm"] == "simreg" else 1]
+    assert set(plots.cosine_curves(results)) == {"simreg"}
+    told = describe.cosines(results)
+    assert "0.500 and 0.250 at 20 tokens, then 0.750 and 0.250 at 30 tokens" in told
+    assert plots.cosines(results, PRINT) is not None
+    results["training"] = []
+    for m in results["models"]:
+        m["groups"]["all"]["intra_cos"] = None
+    assert plots.cosines(results, PRINT) is None
+
+
 def test_a_group_without_tokens_is_drawn_without_them(analysed):
     results = copy.deepcopy(analysed)
     for m in results["models"]:

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from simreg.analysis import targets
+from simreg.analysis import run, targets
 from simreg.recipe.errors import UserError
 
 
@@ -118,3 +118,16 @@ def test_a_model_that_is_no_run_has_no_seed_in_its_name(study):
     assert target.name == "mine"
     [run] = targets.find([str(model.parent)], series=False)
     assert run.name == "simreg, seed 2"
+
+
+def test_a_study_named_as_an_arm_is_that_study(study, monkeypatch, tmp_path):
+    assert targets.study_of(str(study)) == targets.study_of(f"mine={study}") == study
+    assert targets.study_of(str(study / "simreg" / "1" / "seed-2")) is None
+    monkeypatch.setenv("HOME", str(study.parent))
+    assert targets.study_of(f"~/{study.name}") == study
+    assert run._default_out(["x", f"mine=~/{study.name}"], "") == study / "geometry"
+    plan = tmp_path / "study.yaml"
+    plan.write_text("reference: simreg")
+    options = run.AnalyzeOptions([f"mine={tmp_path}"])
+    found = [targets.Target("baseline", "a"), targets.Target("simreg", "b")]
+    assert run._reference(options, found) == "simreg"

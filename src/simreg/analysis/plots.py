@@ -120,25 +120,32 @@ def cosine_curves(results: Results) -> dict[str, dict[int, list[Point]]]:
     """arm -> seed -> (tokens, intra, inter): of checkpoints, or as logged while training.
 
     Of each arm the seeds with the most points, so that all points are means of the same seeds.
+    Points without one of the cosines (no two tokens of a label) are left out.
     """
     curves: dict[str, dict[int, list[Point]]] = {}
     for m in results["models"]:
-        own = m["groups"]["all"]
         if m["tokens"] is not None:
-            point = (m["tokens"], own["intra_cos"], own["inter_cos"])
-            curves.setdefault(m["arm"], {}).setdefault(m["seed"], []).append(point)
+            points = _points([{"tokens": m["tokens"], **m["groups"]["all"]}])
+            curves.setdefault(m["arm"], {}).setdefault(m["seed"], []).extend(points)
     if any(len(points) > 1 for seeds in curves.values() for points in seeds.values()):
-        return {a: _longest(seeds) for a, seeds in curves.items()}
+        return _longest(curves)
     logged: dict[str, dict[int, list[Point]]] = {}
     for curve in results["training"]:
-        points = [(r["tokens"], r["intra_cos"], r["inter_cos"]) for r in curve["records"]]
-        logged.setdefault(curve["arm"], {})[curve["seed"]] = points
-    return {a: _longest(seeds) for a, seeds in logged.items()}
+        logged.setdefault(curve["arm"], {})[curve["seed"]] = _points(curve["records"])
+    return _longest(logged)
 
 
-def _longest(seeds: dict[int, list[Point]]) -> dict[int, list[Point]]:
-    most = max(map(len, seeds.values()))
-    return {seed: sorted(points) for seed, points in seeds.items() if len(points) == most}
+def _points(records: list[dict[str, Any]]) -> list[Point]:
+    points = [(r["tokens"], r["intra_cos"], r["inter_cos"]) for r in records]
+    return [point for point in points if None not in point]
+
+
+def _longest(curves: dict[str, dict[int, list[Point]]]) -> dict[str, dict[int, list[Point]]]:
+    longest = {}
+    for arm, seeds in curves.items():
+        if most := max(map(len, seeds.values())):
+            longest[arm] = {s: sorted(points) for s, points in seeds.items() if len(points) == most}
+    return longest
 
 
 def cosines(results: Results, theme: Theme) -> Figure | None:

@@ -202,8 +202,8 @@ def _lines(results: dict[str, Any]) -> str:
 
 
 def _default_out(models: list[str], command: str) -> Path:
-    study = next((Path(m) for m in models if (Path(m) / STUDY_FILE).is_file()), None)
-    return unused(Path("runs", "geometry"), command) if study is None else study / "geometry"
+    studies = [study for name in models if (study := targets.study_of(name))]
+    return studies[0] / "geometry" if studies else unused(Path("runs", "geometry"), command)
 
 
 def _reference(options: AnalyzeOptions, found: list[Target]) -> str:
@@ -213,8 +213,8 @@ def _reference(options: AnalyzeOptions, found: list[Target]) -> str:
             raise UserError(f"--reference {options.reference}: the arms are {', '.join(arms)}")
         return options.reference
     for name in options.models:
-        if (file := Path(name) / STUDY_FILE).is_file():
-            named = config.read_yaml(file).get("reference")
+        if study := targets.study_of(name):
+            named = config.read_yaml(study / STUDY_FILE).get("reference")
             if named in arms:
                 return str(named)
     return "baseline" if "baseline" in arms else arms[0]

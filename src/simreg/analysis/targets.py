@@ -50,10 +50,20 @@ def find(names: list[str], *, series: bool) -> list[Target]:
     return list(found.values())
 
 
-def _expand(name: str, series: bool) -> list[Target]:
+def study_of(name: str) -> Path | None:
+    """The folder of the study that an argument names; None if it names something else."""
+    path = expanded(_split(name)[1])
+    return path if (path / STUDY_FILE).is_file() else None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`ARM=PATH` as the two, ARM empty where none is given."""
     arm, _, rest = name.rpartition("=")
-    if not arm or Path(name).exists():
-        arm, rest = "", name
+    return ("", name) if not arm or Path(name).exists() else (arm, rest)
+
+
+def _expand(name: str, series: bool) -> list[Target]:
+    arm, rest = _split(name)
     path = expanded(rest)
     if (path / STUDY_FILE).is_file():
         runs = _planned(path)
