@@ -351,3 +351,31 @@ def test_a_run_uses_the_positions_it_was_trained_with(runs, model):
     assert run.load(bf16=False)[0].max_length == 32
     [plain] = subjects.find([str(model)])
     assert plain.load(bf16=False)[0].max_length == 64
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_of_the_hub_in_either_format(weights, model, tmp_path, monkeypatch):
+    hub, here = tmp_path / "hub", tmp_path / "here"
+    shutil.copytree(model, hub)
+    state = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    torch.save(state, hub / "pytorch_model.bin")
+    torch.save({}, hub / "training_args.bin")
+    if weights.endswith("bin"):
+        (hub / "model.safetensors").unlink()
+
+    def download(name, allow_patterns):
+        ignored = shutil.ignore_patterns(*allow_patterns)
+        wanted = ignored(hub, [path.name for path in hub.iterdir()])
+        here.mkdir(exist_ok=True)
+        for file in wanted:
+            shutil.copy(hub / file, here)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    [found] = subjects.find(["someone/model"])
+    assert [p.name for p in here.iterdir() if p.suffix in (".bin", ".safetensors")] == [weights]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = found.load(bf16=False)[0].model(ids).logits
+        expected = subjects.find([str(model)])[0].load(bf16=False)[0].model(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)

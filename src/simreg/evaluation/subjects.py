@@ -77,7 +77,7 @@ def find(names: Sequence[str]) -> list[Subject]:
 def _resolve(name: str) -> Iterator[Subject]:
     path = expanded(name)
     if not path.exists():
-        yield Subject(name, hub.folder(name, _HUB_FILES), name)
+        yield Subject(name, _from_hub(name), name)
     elif (path / "config.yaml").is_file():
         yield run(path)
     elif (path / "config.json").is_file():
@@ -90,6 +90,14 @@ def _resolve(name: str) -> Iterator[Subject]:
                 "Face format (config.json)"
             )
         yield from _trained(path, [config.parent for config in below])
+
+
+def _from_hub(name: str) -> Path:
+    """The files of a model; weights as safetensors where it has them, else as torch saves them."""
+    folder = hub.folder(name, _HUB_FILES)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return hub.folder(name, [*_HUB_FILES, "pytorch_model*.bin"])
 
 
 def _trained(folder: Path, paths: list[Path]) -> list[Subject]:
