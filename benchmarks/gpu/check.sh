@@ -12,4 +12,4 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 EOF
 tests=tests/kernels/test_cuda.py
 timeout 240 python -m pytest -q -m gpu "$tests"::test_a_long_sequence_keeps_to_its_memory \
-  "$tests"::test_captured_in_a_graph "$tests"::test_as_accurate_as_the_naive_loss["{0,1,2,3,4,5}"-triton]
+  "$tests"::test_captured_in_a_graph "$tests"::test_as_accurate_as_the_naive_loss\[{0,1,2,3,4,5}-triton\]

@@ -14,8 +14,18 @@ QUEUE = (ROOT / "benchmarks" / "gpu_queue.md").read_text(encoding="utf-8")
 SCRIPTS = sorted((ROOT / "benchmarks" / "gpu").glob("*.sh"))
 
 
-def shell(*command: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+STAND_IN = f"""#!/bin/sh
+case "$1$2" in
+  -) ;; # is there a GPU?
+  -mpytest) shift 2; exec {sys.executable} -m pytest --collect-only "$@" ;;
+  *) exit 1 ;;
+esac
+"""
+"""A `python` for which there is a GPU, and which names tests instead of running them."""
+
+
+def shell(*command: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = f"{first or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
@@ -47,3 +57,13 @@ def test_without_a_gpu_a_script_says_so(script):
     done = shell(str(script), "tune")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "no CUDA GPU: torch.cuda.is_available() is False\n"
+
+
+def test_the_tests_that_scripts_name_are_there(tmp_path):
+    (tmp_path / "python").write_text(STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+    done = shell("benchmarks/gpu/tests.sh", first=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check, *_, everything = re.findall(r"^(\d+)(?:/\d+)? tests collected", done.stdout, re.M)
+    assert int(check) == 2 + 6
+    assert int(everything) > 100
