@@ -216,6 +216,13 @@ def test_spans() -> None:
     assert Setting().span(replace(job, document=None)) == 8192
 
 
+def test_no_rate_is_too_high() -> None:
+    job = Job(L8B, length=8192, gpus=2, cp=2)
+    slow, fast = (costs.shares(job, Setting(), tflops=t, link=1e3 * t) for t in (1.0, 1e300))
+    assert fast.time == pytest.approx(slow.time)
+    assert costs.shares(job, Setting(), tflops=1e300, link=1e-300).time == float("inf")
+
+
 def test_decoupled_adds_the_tiles_of_positives() -> None:
     job = Job(L8B, length=8192)
     out, decoupled = (costs.loss_flops(job, Setting(v)) for v in ("out", "decoupled"))

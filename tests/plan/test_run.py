@@ -53,9 +53,23 @@ def test_advice_is_the_widest_span_within_the_bound(variant: str, tp: int) -> No
         for other in every:
             wider = other.setting.span(job) > best.setting.span(job)
             same = other.setting.span(job) == best.setting.span(job)
+            asked = other.setting.variant == variant
+            alike = other.setting.variant == best.setting.variant
             assert not (wider and other.shares.time <= bound)
-            assert not (same and other.shares.time < best.shares.time)
+            assert not (same and alike and other.shares.time < best.shares.time)
+            if best.setting.variant != variant:
+                assert not (same and asked and other.shares.time <= bound)
     assert within(every, 1e-9) is None
+
+
+def test_the_variant_asked_for_is_advised_where_it_is_within_the_bound(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = "--model llama-8b --variant decoupled --tp 2 --gpus 2"
+    advice = "of the step's time: decoupled, whole rows, shared by TP\n"
+    assert advice in printed(asked, capsys)
+    between = printed(f"{asked} --bound 0.0042", capsys)  # of 0.39 % and 0.45 %
+    assert "of the step's time: out, whole rows, shared by TP; decoupled is not\n" in between
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,14 +161,10 @@ def test_units() -> None:
     values = (0, 0.00001, 0.000123, 0.00996, 0.0123, 0.0995, 0.123, 12.3)
     texts = ["0", "< 0.01", "0.01", "1.0", "1.2", "10", "12", "1,230"]
     assert [percent(value) for value in values] == [f"{text} %" for text in texts]
-    assert [si(v) for v in (7, 999, 1234, 8.03e9, 4.2e20)] == [
-        "7",
-        "999",
-        "1.23 k",
-        "8.03 G",
-        "420 E",
-    ]
-    assert [size(v) for v in (5, 2048, 96 * 2**20, 1.5 * 2**30, 2**41)] == [
-        "5 B", "2 KiB", "96 MiB", "1.5 GiB", "2 TiB",
+    assert [si(v) for v in (7, 999, 1234, 8.03e9, 4.2e20, 4.2e22)] == [
+        "7", "999", "1.23 k", "8.03 G", "420 E", "42,000 E",
+    ]  # fmt: skip
+    assert [size(v) for v in (5, 2048, 96 * 2**20, 999.7 * 2**20, 2**41, 2**50, 2**63)] == [
+        "5 B", "2 KiB", "96 MiB", "0.976 GiB", "2 TiB", "1 PiB", "8,192 PiB",
     ]  # fmt: skip
     assert [count(v) for v in (2048, 131_072, 2**20)] == ["2k", "128k", "1M"]

@@ -16,7 +16,7 @@ class Option(NamedTuple):
 
 
 def options(job: Job, variant: str, *, tflops: float, link: float) -> list[Option]:
-    """Every setting worth trying, widest span first; of equal spans the cheapest first.
+    """Every setting worth trying, widest span first; of one span `variant` first, then the cheapest.
 
     Whole rows (or documents), then chunks of half, a quarter, … of a row, as long as they cost
     less; with tensor parallelism the work shared or repeated; beside "decoupled" also "out".
@@ -26,7 +26,8 @@ def options(job: Job, variant: str, *, tflops: float, link: float) -> list[Optio
         cost = shares(job, setting, tflops=tflops, link=link)
         found.setdefault((setting.variant, setting.split, cost), Option(setting, cost))
     return sorted(
-        found.values(), key=lambda o: (-o.setting.span(job), o.shares.time, o.shares.memory)
+        found.values(),
+        key=lambda o: (-o.setting.span(job), o.setting.variant != variant, o.shares.time),
     )
 
 

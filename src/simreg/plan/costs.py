@@ -343,12 +343,12 @@ def shares(job: Job, setting: Setting, *, tflops: float, link: float) -> Shares:
     """Of a setting, on ranks that do `tflops` 10¹² FLOP/s and receive `link` 10⁹ bytes/s."""
     flops, whole = loss_flops(job, setting).total, model_flops(job)
     received, beside = loss_traffic(job, setting).total, sum(model_traffic(job))
-    computing, waiting = flops / (tflops * 1e12), received / (link * 1e9)
+    # Both as fractions of the model's time, so that no rate is too high.
+    computing, waiting = flops / whole, received / whole * (tflops / link * 1e3)
     whole_rows = setting.dealt(job) is not None
-    seconds = computing + waiting if whole_rows else max(computing, waiting)
     return Shares(
         flops=flops / whole,
         memory=loss_memory(job, setting) / model_memory(job),
         received=received / beside if received else 0.0,
-        time=seconds / (whole / (tflops * 1e12)),
+        time=computing + waiting if whole_rows else max(computing, waiting),
     )

@@ -90,7 +90,7 @@ def _report(chosen: PlanOptions, rate: dict[str, float]) -> Iterator[str]:
     yield ""
     yield from _costs(job, setting, costs.shares(job, setting, **rate))
     yield ""
-    yield from _advice(job, options(job, chosen.variant, **rate), chosen.bound)
+    yield from _advice(job, chosen.variant, options(job, chosen.variant, **rate), chosen.bound)
 
 
 def _check_positive(chosen: PlanOptions, *names: str) -> None:
@@ -183,14 +183,15 @@ def _costs(job: Job, setting: Setting, shares: costs.Shares) -> Iterator[str]:
     yield "the model receives for " + ", ".join(f"{kind} {size(part)}" for kind, part in parts)
 
 
-def _advice(job: Job, every: list[Option], bound: float) -> Iterator[str]:
+def _advice(job: Job, variant: str, every: list[Option], bound: float) -> Iterator[str]:
     best = within(every, bound)
     if best is None:
         least = min(every, key=lambda option: option.shares.time)
         yield f"no setting is within {percent(bound)} of the step's time; the cheapest is"
         yield f"{name(job, least.setting)}: {percent(least.shares.time)}"
     else:
-        yield f"within {percent(bound)} of the step's time: {name(job, best.setting)}"
+        instead = "" if best.setting.variant == variant else f"; {variant} is not"
+        yield f"within {percent(bound)} of the step's time: {name(job, best.setting)}{instead}"
     yield ""
     yield columns()
     for option in every:

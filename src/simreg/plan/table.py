@@ -82,13 +82,13 @@ def si(number: float) -> str:
         if number < 999.5:
             return f"{number:.3g} {prefix}".rstrip()
         number /= 1000
-    return f"{number:.3g} E"
+    return f"{number:.3g} E" if number < 999.5 else f"{number:,.0f} E"
 
 
 def size(number: float) -> str:
     """`1.5 GiB`, of bytes."""
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1000:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 999.5:
             return f"{number:.3g} {unit}"
         number /= 1024
-    return f"{number:,.3g} GiB" if number < 1000 else f"{number / 1024:,.3g} TiB"
+    return f"{number:.3g} PiB" if number < 999.5 else f"{number:,.0f} PiB"
