@@ -2,6 +2,8 @@
 
     python benchmarks/emulate.py    # reads results/fuzz-triton-cuda.json; minutes of a core
 
+What is recorded is of the problems that `fuzz.py` drew up to commit ccebb9b: check that out.
+
 Emulated as Khattak and Mikaitis (arXiv 2512.07004) model these cards: of a group of products and
 the sum so far each is aligned to the largest and truncated some bits below float32's last place,
 and their sum is truncated to float32. For float32, which does without them: a sum rounded at every
@@ -90,8 +92,10 @@ def main() -> None:
     record = json.loads(SOURCE.read_text())
     on_gpu: dict[int, dict[str, float]] = {}
     for line in record["failed"]:
-        match = re.match(r"seed (\d+): (\w+) ([\d.]+)", line)
+        match = re.match(r"seed (\d+): (\w+) ([\d.]+): (.*)", line)
         assert match is not None
+        if match[4] != str(fuzz.random_problem(int(match[1]), TILE)):
+            sys.exit(f"seed {match[1]}: fuzz.py draws another problem by now; see this script")
         on_gpu.setdefault(int(match[1]), {})[match[2]] = float(match[3])
     models = {
         f"{group} products, {bits} bits": partial(tensor_core, group=group, bits=bits)

@@ -5,6 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 # Without it processes take turns on the GPU.
 if command -v nvidia-cuda-mps-control >/dev/null; then nvidia-cuda-mps-control -d 2>/dev/null || true; fi
 mkdir -p runs
+rm -f runs/study-*.log # of more processes than now, perhaps
 export OMP_NUM_THREADS=1
 jobs=()
 for i in $(seq "${JOBS:-6}"); do

@@ -1,6 +1,8 @@
 """What the peak of a step is taken to be; tests/kernels/test_blockwise.py does it for real."""
 
+import platform
 import subprocess
+import threading
 import time
 
 import pytest
@@ -19,7 +21,6 @@ SMALL = Shape(batch=2, length=64, dim=8, dtype="float32", chunk=32)
 def test_growth_sees_what_a_step_takes_and_gives_back():
     def step():
         taken = torch.ones(64 * MIB // 4)
-        time.sleep(0.1)  # long enough for a sample on a busy machine
         del taken
 
     step()  # so that threads and code are there
@@ -28,11 +29,14 @@ def test_growth_sees_what_a_step_takes_and_gives_back():
 
 
 def test_the_watch_ends_with_a_step_that_fails():
+    before = threading.active_count()
+
     def fail():
         raise ValueError("so")
 
     with pytest.raises(ValueError, match="so"):
-        memory.growth(fail)
+        memory._sampled_peak(fail)
+    assert threading.active_count() == before
 
 
 def test_the_process_is_told_what_to_run(monkeypatch, capsys):
@@ -40,7 +44,7 @@ def test_the_process_is_told_what_to_run(monkeypatch, capsys):
 
     def fake(command, **options):
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout="4096\n")
+        return subprocess.CompletedProcess(command, 0, stdout="hello from a library\n4096\n")
 
     monkeypatch.setattr(subprocess, "run", fake)
     assert memory.peak_extra_bytes(NAIVE, SMALL, CPU) == 4096
@@ -70,3 +74,35 @@ def test_a_process_that_fails_says_why(monkeypatch, status, stderr, says):
     monkeypatch.setattr(subprocess, "run", fake)
     with pytest.raises(RuntimeError, match=says):
         memory.peak_extra_bytes(NAIVE, SMALL, CPU)
+
+
+def test_a_process_that_cannot_be_made_says_why(monkeypatch):
+    def fake(command, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+        memory.peak_extra_bytes(NAIVE, SMALL, CPU)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_what_a_warm_up_freed_does_not_hide_the_step():
+    shape = Shape(batch=1, length=512, dim=16, dtype="float32")  # the warm-up is as large
+    found = [memory.in_fresh_process(NAIVE, shape) for _ in range(2)]
+    assert min(found) > 5 * 512**2 * 4
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+def test_samples_where_the_kernel_keeps_no_peak(monkeypatch):
+    def refuse(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(memory.Path, "write_text", refuse)
+
+    def step():
+        taken = torch.ones(64 * MIB // 4)
+        time.sleep(0.1)  # long enough for a sample on a busy machine
+        del taken
+
+    step()
+    assert 60 * MIB < memory.growth(step) < 80 * MIB

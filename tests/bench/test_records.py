@@ -35,6 +35,17 @@ def test_a_record_of_each_in_order(monkeypatch):
     assert found[BARE]["over_bare"] == 1.0
 
 
+def test_times_are_kept_without_a_figure_of_memory(monkeypatch, capsys):
+    def fail(*args):
+        raise ValueError("odd")
+
+    monkeypatch.setattr(records, "peak_extra_bytes", fail)
+    found = measured(memory=True)
+    assert found["naive"]["peak_extra_bytes"] is found["naive"]["skipped"] is None
+    assert found["naive"]["median_s"] > 0
+    assert f"no memory figure of naive at {SHAPE}: ValueError: odd\n" in capsys.readouterr().err
+
+
 def test_what_is_replayed_has_no_peak_of_its_own(monkeypatch):
     monkeypatch.setattr(records, "peak_extra_bytes", lambda *args: 7)
     replayed = dataclasses.replace(BASIC[2], replayed=True)

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from benchmarks import loss
 from simreg import cli
-from simreg.bench import records, run
+from simreg.bench import problem, records, run
 from simreg.bench.contenders import BARE, CAPTURED, contenders
 
 FIELDS = {
@@ -76,6 +76,36 @@ def test_memory_can_be_left_out(tmp_path, measured, monkeypatch):
     assert [r["peak_extra_bytes"] for r in found] == [None, None]
 
 
+def test_an_interruption_costs_the_shape_that_is_measured(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def stop_at_the_third(shape, *args, **options):
+        calls.append(shape)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return records.measure_shape(shape, *args, **options)
+
+    monkeypatch.setattr(run, "measure_shape", stop_at_the_third)
+    out = tmp_path / "b.json"
+    out.write_text("{}")
+    shapes = ["1x4x4", "1x8x4", "1x16x4", "1x32x4"]
+    flags = ["--contenders", "blockwise", "--rounds", 3, "--no-memory", "--out", out]
+    assert bench("--shapes", *shapes, *flags) == 130
+    found = json.loads(out.read_text())
+    assert {record["length"] for record in found["records"]} == {4, 8}
+    later = problem.shapes(shapes[2:], 4, ["float32"], [None])
+    assert found["left"] == [str(shape) for shape in later]
+
+
+def test_without_a_figure_none_is_named(tmp_path, capsys, measured, monkeypatch):
+    monkeypatch.setattr(run.plots, "figure", lambda records: None)
+    flags = ["--shapes", "1x8x4", "--contenders", "blockwise", "--rounds", 3, "--no-memory"]
+    assert bench(*flags, "--out", tmp_path / "b.json") == 0
+    assert "figure  " not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+    assert json.loads((tmp_path / "b.json").read_text())["left"] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -90,6 +120,9 @@ def test_memory_can_be_left_out(tmp_path, measured, monkeypatch):
         ("--rounds 2", "--rounds: expected 3 or more, got 2"),
         ("--seconds -1", "--seconds: expected 0 or more, got -1"),
         ("--out {tmp}", "--out {tmp}: expected a file name, this is a folder"),
+        ("--chunks", "--chunks: expected one or more"),
+        ("--variants", "--variants: expected one or more"),
+        ("--out {tmp}/b.png", "--out {tmp}/b.png: expected the name of the JSON file, not of the"),
         ("--out {tmp}/file/b.json", "--out {tmp}/file/b.json: cannot write there: "),
     ],
 )

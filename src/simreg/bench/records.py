@@ -11,6 +11,7 @@ from simreg.bench import measure, problem
 from simreg.bench.contenders import BARE, Contender, Step
 from simreg.bench.memory import peak_extra_bytes
 from simreg.bench.problem import Shape
+from simreg.recipe.folder import warn
 
 
 def measure_shape(
@@ -99,5 +100,6 @@ def _peak(contender: Contender, shape: Shape, device: torch.device) -> int | Non
         return None
     try:
         return peak_extra_bytes(contender, shape, device)
-    except RuntimeError:
+    except Exception as error:
+        warn(f"no memory figure of {contender.title} at {shape}: {measure.why(error)}")
         return None

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,7 +65,7 @@ class BenchOptions:
     memory: bool = True
     """Measure memory too (on the CPU each figure takes a process of its own)."""
     out: Annotated[Path | None, default_of("benchmarks/results/bench-DEVICE.json")] = None
-    """The JSON file; the figure goes beside it as .png and .svg."""
+    """The JSON file, written after each shape; the figure goes beside it as .png and .svg."""
 
 
 def main(options: BenchOptions) -> None:
@@ -72,15 +73,37 @@ def main(options: BenchOptions) -> None:
     console = Console(highlight=False)
     out = expanded(options.out or _default_out(find_device(options.device)))
     check_writable(out)
-    write(bench(options, console, command=shlex.join(["simreg", *sys.argv[1:]])), out)
-    console.print(f"results {out}\nfigure  {out.with_suffix('.png')}", soft_wrap=True)
+    command = shlex.join(["simreg", *sys.argv[1:]])
+    results = bench(options, console, command=command, save=lambda found: _save(found, out))
+    drawn = write(results, out)
+    console.print(f"results {out}", soft_wrap=True)
+    if drawn:
+        console.print(f"figure  {out.with_suffix('.png')}", soft_wrap=True)
 
 
-def bench(options: BenchOptions, console: Console, *, command: str) -> dict[str, Any]:
-    """Measure what the options ask for and print each shape's table; the results as in the JSON."""
+def bench(
+    options: BenchOptions,
+    console: Console,
+    *,
+    command: str,
+    save: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Measure what the options ask for and print each shape's table; the results as in the JSON.
+
+    `save` is given what there is after each shape, so that an interruption costs one.
+    """
     device = find_device(options.device)
     grid, chosen = _grid(options, device), _chosen(options, device)
-    records = []
+    records: list[dict[str, Any]] = []
+    left = [str(shape) for shape in grid]
+    results = {
+        "what": WHAT,
+        "command": command,
+        "records": records,
+        "left": left,
+        "machine": _machine(device),
+        "versions": _versions(),
+    }
     for shape in grid:
         with console.status(f"measuring {shape}"):
             found = measure_shape(
@@ -93,13 +116,10 @@ def bench(options: BenchOptions, console: Console, *, command: str) -> dict[str,
             )
         console.print(table(str(shape), found))
         records += found
-    return {
-        "what": WHAT,
-        "command": command,
-        "records": records,
-        "machine": _machine(device),
-        "versions": _versions(),
-    }
+        del left[0]
+        if save is not None:
+            save(results)
+    return results
 
 
 def _grid(options: BenchOptions, device: torch.device) -> list[Shape]:
@@ -109,6 +129,9 @@ def _grid(options: BenchOptions, device: torch.device) -> list[Shape]:
         raise UserError(f"--rounds: expected {least} or more, got {options.rounds}")
     if options.seconds < 0:
         raise UserError(f"--seconds: expected 0 or more, got {options.seconds:g}")
+    for flag in ("chunks", "variants"):
+        if not getattr(options, flag):
+            raise UserError(f"--{flag}: expected one or more")
     return problem.shapes(
         options.shapes or sizes,
         tokens if options.tokens is None else options.tokens,
@@ -153,17 +176,25 @@ def check_writable(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise UserError(f"--out {out}: expected a file name, this is a folder")
+        if out.suffix in (".png", ".svg"):
+            raise UserError(f"--out {out}: expected the name of the JSON file, not of the figure")
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there: {error.strerror}") from None
 
 
-def write(results: dict[str, Any], out: Path) -> None:
-    """The JSON file and, beside it, the figure."""
-    write_atomically(out, json.dumps(results, indent=1) + "\n")
-    if (figure := plots.figure(results["records"])) is not None:
+def write(results: dict[str, Any], out: Path) -> bool:
+    """The JSON file and, beside it, the figure; whether there is anything to draw."""
+    _save(results, out)
+    figure = plots.figure(results["records"])
+    if figure is not None:
         theme.save(figure, out.parent, out.stem)
+    return figure is not None
+
+
+def _save(results: dict[str, Any], out: Path) -> None:
+    write_atomically(out, json.dumps(results, indent=1) + "\n")
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

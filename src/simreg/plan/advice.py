@@ -16,7 +16,7 @@ class Option(NamedTuple):
 
 
 def options(job: Job, variant: str, *, tflops: float, link: float) -> list[Option]:
-    """Every setting worth trying, widest span first; of one span `variant` first, then the cheapest.
+    """Every setting worth trying, widest span first; of equal ones `variant`, then the cheapest.
 
     Whole rows (or documents), then chunks of half, a quarter, … of a row, as long as they cost
     less; with tensor parallelism the work shared or repeated; beside "decoupled" also "out".
