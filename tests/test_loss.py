@@ -413,6 +413,7 @@ H, Y = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
         ((H, Y), {"chunk_size": 0}, "chunk_size"),
         ((H, Y), {"chunk_size": True}, "chunk_size"),
         ((H, Y), {"ignore_index": None}, "ignore_index"),
+        ((H, Y), {"ignore_index": 2**70}, "ignore_index"),
         ((H, Y), {"temperature": "a"}, "temperature"),
         ((H, [[0]]), {}, "labels"),
         ((H, Y), {"reduction": "max"}, "reduction"),

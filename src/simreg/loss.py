@@ -330,8 +330,8 @@ def check_weight(weight: float) -> None:
 
 def check_ignore_index(ignore_index: int) -> None:
     """Refuse what no label can be."""
-    if type(ignore_index) is not int:
-        raise ValueError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
 
 
 def _check_backend(backend: str) -> None:

@@ -16,6 +16,7 @@ from simreg import SimRegLoss, attach, simreg_loss
 from simreg.kernels import rectangular
 from simreg.loss import VARIANTS
 from simreg.parallel import ShardedSimRegLoss, sharded_simreg_loss, shards
+from simreg.parallel.peers import HEADER_BYTES, Header
 from tests.kernels.problems import needs_triton
 from tests.kernels.problems import problem as plain_problem
 from tests.parallel import worlds
@@ -187,8 +188,11 @@ def _refusals(rank):
         ValueError, match=rf"{same}.*temperature 0.1 on .* temperature 1.1 on|1.1.*0.1"
     ):
         sharded_simreg_loss(hidden, labels, temperature=0.1 + rank, **whole)
-    with pytest.raises(ValueError, match=f"{same}.*push"):
+    differs = f"{same} of group, got push {1.0 + rank} on rank {rank} and push {2.0 - rank} on rank"
+    with pytest.raises(ValueError, match=f"{differs} {1 - rank}$"):
         sharded_simreg_loss(hidden, labels, push=1.0 + rank, **whole)
+    with pytest.raises(ValueError, match=rf"{same} of group, got push_above 0.\d on rank"):
+        sharded_simreg_loss(hidden, labels, push=1.0, push_above=0.5 + 0.1 * rank, **whole)
     for other in ("other", "weighted"):  # on all ranks
         with pytest.raises(ValueError, match="reduction: expected one of"):
             sharded_simreg_loss(hidden, labels, reduction=other, **whole)
@@ -201,7 +205,12 @@ def _refusals(rank):
         ShardedSimRegLoss(**whole)(hidden, labels, num_items=10 + rank)
     with pytest.raises(ValueError, match="num_items: expected" if rank else "refused on rank 1"):
         ShardedSimRegLoss(**whole)(hidden, labels, num_items=-1 if rank else 8)
+    with pytest.raises(OverflowError if rank else ValueError, match="" if rank else "rank 1"):
+        ShardedSimRegLoss(**whole)(hidden, labels, num_items=10**400 if rank else 8)
     ShardedSimRegLoss(**whole)(hidden, labels, num_items=8.0 if rank else 8)
+    equal = ShardedSimRegLoss(**whole)
+    equal.weight = 1 if rank else 1.0
+    equal(hidden, labels)
     given = {"positions": None if rank else torch.arange(8), "chunk_size": 4}
     with pytest.raises(ValueError, match=f"{same}.*positions"):
         sharded_simreg_loss(hidden, labels, **given, **whole)
@@ -218,6 +227,12 @@ def _refusals(rank):
             sharded_simreg_loss(hidden, **other, replicas=dist.group.WORLD)
     with pytest.raises(ValueError, match="they overlap"):
         sharded_simreg_loss(hidden, labels, replicas=dist.group.WORLD, **whole)
+    replicas = dist.group.WORLD if rank else None
+    with pytest.raises(ValueError, match="they overlap" if rank else "refused on rank 1"):
+        sharded_simreg_loss(hidden, labels, replicas=replicas, **whole)
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(ValueError, match=r"group: expected a process group, got DeviceMesh \(of"):
+        sharded_simreg_loss(hidden, labels, group=mesh)
     alone = [dist.new_group([r]) for r in (0, 1)]
     with pytest.raises(ValueError, match="group: expected a process group that this rank is in"):
         sharded_simreg_loss(hidden, labels, group=alone[1 - rank])
@@ -235,6 +250,11 @@ def _refusals(rank):
     with attach(model, ShardedSimRegLoss(**whole), module=model[0]):
         twin = copy.deepcopy(model)  # process groups can't be copied
         assert twin(hidden).shape == hidden.shape
+    objective = nn.Sequential(ShardedSimRegLoss(0.7, **whole))
+    twin = copy.deepcopy(objective)[0]
+    assert (twin.weight, twin.group, twin.replicas) == (0.7, dist.group.WORLD, None)
+    assert twin is not objective[0]
+    torch.testing.assert_close(twin(hidden, labels)[0], objective[0](hidden, labels)[0])
     loss = sharded_simreg_loss(hidden, labels, group=dist.group.WORLD)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
@@ -245,6 +265,22 @@ def _refusals(rank):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parts_add_up_and_errors_reach_every_rank(variant):
     worlds.run(_reductions, 2, variant)
+
+
+def test_long_headers_differ_in_their_last_words():
+    text = ", ".join(f"name {i}" for i in range(80))
+    one, same, other = (Header(True, 3, -5, rest) for rest in (text, text, text[:-1] + "8"))
+    read = [Header.unpack(header.pack()) for header in (one, same, other)]
+    assert read[0] == read[1] != read[2]
+    assert len(one.pack()) * 8 == HEADER_BYTES
+    assert Header.unpack(Header(rest=text[:381]).pack()).rest == text[:381]
+
+
+def test_chunks_of_any_size():
+    hidden, labels, _ = plain_problem(1, 40, 8, 5)
+    whole = simreg_loss(hidden, labels)
+    for size in (2**62, 2**63, 10**30):
+        torch.testing.assert_close(sharded_simreg_loss(hidden, labels, chunk_size=size), whole)
 
 
 def _one_bad_rank_of_a_grid(rank):

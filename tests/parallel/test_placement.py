@@ -82,5 +82,28 @@ def _placements(rank):
         sharded_simreg_loss(flat, labels[0, :3])
 
 
+def _errors_beside_dtensors_that_travel(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    hidden = distribute_tensor(torch.randn(1, 8, 3), mesh, [Replicate()])
+    labels, positions = torch.zeros(1, 8, dtype=torch.int64), torch.arange(8)
+    travels = distribute_tensor(positions, mesh, [Shard(0)])
+    ids = torch.zeros(1, 5 if rank else 8, dtype=torch.int64)
+    says = "segments: expected the shape" if rank else "refused on rank 1"
+    with pytest.raises(ValueError, match=says):
+        sharded_simreg_loss(hidden, labels, segments=ids, positions=travels, chunk_size=4)
+    ids = distribute_tensor(labels, mesh, [Shard(1)])
+    says = "labels: expected the shape" if rank else "refused on rank 1"
+    with pytest.raises(ValueError, match=says):
+        sharded_simreg_loss(hidden, labels[:, rank:], segments=ids)
+    spread = distribute_tensor(torch.randn(1, 8, 3), mesh, [Shard(1)])
+    says = "group, replicas: expected None" if rank else "refused on rank 1"
+    with pytest.raises(ValueError, match=says):
+        sharded_simreg_loss(spread, labels, group=mesh.get_group() if rank else None)
+
+
+def test_an_error_on_one_rank_leaves_no_dtensor_on_its_way():
+    worlds.run(_errors_beside_dtensors_that_travel, 2)
+
+
 def test_every_placement_is_the_whole_tensor():
     worlds.run(_placements, 4)

@@ -1,6 +1,7 @@
 """`simreg_loss` and `SimRegLoss` for tokens, or work, that are spread over processes."""
 
-from typing import NamedTuple
+import copy
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,8 @@ def sharded_simreg_loss(
         As `simreg_loss`, a plain tensor.
 
     Raises:
-        ValueError: as `simreg_loss`; on all ranks if arguments are wrong on one or do not agree.
+        ValueError: as `simreg_loss`; on all ranks if arguments are wrong on one or do not agree
+            (of groups: on those that share another with it).
         RuntimeError: for double backward and transforms of `torch.func`.
     """
     found: Found = per_token(
@@ -118,6 +120,14 @@ class ShardedSimRegLoss(SimRegLoss):
             push_above=push_above,
         )
         self.group, self.replicas = group, replicas
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedSimRegLoss":
+        """A copy in the same process groups, which can't be copied."""
+        memo |= {id(group): group for group in (self.group, self.replicas)}
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(
         self,
@@ -191,11 +201,14 @@ def per_token(
     settings = form, chunk_size, ignore_index, reduction, num_items, weight
     own, error, device = Header(), None, _device(local, labels)
     try:
-        labels, segments, positions = local_parts(hidden, local, labels, segments, positions, how)
+        parts = local_parts(hidden, local, labels, segments, positions, how)
+        if how.error is not None:
+            raise how.error
+        labels, segments, positions = parts
         copied = how.copies.group is not None
         own = _checked(local, labels, segments, positions, settings, copied)
         own = own._replace(rest=f"group {how.peers.size}, replicas {how.copies.size}, {own.rest}")
-    except (ValueError, RuntimeError) as refused:
+    except Exception as refused:  # of any kind: the others must hear of it
         error = refused
     try:
         lengths = agree(how.peers, how.copies, own, device)
@@ -216,7 +229,8 @@ def per_token(
             at_home = len(set(lengths)) == 1 and lengths[0] % chunk_size == 0
             first = sum(lengths[: how.peers.rank])
             positions = torch.arange(first, first + labels.shape[-1], device=device)
-        chunks = positions.long().div(chunk_size, rounding_mode="floor")
+        size = min(chunk_size, torch.iinfo(torch.int64).max)
+        chunks = positions.long().div(size, rounding_mode="floor")
         scopes.append(chunks.expand_as(labels))
     row = labels.masked_fill(~valid, -1), *scopes
     if hidden.ndim == 2:
@@ -263,12 +277,13 @@ def _checked(
         "positions given": positions is not None,
         "temperature": float(form.temperature),
         "variant": form.variant,
-        "push": (float(form.push), float(form.push_above)),
+        "push": float(form.push),
+        "push_above": float(form.push_above),
         "chunk_size": chunk_size,
         "ignore_index": ignore_index,
         "reduction": reduction,
         "num_items": _told(num_items),
-        "weight": weight,
+        "weight": weight if weight is None else float(weight),
     }
     return Header(
         good=True,

@@ -1,5 +1,6 @@
 """The ranks of a process group, as the loss needs them: gather what is small, agree on the rest."""
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,9 @@ class Peers(NamedTuple):
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
-    def members(self) -> set[int]:
-        """Their ranks among all processes."""
-        return set() if self.group is None else set(dist.get_process_group_ranks(self.group))
+    def members(self) -> list[int]:
+        """Their ranks among all processes, in the order of the group."""
+        return [] if self.group is None else dist.get_process_group_ranks(self.group)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """``[size, ...]``: the tensor of every rank, which all have the same shape."""
@@ -57,9 +58,12 @@ class Header(NamedTuple):
     rest: str = ""  # what must be the same on all ranks, in words with commas between
 
     def pack(self) -> list[int]:
-        """As `_FIELDS` + `_TEXT` integers."""
-        text = self.rest.encode()[:_TEXT].ljust(_TEXT)
-        return [int(self.good), self.length, self.tokens, *text]
+        """As `_FIELDS` + `_TEXT` integers; a hash stands for what of the words is too long."""
+        text = self.rest.encode()
+        if len(text) > _TEXT:
+            digest = hashlib.sha256(text).hexdigest()[:_DIGEST]
+            text = text[: _TEXT - _DIGEST] + digest.encode()
+        return [int(self.good), self.length, self.tokens, *text.ljust(_TEXT)]
 
     @classmethod
     def unpack(cls, values: list[int]) -> "Header":
@@ -68,7 +72,7 @@ class Header(NamedTuple):
         return cls(bool(good), length, tokens, bytes(text).decode(errors="replace").rstrip())
 
 
-_FIELDS, _TEXT = 3, 381
+_FIELDS, _TEXT, _DIGEST = 3, 381, 16
 HEADER_BYTES = 8 * (_FIELDS + _TEXT)
 
 
@@ -87,9 +91,9 @@ def agree(peers: Peers, copies: Peers, own: Header, device: torch.device) -> lis
     Raises:
         ValueError: if a rank has refused its arguments, or headers differ.
     """
-    complaint = _compare(own, _exchange(copies, own, device), copies.rank, alike=True)
+    complaint = _compare(_exchange(copies, own, device), copies, alike=True)
     headers = _exchange(peers, own._replace(good=own.good and complaint is None), device)
-    complaint = complaint or _compare(own, headers, peers.rank, alike=False)
+    complaint = complaint or _compare(headers, peers, alike=False)
     if complaint is not None:
         raise ValueError(complaint)
     return [header.length for header in headers]
@@ -102,17 +106,20 @@ def _exchange(group: Peers, own: Header, device: torch.device) -> list[Header]:
     return [Header.unpack(values) for values in group.gather(packed).tolist()]
 
 
-def _compare(own: Header, headers: list[Header], me: int, alike: bool) -> str | None:
-    for rank, other in enumerate(headers):
+def _compare(headers: list[Header], group: Peers, alike: bool) -> str | None:
+    """What is wrong with the headers of a group, by ranks among all processes."""
+    own, ranks = headers[group.rank], group.members or [0]
+    me = ranks[group.rank]
+    for rank, other in zip(ranks, headers, strict=True):
         if not other.good:
-            return f"refused on rank {rank} of the group: its own error says why"
-    for rank, other in enumerate(headers):
+            return f"refused on rank {rank}: its own error says why"
+    for rank, other in zip(ranks, headers, strict=True):
         if own.rest != other.rest:
             pairs = zip(own.rest.split(", "), other.rest.split(", "), strict=False)
             mine, theirs = next((pair for pair in pairs if pair[0] != pair[1]), (own, other))
             return (
-                f"expected the same on all ranks of the group, got {mine} on rank {me} and "
-                f"{theirs} on rank {rank}"
+                f"expected the same on all ranks of {'replicas' if alike else 'group'}, got {mine} "
+                f"on rank {me} and {theirs} on rank {rank}"
             )
         if alike and own.length != other.length:
             return (

@@ -19,6 +19,8 @@ class Placing(NamedTuple):
     copies: Peers
     mesh: DeviceMesh | None = None
     placements: list[Placement] | None = None
+    error: ValueError | None = None
+    """Why this cannot be; the groups are then those in which the other ranks can be told."""
 
 
 def placing(hidden: Tensor, group: Group, replicas: Group) -> Placing:
@@ -26,22 +28,17 @@ def placing(hidden: Tensor, group: Group, replicas: Group) -> Placing:
 
     Of a DTensor ``[B, L, d]`` (``[T, d]``), a mesh dimension that shards tokens gives the peers,
     one that shards rows nothing, and one that replicates the copies (if several do, the last: the
-    others repeat its work). What is sharded along d or partial will be made whole.
-
-    Raises:
-        ValueError: on all ranks alike: groups beside a DTensor, groups that overlap or do not have
-            this rank, several mesh dimensions that shard the tokens.
+    others repeat its work). What is sharded along d or partial will be made whole. `error`: groups
+    beside a DTensor, groups that overlap or do not have this rank, several mesh dimensions that
+    shard the tokens.
     """
-    peers, copies = Peers(group), Peers(replicas)
     if not isinstance(hidden, DTensor):
-        for name, given in (("group", peers), ("replicas", copies)):
-            if given.group is not None and given.rank < 0:
-                raise ValueError(f"{name}: expected a process group that this rank is in")
-        if len(peers.members & copies.members) > 1:
-            raise ValueError("replicas: expected no other rank of group in it, they overlap")
-        return Placing(peers, copies)
+        return _given(group, replicas)
+    peers, copies, error = Peers(None), Peers(None), None
     if group is not None or replicas is not None:
-        raise ValueError("group, replicas: expected None, since the DTensor says how it is spread")
+        error = ValueError(
+            "group, replicas: expected None, since the DTensor says how it is spread"
+        )
     tokens, mesh = hidden.ndim - 2, hidden.device_mesh
     placements: list[Placement] = []
     for dim, placement in enumerate(hidden.placements):
@@ -50,16 +47,47 @@ def placing(hidden: Tensor, group: Group, replicas: Group) -> Placing:
             if placement.dim < tokens or mesh.size(dim) == 1:
                 continue
             if peers.group is not None:
-                raise ValueError(
+                error = error or ValueError(
                     "hidden: expected tokens sharded over one dimension of the mesh, got "
                     f"{hidden.placements}: flatten the mesh"
                 )
+                continue
             peers = Peers(mesh.get_group(dim))
         else:
             placements.append(Replicate())
             if mesh.size(dim) > 1:
                 copies = Peers(mesh.get_group(dim))
-    return Placing(peers, copies, mesh, placements)
+    return Placing(peers, copies, mesh, placements, error)
+
+
+def _given(group: Group, replicas: Group) -> Placing:
+    found, error = [], None
+    for name, given in (("group", group), ("replicas", replicas)):
+        try:
+            _check_group(name, given)
+            found.append(Peers(given))
+        except ValueError as refused:
+            error = error or refused
+            found.append(Peers(None))
+    peers, copies = found
+    if len(set(peers.members) & set(copies.members)) > 1:
+        error = ValueError("replicas: expected no other rank of group in it, they overlap")
+        copies = Peers(None)
+    return Placing(peers, copies, error=error)
+
+
+def _check_group(name: str, group: Any) -> None:
+    if group is None or isinstance(group, dist.ProcessGroup):
+        outside = group is not None and dist.get_rank(group) < 0
+    else:
+        outside = group == dist.GroupMember.NON_GROUP_MEMBER
+        if not outside:
+            raise ValueError(
+                f"{name}: expected a process group, got {type(group).__name__} (of a DeviceMesh, "
+                "mesh.get_group() of one dimension)"
+            )
+    if outside:
+        raise ValueError(f"{name}: expected a process group that this rank is in")
 
 
 def whole_along_d(hidden: Tensor, how: Placing) -> Tensor:
@@ -79,6 +107,9 @@ def local_parts(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The parts of labels, segments, positions that go with `local`, the local part of `hidden`.
 
+    Every rank must call, and goes through all three whatever is wrong with one: DTensors may have
+    to travel.
+
     Raises:
         ValueError: for a DTensor beside a plain `hidden`, and for what fits neither the whole
             nor the local part of it.
@@ -86,9 +117,15 @@ def local_parts(
     others = {"labels": labels, "segments": segments, "positions": positions}
     if how.mesh is not None and how.placements is not None:
         whole, mesh, placements = hidden.shape[:-1], how.mesh, how.placements
-        labels, segments, positions = (
-            _part(name, value, whole, local, mesh, placements) for name, value in others.items()
-        )
+        parts, error = [], None
+        for name, value in others.items():
+            try:
+                parts.append(_part(name, value, whole, local, mesh, placements))
+            except (ValueError, RuntimeError) as refused:
+                error = error or refused
+        if error is not None:
+            raise error
+        labels, segments, positions = parts
         return labels, segments, positions
     for name, value in others.items():
         if isinstance(value, DTensor):
