@@ -6,6 +6,7 @@ import lzma
 import multiprocessing
 import os
 import pkgutil
+import re
 import resource
 import signal
 from pathlib import Path
@@ -248,12 +249,18 @@ def test_too_little_text(tmp_path, texts):
     assert "fewer than one row of 16" in message_of(make(tmp_path, validation=source))
 
 
-def test_too_little_held_out(tmp_path):
+def test_too_little_held_out(config, tmp_path):
     message = message_of(make(tmp_path, validation_fraction=1e-6))
     assert "the validation text holds 0 tokens" in message
-    assert "documents fell on the other side, each by a hash of its text" in message
-    assert "raise data.validation_fraction" in message
+    held = re.search(r"\(0 of (\d+) documents are held out, each with a chance of 1e-06", message)
+    assert held is not None
+    assert int(held[1]) > 10
+    assert "give more documents, raise data.validation_fraction, or name other text" in message
     assert "data.max_tokens" not in message
+    assert "data.seq_len" not in message
+    longer = len(prepared(config).validation.tokens) + 1
+    message = message_of(make(tmp_path, seq_len=longer))
+    assert "decides): lower data.seq_len, give more" in message
     message = message_of(make(tmp_path, validation_fraction=1e-6, max_tokens=300))
     assert "raise data.max_tokens" in message
     message = message_of(make(tmp_path, validation_fraction=0.999999))

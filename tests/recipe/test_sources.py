@@ -95,10 +95,26 @@ def test_a_text_file_that_is_alone_is_many_documents(tmp_path, compression):
     assert len(list(resolve(str(path), "text")[0].read())) < 20
     short = write(tmp_path / "b.txt", b"a few words\n" * 300)
     assert len(list(resolve(str(short), "text", in_pieces=True)[0].read())) == 3
-    apart = [text for file in (path, short) for text in LocalFile(file).read()]
-    assert sorted(interleave(resolve(f"{tmp_path}/*.txt*", "text", in_pieces=True))) == sorted(
-        apart
-    )
+
+
+def test_a_few_text_files_are_many_documents_altogether(tmp_path):
+    texts = ["".join(f"note {n} {i} \n\n" for i in range(400 * n)) for n in range(1, 7)]
+    for n, text in enumerate(texts):
+        write(tmp_path / f"{n}.{'md' if n % 2 else 'txt'}", text.encode())
+    everything = f"{tmp_path}/*"
+    found = resolve(everything, "text", in_pieces=True)
+    pieces = [list(source.read()) for source in found]
+    assert sorted("".join(own) for own in pieces) == sorted(texts)
+    total = sum(map(len, texts))
+    assert total / 2049 < sum(map(len, pieces)) < total / 1024 + 6  # of a Ki characters at least
+    assert sorted(interleave(resolve(everything, "text"))) == sorted(texts)
+    write(tmp_path / "more.jsonl", b'{"text": "x"}\n')
+    assert sorted(interleave(resolve(everything, "text", in_pieces=True))) == sorted([*texts, "x"])
+    long = "".join(f"{i} word\n\n" for i in range(60_000))
+    for n in range(3):
+        write(tmp_path / f"long{n}.txt", long.encode())
+    parts = sum(len(list(s.read())) for s in resolve(f"{tmp_path}/long*", "text", in_pieces=True))
+    assert 128 < parts <= 256 + 3
 
 
 def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):

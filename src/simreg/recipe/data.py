@@ -22,7 +22,7 @@ from simreg.recipe.files import LocalFile, expanded
 from simreg.recipe.sources import Source, interleave, resolve
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
-_LAYOUT = 4  # of the cache; a new number makes old entries invisible
+_LAYOUT = 5  # of the cache; a new number makes old entries invisible
 _BATCH_BYTES = 1 << 20
 
 
@@ -194,29 +194,35 @@ def _corpus(
     train = Rows(folder / "train", facts["dtype"], config.seq_len)
     validation = Rows(folder / "validation", facts["dtype"], config.seq_len)
     if not len(train):
-        raise UserError(
-            f"data.source holds {len(train.tokens)} training tokens, fewer than one row of "
-            f"{config.seq_len}: give more text or lower data.seq_len"
-            + _held(config, validation, "lower data.validation_fraction")
-        )
+        few = f"{len(train.tokens)} training tokens, fewer than one row of {config.seq_len}"
+        held = ""
+        if config.validation is None and len(validation.ends):
+            held = f", or lower data.validation_fraction ({_by_chance(validation, train, config)})"
+        raise UserError(f"data.source holds {few}: give more text, or lower data.seq_len{held}")
     if not len(validation):
+        ways = ["lower data.seq_len"] if len(validation.tokens) else []
+        held = ""
+        if config.validation is None:
+            held = f" ({_by_chance(validation, train, config)})"
+            ways += ["give more documents", "raise data.validation_fraction"]
+        if config.max_tokens is not None:
+            ways.append("raise data.max_tokens")
+        ways.append("or name other text as data.validation")
         raise UserError(
             f"the validation text holds {len(validation.tokens)} tokens, fewer than one row of "
-            f"{config.seq_len}: give more documents, lower data.seq_len, "
-            + ("" if config.max_tokens is None else "raise data.max_tokens, ")
-            + "or name other text as data.validation"
-            + _held(config, train, "raise data.validation_fraction")
+            f"{config.seq_len}{held}: {', '.join(ways)}"
         )
     fingerprint = cache.name([facts, identity(tokenizer), config.seq_len])
     return Corpus(tokenizer, train, validation, len(train.tokens), facts["vocab_size"], fingerprint)
 
 
-def _held(config: DataConfig, other: Rows, advice: str) -> str:
-    """What to say of the documents on the `other` side, if chance put them there."""
-    if config.validation is not None or not len(other.ends):
-        return ""
-    side = f"{len(other.ends)} documents fell on the other side, each by a hash of its text"
-    return f"; {side}: {advice}"
+def _by_chance(validation: Rows, train: Rows, config: DataConfig) -> str:
+    """How many documents are held out, and why."""
+    total = len(validation.ends) + len(train.ends)
+    return (
+        f"{len(validation.ends)} of {total} documents are held out, each with a chance of "
+        f"{config.validation_fraction:.3g} that a hash of its text decides"
+    )
 
 
 class _Builder:

@@ -20,7 +20,8 @@ import zstandard
 
 from simreg.recipe.errors import UserError
 
-FORMATS = (".txt", ".jsonl", ".parquet")
+TEXT = (".txt", ".md")
+FORMATS = (*TEXT, ".jsonl", ".parquet")
 DECODERS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".xz": lzma.LZMADecompressor,
@@ -29,19 +30,18 @@ DECODERS: dict[str, Callable[[], Any]] = {
 _UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _BLOCK = 1 << 14  # small, since a block of zeros may expand a thousandfold
 _PROBE = 1 << 22
-_DOCUMENT = 1 << 16  # characters after which a text file is cut at the next blank line
-_PIECES = 256  # of a text file that is all there is, so that some can be held out
+DOCUMENT = 1 << 16
+"""Characters of a text file after which it is cut at the next blank line."""
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of documents; `whole` keeps a text file in one piece however long it is, `alone` cuts
-    it into many however short."""
+    """A file of documents; text is cut after `piece` characters, unless it is to stay `whole`."""
 
     path: Path
     field: str = "text"
     whole: bool = False
-    alone: bool = False
+    piece: int = DOCUMENT
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS and not self.whole:
@@ -60,6 +60,11 @@ class LocalFile:
     def format(self) -> str:
         """The suffix that names the format, without the compression."""
         return Path(self.path.stem if self.compression else self.path.name).suffix.lower()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is running text, which may be cut."""
+        return self.format in TEXT and not self.whole
 
     @property
     def key(self) -> str:
@@ -131,14 +136,13 @@ class LocalFile:
         return self._read_json() if self.format == ".jsonl" else self._read_text()
 
     def _read_text(self) -> Iterator[str]:
-        """One document, or if it is long several of 64 to 128 Ki characters, cut at blank lines."""
-        size = min(_DOCUMENT, max(1 << 10, self.weight // _PIECES)) if self.alone else _DOCUMENT
+        """One document, or several of one to two times `piece` characters, cut at blank lines."""
         with _explained(self.path), self._open() as stream:
             pending = ""
             for piece in _decoded(stream, self.path):
                 pending += piece
-                while len(pending) >= 2 * size and not self.whole:
-                    cut = _cut(pending, size)
+                while len(pending) >= 2 * self.piece and not self.whole:
+                    cut = _cut(pending, self.piece)
                     yield pending[:cut]
                     pending = pending[cut:]
             yield pending

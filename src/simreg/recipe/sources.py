@@ -31,6 +31,7 @@ _NOT_STDLIB = {
     "tests",
 }
 _LANES = 64  # files open at once
+_PIECES, _SMALLEST = 256, 1 << 10  # of files of text: how many at least, and of how many characters
 _UNKNOWN_WEIGHT = 1 << 30
 
 
@@ -59,7 +60,7 @@ def resolve(
 ) -> list[Source]:
     """The sources that `spec` names, in an order that depends on their content alone.
 
-    `in_pieces`: what is one file of text becomes many documents, of which some can be held out.
+    `in_pieces`: what is a few files of text becomes many documents, of which some can be held out.
     UserError, which names the `setting` that `spec` comes from, where there is none.
     """
     sources: dict[str, Source] = {}
@@ -75,11 +76,17 @@ def resolve(
             sources.setdefault(name, source)
     if not sources:
         raise UserError(f"{setting} names nothing: give python-stdlib, files, or hf:owner/name")
-    match list(sources.values()):
-        case [LocalFile(whole=False) as alone] if in_pieces:
-            return [dataclasses.replace(alone, alone=True)]
-        case found:
-            return sorted(found, key=lambda source: source.key)
+    found = sorted(sources.values(), key=lambda source: source.key)
+    return _in_pieces(found) if in_pieces else found
+
+
+def _in_pieces(sources: list[Source]) -> list[Source]:
+    """Files of text, if they are all there is, in some hundreds of pieces altogether."""
+    files = [source for source in sources if isinstance(source, LocalFile) and source.is_text]
+    if len(files) < len(sources):
+        return sources
+    piece = max(_SMALLEST, sum(file.weight for file in files) // _PIECES)
+    return [dataclasses.replace(file, piece=min(file.piece, piece)) for file in files]
 
 
 def interleave(sources: Sequence[Source]) -> Iterator[str]:
