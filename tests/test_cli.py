@@ -129,13 +129,15 @@ def test_counts_may_be_powers_of_ten(seen: list[RunConfig], word: str, means: in
     assert type(seen[0].train.tokens) is int
 
 
-@pytest.mark.parametrize("word", ["2.5e0", "1e-3", "many"])
+@pytest.mark.parametrize("word", ["2.5e0", "2.5", "1e-3", "many"])
 def test_what_is_no_count_is_refused(
     seen: list[RunConfig], word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--train.tokens", word])
-    assert "--train.tokens" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "--train.tokens" in error
+    assert f"{word} is not a whole number (1e6 and 2_000 are)" in error
     assert not seen
 
 
@@ -145,6 +147,11 @@ def test_what_is_no_count_is_refused(
         (["--optim.lr", "-1"], "optim.lr: Input should be greater than 0"),
         (["--train.accumulate", "3"], "train.accumulate=3 does not divide"),
         (["absent.yaml"], "cannot read absent.yaml"),
+        (
+            ["--out", "runs/y", "run.yaml"],
+            "run.yaml: there is one config file, and it",
+        ),
+        (["a.yaml", "b.yml"], "b.yml: there is one config file"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 import simreg
@@ -110,6 +111,7 @@ def _train(arguments: list[str]) -> None:
     from simreg.recipe import config
 
     in_file = bool(arguments) and not arguments[0].startswith("-")
+    _check_place(arguments)
     default = config.load(arguments[0]) if in_file else config.RunConfig()
     if _value(arguments, "--auxiliary.name") not in (None, default.auxiliary.name):
         default = dataclasses.replace(default, auxiliary=config.AuxiliaryConfig())
@@ -125,6 +127,16 @@ def _train(arguments: list[str]) -> None:
 
     train(options)
     disband()
+
+
+def _check_place(arguments: list[str]) -> None:
+    """UserError for a config file that is not the first argument, nor the value of a flag."""
+    for before, argument in pairwise(arguments):
+        if argument.endswith((".yaml", ".yml")) and not before.startswith("-"):
+            raise UserError(
+                f"{argument}: there is one config file, and it comes before the flags, as in "
+                "simreg train run.yaml --optim.lr 1e-3"
+            )
 
 
 def _value(arguments: list[str], flag: str) -> str | None:

@@ -78,7 +78,7 @@ def test_a_name_that_is_nothing_is_said_to_be_so(monkeypatch):
         raise OSError("offline\nfor long")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
-    message = "there is no folder nothere, and no such model could be had from the Hugging Face Hub"
+    message = "there is no folder nothere, and no model of that name could be had from the Hugging"
     with pytest.raises(UserError, match=message) as caught:
         targets.find(["nothere"], series=False)
     assert "\n" not in str(caught.value)

@@ -51,7 +51,10 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
         ({"train": {"seed": True}}, r"train\.seed"),
         ({"simreg": {"temperature": 1e-31}}, r"simreg\.temperature"),
-        ({"trian": {}}, r"trian: Unexpected"),
+        ({"trian": {}}, r"^trian: there is no such field; did you mean train\?$"),
+        ({"optim": {"lrr": 1}}, r"^optim\.lrr: there is no such field; did you mean optim\.lr\?$"),
+        ({"lr": 1}, r"^lr: there is no such field; did you mean optim\.lr\?$"),
+        ({"xyz": 1}, r"^xyz: there is no such field \(there are .*optim.*\)$"),
         ({"train": {"tokens": True}}, r"train\.tokens: .*should be a number \(got True\)"),
         ({"optim": {"lr": True}, "data": {"validation_fraction": True}}, r"fraction.*optim\.lr"),
         ({"train": {"batch_rows": 6, "accumulate": 4}}, r"^train\.accumulate=4 does not divide"),
@@ -111,6 +114,7 @@ def test_construction_by_hand_is_checked_too() -> None:
         ("[1, 2]", "must hold a mapping"),
         ("a: [", "not valid YAML"),
         ("\xff", "not valid YAML"),
+        ("optim: {lrr: 1}", r"c.yaml: optim\.lrr: there is"),
         ("optim: {lr: 0.1}\noptim: {warmup: 0.2}", "'optim' twice"),
     ],
 )
@@ -118,6 +122,13 @@ def test_bad_files(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=says):
+        config.load(path)
+
+
+def test_text_is_not_taken_for_damaged_settings(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text('Notes\n  : a\n"')
+    with pytest.raises(UserError, match=r"notes.txt was taken for a file of settings, which it is"):
         config.load(path)
 
 

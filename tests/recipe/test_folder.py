@@ -96,7 +96,11 @@ def test_what_no_run_wrote_is_kept(make: Make) -> None:
 
 
 def test_a_missing_file_elsewhere_is_not_about_the_folder(tmp_path: Path) -> None:
-    for missing, error in ((tmp_path / "run" / "x", UserError), ("/sbin/none", FileNotFoundError)):
+    for missing, error in (
+        (tmp_path / "run" / "x", UserError),
+        (tmp_path, UserError),
+        ("/sbin/none", FileNotFoundError),
+    ):
         with pytest.raises(error), storage_errors(tmp_path / "run"):
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(missing))
 
@@ -176,6 +180,7 @@ def test_the_result_is_of_the_last_step(make: Make) -> None:
 def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     with pytest.raises(UserError, match="no preset"):
         train(make(model={"preset": "llama-tny"}))
+    assert [path.name for path in Path(make().out).iterdir()] == [".lock"]
     (Path(make().out) / "metrics.jsonl").touch()  # as where the device was full in step 1
     assert train(make())["steps"] == tiny.STEPS
 

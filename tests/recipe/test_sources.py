@@ -197,7 +197,7 @@ def test_what_names_no_file_is_an_error(tmp_path):
     write(tmp_path / "notes.doc", b"x")
     for spec, message in {
         f"{tmp_path}/*.jsonl": "no file matches",
-        f"{tmp_path}/absent.txt": "absent.txt': check data.source",
+        f"{tmp_path}/absent.txt": "absent.txt': check data.source (simreg compare --data, simreg",
         "owner/name": "hf:owner/name",
         str(tmp_path): "is a folder",
         f"{tmp_path}/notes.*": "cannot tell the format",
@@ -206,13 +206,16 @@ def test_what_names_no_file_is_an_error(tmp_path):
         with pytest.raises(UserError) as caught:
             resolve(spec, "text")
         assert message in str(caught.value)
+    for spec in ("nope/*.txt", "nope/a.txt"):
+        with pytest.raises(UserError, match=r"check data\.source \(.*\)$"):
+            resolve(spec, "text")
     for name in ("a.txt", "b.jsonl.xz", "c.jsonl.xz"):
         write(tmp_path / name, b"")
     with pytest.raises(UserError, match=r"for example '.*/\*\.jsonl\.xz'"):
         resolve(str(tmp_path), "text")
     with pytest.raises(UserError, match=r"data\.source names nothing"):
         resolve([], "text")
-    with pytest.raises(UserError, match="there is no file 'absent': check --text"):
+    with pytest.raises(UserError, match=r"there is no file 'absent': check --text$"):
         resolve("absent", "text", setting="--text")
 
 

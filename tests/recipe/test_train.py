@@ -249,13 +249,23 @@ def test_what_is_printed(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     assert error == ""
     head, size, *steps, done = out.splitlines()
     assert head.startswith("llama-test: 0.04M parameters, ")
-    assert size.startswith("20 steps of 128 tokens = 2,560 tokens")
+    assert size == f"20 steps of 128 tokens = 2,560 tokens, from a corpus of {corpus.tokens:,}"
     assert len(steps) == 9 + 3
     assert steps[0].startswith("step  3/20  15.0%  384 tok  ce 5.")
     for part in ("simreg ", "lr 3.00e-03", "grad-norm ", " tok/s", "eta "):
         assert part in steps[0]
     assert steps[-1].startswith("step 20/20 100.0%  2.56k tok  validation ce ")
     assert done.startswith("done: validation ce ")
+
+
+def test_text_that_comes_again_is_announced(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    config = make(train={"tokens": 20 * 128 * 11})
+    corpus = prepare(config.data, progress=False)
+    passes = 11 * 20 * 4 / len(corpus.train)
+    assert passes > 1
+    train(config, corpus=corpus)
+    head = capfd.readouterr().out.splitlines()[1]
+    assert head.endswith(f"from a corpus of {corpus.tokens:,} ({passes:.3g} passes)")
 
 
 def test_on_step_takes_the_place_of_the_lines(

@@ -179,7 +179,11 @@ def test_tokens_replace_the_minutes(tmp_path):
         ({"arms": {"a/b": {}}}, "a/b"),
         ({"arms": {"..": {}}}, "name"),
         ({"minutes": 0}, "minutes"),
-        ({"sides": 1}, "sides"),
+        ({"sides": 1}, "^study: sides: there is no such field; did you mean seeds"),
+        (
+            {"base": {"lr": 1}},
+            r"^study: base\.lr: there is no such field; did you mean base",
+        ),
         ({"seeds": [2**32]}, "seeds"),
         ({"arms": {"baseline": {"simreg": {"weight": 0.2}}}}, r"'baseline'.*weight=0.2.*another"),
         ({"arms": {"a": {"train": {"evals": 3}}}}, "arm 'a' may not set train.evals"),
@@ -217,6 +221,7 @@ def test_mistakes_in_a_plan(values, message):
         ({"set": ["optim.lr"]}, "section.key=value"),
         ({"set": ["optim.lr=["]}, "cannot read the value"),
         ({"study": "/nonexistent/x.yaml"}, "cannot read"),
+        ({"study": "/proc"}, "/proc is a folder: name a study's file; .* --out /proc$"),
     ],
 )
 def test_mistakes_on_the_command_line(options, message):
@@ -233,6 +238,7 @@ def test_mistakes_on_the_command_line(options, message):
         ("base: {train: [1]}", {"tokens": 5}, "base.train must be a mapping"),
         ("arms: [a]", {"arm": ["x:optim.lr=1"]}, "arms must be a mapping"),
         ("seeds: 5", {}, "seeds"),
+        ("optim: {lr: 1}\ntrain: {}", {}, r"s\.yaml: optim, train are settings of one run: put"),
         ("- 5", {}, "mapping"),
     ],
 )

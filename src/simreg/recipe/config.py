@@ -3,6 +3,7 @@
 Values come from the defaults here, then a YAML file, then command-line flags (later ones win).
 """
 
+import contextlib
 import functools
 import re
 from dataclasses import asdict, field
@@ -19,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from simreg.baselines import registry
 from simreg.depths import DEPTHS, layers_within
 from simreg.loss import LEAST_TEMPERATURE, MOST_TEMPERATURE, PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import UserError, describe
 from simreg.recipe.presets import PRESETS
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
@@ -51,9 +52,10 @@ def _whole(value: Any) -> Any:
 
 def _from_word(words: list[str]) -> int:
     value = _whole(words[0])
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"{words[0]} is not a whole number")
-    return int(value)
+    with contextlib.suppress(ValueError):
+        if not isinstance(value, float) or value.is_integer():
+            return int(value)
+    raise ValueError(f"{words[0]} is not a whole number (1e6 and 2_000 are)")
 
 
 Whole = Annotated[
@@ -121,7 +123,7 @@ def _checked(section: type[T]) -> type[T]:
         try:
             validate(self, *args, **kwargs)
         except ValidationError as error:
-            raise UserError(describe(error, prefix)) from None
+            raise UserError(describe(error, section, prefix)) from None
 
     section.__init__ = init  # type: ignore[method-assign, assignment]
     return section
@@ -363,19 +365,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
-        raise UserError(describe(error)) from None
-
-
-def describe(error: ValidationError, prefix: str = "") -> str:
-    """Pydantic's findings in one line: `optim.lr: Input should be greater than 0 (got -1)`."""
-    return "; ".join(_finding(item, prefix) for item in error.errors())
-
-
-def _finding(item: Any, prefix: str) -> str:
-    if item["type"] == "value_error":  # our own check, whose text says it all
-        return str(item["ctx"]["error"])
-    where = ".".join(map(str, item["loc"])) or "config"
-    return f"{prefix}{where}: {item['msg']} (got {item['input']!r})"
+        raise UserError(describe(error, RunConfig)) from None
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -405,7 +395,11 @@ def _other_name(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def load(path: str | Path) -> RunConfig:
     """Read a YAML file of any subset of the fields."""
-    return from_dict(read_yaml(path))
+    values = read_yaml(path)
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def recorded(path: str | Path) -> RunConfig:
@@ -438,7 +432,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        named = Path(path).suffix in (".yaml", ".yml")
+        kind = "is not valid YAML" if named else "was taken for a file of settings, which it is not"
+        raise UserError(f"{path} {kind}: {' '.join(str(error).split())[:300]}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

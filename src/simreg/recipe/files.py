@@ -47,7 +47,8 @@ class LocalFile:
         if self.format not in FORMATS and not self.whole:
             raise UserError(
                 f"cannot tell the format of {self.path}: its name must end in one of "
-                f"{', '.join(FORMATS)}, optionally followed by one of {', '.join(DECODERS)}"
+                f"{', '.join(FORMATS)} (JSON lines: .jsonl), optionally followed by one of "
+                f"{', '.join(DECODERS)}"
             )
 
     @property

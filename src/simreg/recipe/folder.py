@@ -125,8 +125,14 @@ class RunFolder:
             self.check(config)
             self._keep_what_is_not_ours()
             checkpoints.sweep(self.checkpoints)
+            found = self.config.exists()
             checkpoints.write_atomically(self.config, run_config.to_yaml(config))
-            yield
+            try:
+                yield
+            except BaseException:
+                if not found and not self._begun():  # by text that can't be read, for one
+                    self.config.unlink(missing_ok=True)
+                raise
 
     def _keep_what_is_not_ours(self) -> None:
         """UserError before a run begins where something would be overwritten that no run wrote."""
@@ -172,7 +178,8 @@ def storage_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        inside = Path(str(error.filename)).is_relative_to(root)  # else it is about something else
+        path = Path(str(error.filename))
+        inside = path.is_relative_to(root) or root.is_relative_to(path)  # else of something else
         if error.errno not in _STORAGE_ERRORS and not (error.errno == errno.ENOENT and inside):
             raise
         advice = "make room or choose" if error.errno in _NO_ROOM else "choose"

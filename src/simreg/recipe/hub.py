@@ -23,8 +23,8 @@ def folder(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # many kinds: unknown id, no network, gated
         raise UserError(
-            f"there is no folder {name}, and no such model could be had from the Hugging Face Hub: "
-            f"{one_line(error)[:200]}"
+            f"there is no folder {name}, and no model of that name could be had from the Hugging "
+            f"Face Hub ({type(error).__name__}: {one_line(error)[:300]})"
         ) from None
 
 

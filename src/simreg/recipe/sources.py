@@ -227,9 +227,12 @@ def _paths(item: str, setting: str) -> list[Path]:
     matches = [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = [match for match in matches if not match.is_dir()]
     if not files:
-        kind = "no file matches" if glob.has_magic(item) else "there is no file"
-        hint = f"; a Hugging Face dataset is written hf:{item}" if item.count("/") == 1 else ""
-        raise UserError(f"{kind} {item!r}: check {setting}{hint}")
+        pattern = glob.has_magic(item)
+        kind = "no file matches" if pattern else "there is no file"
+        flags = " (simreg compare --data, simreg analyze --source)" * (setting == "data.source")
+        hub = not pattern and item.count("/") == 1 and not path.suffix
+        hint = f"; a Hugging Face dataset is written hf:{item}" if hub else ""
+        raise UserError(f"{kind} {item!r}: check {setting}{flags}{hint}")
     return files
 
 

@@ -20,6 +20,8 @@ EOS = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000
 _ENDLESS = re.compile(r"\S{1024}(?=\S)|\s{1024}(?=\s)")
 _USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>")
+TOKENIZER_FILES = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
+"""Of which the folder of a tokenizer that was trained has one, as a rule."""
 _SMALLEST = 257  # all bytes and the end-of-text token
 _LARGEST = 2**24
 _log = logging.getLogger(__name__)
@@ -146,6 +148,9 @@ def _load(spec: str) -> PreTrainedTokenizerBase:
     path = expanded(spec)
     if spec.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"data.tokenizer: there is no folder {path}")
+    known = *TOKENIZER_FILES, "tokenizer_config.json", "config.json"
+    if path.exists() and not any((path / name).is_file() for name in known):
+        raise UserError(f"data.tokenizer: there is no tokenizer in {path} (tokenizer.json)")
     try:
         return AutoTokenizer.from_pretrained(str(path) if path.exists() else spec)
     except Exception as error:  # many kinds: unknown id, no network, missing or broken files

@@ -165,13 +165,14 @@ def _split_anew(
 def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str:
     per_step = config.train.batch_rows * config.data.seq_len
     processes = world_size()
+    passes = config.steps * config.train.batch_rows / len(corpus.train)
     where = assemble.device().type + (f" × {processes}" if processes > 1 else "")
     of_active = "" if active == total else f" ({models.millions(active)} active)"
     return (
         f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
         f"{where} {assemble.precision(config)}\n"
         f"{config.steps} steps of {per_step:,} tokens = {config.steps * per_step:,} tokens, "
-        f"from a corpus of {corpus.tokens:,}"
+        f"from a corpus of {corpus.tokens:,}" + (f" ({passes:.3g} passes)" if passes > 1 else "")
     )
 
 

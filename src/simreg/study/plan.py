@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import field
+from dataclasses import field, fields
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,8 @@ from rich.console import Console
 from simreg.recipe import config as recipe
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import Positive, RunConfig, Whole, default_of
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import UserError, describe
+from simreg.recipe.folder import STUDY_FILE
 from simreg.study import checks
 
 REFERENCE = "baseline"
@@ -177,7 +178,7 @@ def _described(error: ValidationError) -> str:
         return "; ".join(own)
     if bad := [e["input"] for e in findings if e["loc"][:1] == ("budgets",)]:
         return f"budgets: a list of fractions above 0, or one for each arm (got {bad[0]!r})"
-    return recipe.describe(error)
+    return describe(error, Study)
 
 
 def to_dict(study: Study) -> dict[str, Any]:
@@ -298,6 +299,23 @@ def _section(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return section or {}
 
 
+def _read(path: str) -> dict[str, Any]:
+    """A study's file; UserError for a folder and for the config of a run."""
+    if Path(path).is_dir():
+        raise UserError(
+            f"{path} is a folder: name a study's file; the study in a folder is continued by the "
+            f"command that began it, and by simreg compare {path}/{STUDY_FILE} --out {path}"
+        )
+    values = recipe.read_yaml(path)
+    of_runs = {each.name for each in fields(RunConfig)} - {each.name for each in fields(Study)}
+    if of_runs & values.keys():
+        raise UserError(
+            f"{path}: {', '.join(sorted(of_runs & values.keys()))} are settings of one run: put "
+            "them under `base:`"
+        )
+    return values
+
+
 def _scaled(values: dict[str, Any], scale: str | None) -> dict[str, Any]:
     """A study file's values at one of its `scales`, in a folder named for it unless it says one."""
     values = dict(values)
@@ -328,7 +346,7 @@ def from_options(options: CompareOptions) -> Study:
     # The demo's folder is the demo's: on other text it would be refused there.
     values: dict[str, Any] = {"name": "demo" if options.data is None else "compare"}
     if options.study is not None:
-        values = {"name": Path(options.study).stem, **recipe.read_yaml(options.study)}
+        values = {"name": Path(options.study).stem, **_read(options.study)}
     values = _scaled(values, options.scale)
     base = _section(values, "base", "base")
     shared: dict[str, Any] = {}
