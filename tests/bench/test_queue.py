@@ -2,12 +2,19 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
+
+from benchmarks import step, tune
+from simreg.bench import run
+from simreg.recipe import config
+from simreg.study.plan import parse_assignments
 
 ROOT = Path(__file__).parents[2]
 QUEUE = (ROOT / "benchmarks" / "gpu_queue.md").read_text(encoding="utf-8")
@@ -17,11 +24,19 @@ SCRIPTS = sorted((ROOT / "benchmarks" / "gpu").glob("*.sh"))
 STAND_IN = f"""#!/bin/sh
 case "$1$2" in
   -) ;; # is there a GPU?
-  -mpytest) shift 2; exec {sys.executable} -m pytest --collect-only "$@" ;;
-  *) exit 1 ;;
+  -mpytest) shift 2; [ -n "$RECORD" ] || exec {sys.executable} -m pytest --collect-only "$@" ;;
+  -c*) exit 1 ;;
+  *) for word; do printf "'%s' " "$word"; done >> "$RECORD"; echo >> "$RECORD" ;;
 esac
 """
-"""A `python` for which there is a GPU, and which names tests instead of running them."""
+"""A `python` for which there is a GPU; names tests instead of running them, records the rest."""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    (tmp_path / "python").write_text(STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
 
 
 def shell(*command: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -59,11 +74,37 @@ def test_without_a_gpu_a_script_says_so(script):
     assert done.stderr == "no CUDA GPU: torch.cuda.is_available() is False\n"
 
 
-def test_the_tests_that_scripts_name_are_there(tmp_path):
-    (tmp_path / "python").write_text(STAND_IN)
-    (tmp_path / "python").chmod(0o755)
-    done = shell("benchmarks/gpu/tests.sh", first=tmp_path)
+def test_the_tests_that_scripts_name_are_there(stand_in, monkeypatch):
+    monkeypatch.delenv("RECORD", raising=False)
+    done = shell("benchmarks/gpu/tests.sh", first=stand_in)
     assert done.returncode == 0, done.stdout + done.stderr
     check, *_, everything = re.findall(r"^(\d+)(?:/\d+)? tests collected", done.stdout, re.M)
     assert int(check) == 2 + 6
     assert int(everything) > 100
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["captured", "loss", "variants", "chunks", "long", "rows", "step", "fuzz-blockwise", "tune"],
+)
+def test_what_a_measurement_calls_can_be_called(what, stand_in, monkeypatch):
+    monkeypatch.setenv("RECORD", str(stand_in / "calls"))
+    done = shell("benchmarks/gpu/measure.sh", what, first=stand_in)
+    assert done.returncode == 0, done.stderr
+    calls = [shlex.split(line) for line in (stand_in / "calls").read_text().splitlines()]
+    assert len(calls) == (3 if what == "step" else 1)
+    cpu = torch.device("cpu")
+    for program, *arguments in calls:
+        if program == "-m":
+            assert arguments[:2] == ["simreg.cli", "bench"]
+            options = tyro.cli(run.BenchOptions, args=arguments[2:])
+            assert run._grid(options, cpu)
+            assert len(run._chosen(options, cpu)) > 1
+        elif program == "benchmarks/step.py":
+            options = tyro.cli(step.Options, args=arguments)
+            found = config.from_dict(parse_assignments(options.set, "--set"))
+            assert found.model.preset in ("llama-130m", "llama-1b")
+        elif program == "benchmarks/tune.py":
+            assert tyro.cli(tune.Options, args=arguments).jobs > 1
+        else:
+            assert [program, *arguments[:2]] == ["benchmarks/fuzz.py", "blockwise", "--jobs"]
