@@ -181,6 +181,11 @@ def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     with pytest.raises(UserError, match="no preset"):
         train(make(model={"preset": "llama-tny"}))
     assert [path.name for path in Path(make().out).iterdir()] == [".lock"]
+    config = Path(make().out) / "config.yaml"
+    config.write_text(run_config.to_yaml(make()))  # by hand: it is not ours to remove
+    with pytest.raises(UserError, match="no preset"):
+        train(make(model={"preset": "llama-tny"}))
+    assert config.exists()
     (Path(make().out) / "metrics.jsonl").touch()  # as where the device was full in step 1
     assert train(make())["steps"] == tiny.STEPS
 

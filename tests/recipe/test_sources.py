@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from simreg.recipe import sources
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import LocalFile
 from simreg.recipe.sources import STDLIB, HubDataset, interleave, resolve
@@ -97,7 +98,7 @@ def test_a_text_file_that_is_alone_is_many_documents(tmp_path, compression):
     assert len(list(resolve(str(short), "text", in_pieces=True)[0].read())) == 3
 
 
-def test_a_few_text_files_are_many_documents_altogether(tmp_path):
+def test_a_few_text_files_are_many_documents_altogether(tmp_path, monkeypatch):
     texts = ["".join(f"note {n} {i} \n\n" for i in range(400 * n)) for n in range(1, 7)]
     for n, text in enumerate(texts):
         write(tmp_path / f"{n}.{'md' if n % 2 else 'txt'}", text.encode())
@@ -115,6 +116,9 @@ def test_a_few_text_files_are_many_documents_altogether(tmp_path):
         write(tmp_path / f"long{n}.txt", long.encode())
     parts = sum(len(list(s.read())) for s in resolve(f"{tmp_path}/long*", "text", in_pieces=True))
     assert 128 < parts <= 256 + 3
+    monkeypatch.setattr(sources, "_PIECES", 1)  # as of large files
+    for source in resolve(f"{tmp_path}/long*", "text", in_pieces=True):
+        assert list(source.read()) == list(LocalFile(source.path).read())
 
 
 def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
