@@ -149,7 +149,7 @@ def _load(spec: str) -> PreTrainedTokenizerBase:
     if spec.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"data.tokenizer: there is no folder {path}")
     known = *TOKENIZER_FILES, "tokenizer_config.json", "config.json"
-    if path.exists() and not any((path / name).is_file() for name in known):
+    if path.is_dir() and not any((path / name).is_file() for name in known):
         raise UserError(f"data.tokenizer: there is no tokenizer in {path} (tokenizer.json)")
     try:
         return AutoTokenizer.from_pretrained(str(path) if path.exists() else spec)
