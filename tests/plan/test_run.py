@@ -69,7 +69,7 @@ def test_the_variant_asked_for_is_advised_where_it_is_within_the_bound(
     advice = "of the step's time: decoupled, whole rows, shared by TP\n"
     assert advice in printed(asked, capsys)
     between = printed(f"{asked} --bound 0.0042", capsys)  # of 0.39 % and 0.45 %
-    assert "of the step's time: out, whole rows, shared by TP; decoupled is not\n" in between
+    assert "time: out, whole rows, shared by TP; decoupled is not at that span\n" in between
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,7 +190,7 @@ def _advice(job: Job, variant: str, every: list[Option], bound: float) -> Iterat
         yield f"no setting is within {percent(bound)} of the step's time; the cheapest is"
         yield f"{name(job, least.setting)}: {percent(least.shares.time)}"
     else:
-        instead = "" if best.setting.variant == variant else f"; {variant} is not"
+        instead = "" if best.setting.variant == variant else f"; {variant} is not at that span"
         yield f"within {percent(bound)} of the step's time: {name(job, best.setting)}{instead}"
     yield ""
     yield columns()

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from simreg.recipe import checkpoints
 from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig
-from simreg.recipe.errors import Locked, UserError
+from simreg.recipe.errors import Diverged, Locked, UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.processes import is_main_process
 
@@ -129,6 +129,8 @@ class RunFolder:
             checkpoints.write_atomically(self.config, run_config.to_yaml(config))
             try:
                 yield
+            except Diverged:  # it has begun, whatever is written of it
+                raise
             except BaseException:
                 if not found and not self._begun():  # by text that can't be read, for one
                     self.config.unlink(missing_ok=True)
