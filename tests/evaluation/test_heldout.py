@@ -115,3 +115,12 @@ def test_scores_cached_without_documents_are_not_those_of_these_items():
         offline.Cloze([replace(item, document=document)], "made up").key() for document in (0, 1)
     ]
     assert keys[0] != keys[1]
+
+
+def test_several_texts_stay_whole_and_a_single_one_is_many_documents(tmp_path):
+    texts = [tiny.text(i, 1000) + "\n\n" + tiny.text(i + 9, 1000) for i in range(2)]
+    paths = [tmp_path / f"{i}.txt" for i in range(2)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    assert sorted(offline._from_text(list(map(str, paths)))[0]) == sorted(texts)
+    assert len(offline._from_text([str(paths[0])])[0]) > 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from simreg.recipe import cache, data
+from simreg.recipe import cache, data, sources
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import UserError
 from simreg.recipe.tokenizer import Encoder
@@ -247,6 +247,19 @@ def test_too_little_text(tmp_path, texts):
         make(tmp_path, source=source, validation=val(tmp_path))
     )
     assert "fewer than one row of 16" in message_of(make(tmp_path, validation=source))
+
+
+def test_texts_that_are_cut_otherwise_are_another_corpus(tmp_path, monkeypatch):
+    for name in "ab":
+        text = "".join(f"note {name} {i}\n\n" for i in range(2000))
+        (tmp_path / f"{name}.txt").write_text(text)
+    config = make(tmp_path, source=str(tmp_path / "*.txt"))
+    many = prepared(config)
+    monkeypatch.setattr(sources, "_PIECES", 4)
+    few = prepared(config)
+    documents = [len(corpus.train.ends) + len(corpus.validation.ends) for corpus in (many, few)]
+    assert documents[0] > 2 * documents[1]
+    assert few.fingerprint != many.fingerprint
 
 
 def test_too_little_held_out(config, tmp_path):

@@ -14,7 +14,7 @@ import zstandard
 from simreg.recipe import sources
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import LocalFile
-from simreg.recipe.sources import STDLIB, HubDataset, interleave, resolve
+from simreg.recipe.sources import STDLIB, HubDataset, in_pieces, interleave, resolve
 
 # what naive readers break: line separators, carriage returns, a BOM character inside, 4-byte UTF-8
 DOCUMENTS = ["plain\ntext", "a\u2028b\u0085c\r\nd\x0b", "é ﬀ 𝒳 \ufeff!", "", "x" * 5000, "last"]
@@ -88,14 +88,14 @@ def test_text_without_blank_lines_is_cut_all_the_same(tmp_path, filler):
 def test_a_text_file_that_is_alone_is_many_documents(tmp_path, compression):
     text = "".join(f"paragraph {i} é " * 20 + "\n\n" for i in range(2000))
     path = write(tmp_path / f"a.txt{compression}", PACK[compression](text.encode()))
-    (alone,) = resolve(str(path), "text", in_pieces=True)
+    (alone,) = in_pieces(resolve(str(path), "text"))
     pieces = list(alone.read())
     assert "".join(pieces) == text
     assert 150 < len(pieces) <= 257
     assert alone.key == LocalFile(path).key
     assert len(list(resolve(str(path), "text")[0].read())) < 20
     short = write(tmp_path / "b.txt", b"a few words\n" * 300)
-    assert len(list(resolve(str(short), "text", in_pieces=True)[0].read())) == 3
+    assert len(list(in_pieces(resolve(str(short), "text"))[0].read())) == 3
 
 
 def test_a_few_text_files_are_many_documents_altogether(tmp_path, monkeypatch):
@@ -103,21 +103,21 @@ def test_a_few_text_files_are_many_documents_altogether(tmp_path, monkeypatch):
     for n, text in enumerate(texts):
         write(tmp_path / f"{n}.{'md' if n % 2 else 'txt'}", text.encode())
     everything = f"{tmp_path}/*"
-    found = resolve(everything, "text", in_pieces=True)
+    found = in_pieces(resolve(everything, "text"))
     pieces = [list(source.read()) for source in found]
     assert sorted("".join(own) for own in pieces) == sorted(texts)
     total = sum(map(len, texts))
     assert total / 2049 < sum(map(len, pieces)) < total / 1024 + 6  # of a Ki characters at least
     assert sorted(interleave(resolve(everything, "text"))) == sorted(texts)
     write(tmp_path / "more.jsonl", b'{"text": "x"}\n')
-    assert sorted(interleave(resolve(everything, "text", in_pieces=True))) == sorted([*texts, "x"])
+    assert sorted(interleave(in_pieces(resolve(everything, "text")))) == sorted([*texts, "x"])
     long = "".join(f"{i} word\n\n" for i in range(60_000))
     for n in range(3):
         write(tmp_path / f"long{n}.txt", long.encode())
-    parts = sum(len(list(s.read())) for s in resolve(f"{tmp_path}/long*", "text", in_pieces=True))
+    parts = sum(len(list(s.read())) for s in in_pieces(resolve(f"{tmp_path}/long*", "text")))
     assert 128 < parts <= 256 + 3
     monkeypatch.setattr(sources, "_PIECES", 1)  # as of large files
-    for source in resolve(f"{tmp_path}/long*", "text", in_pieces=True):
+    for source in in_pieces(resolve(f"{tmp_path}/long*", "text")):
         assert list(source.read()) == list(LocalFile(source.path).read())
 
 

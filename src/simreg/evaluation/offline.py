@@ -13,7 +13,7 @@ from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import warn
-from simreg.recipe.sources import interleave, resolve
+from simreg.recipe.sources import in_pieces, interleave, resolve
 
 CLOZE, BITS = "heldout-cloze", "heldout-bits"
 OFFLINE = (CLOZE, BITS)
@@ -144,7 +144,9 @@ def _first(documents: Sequence[str], characters: int) -> list[str]:
 
 
 def _from_text(text: Sequence[str]) -> tuple[list[str], str]:
-    sources = resolve(list(text), "text", setting="--text", in_pieces=True)
+    sources = resolve(list(text), "text", setting="--text")
+    if len(sources) == 1:  # of several nothing need be held out: they stay as they are
+        sources = in_pieces(sources)
     documents = [document for document in interleave(sources) if document.strip()]
     return documents, f"text {cache.name([source.key for source in sources])[:12]}"
 
@@ -179,8 +181,9 @@ def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list
             raise UserError(f"the text of {first.name} is not there ({error}): {advice}") from None
     if corpus.fingerprint != first.corpus:
         raise UserError(
-            f"the text of {first.name} has changed since it was trained, so held-out documents may "
-            f"be among those it has seen: {advice}"
+            f"the text of {first.name} has changed since it was trained (or is cut otherwise by "
+            "this version, if it is several files of text), so held-out documents may be among "
+            f"those it has seen: {advice}"
         )
     kept = [text for text in documents(corpus) if text.strip()]
     return kept, f"validation split of corpus {corpus.fingerprint[:12]}"

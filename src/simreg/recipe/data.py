@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from simreg.recipe import cache
 from simreg.recipe.config import DataConfig
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import LocalFile, expanded
-from simreg.recipe.sources import Source, interleave, resolve
+from simreg.recipe.files import DOCUMENT, LocalFile, expanded
+from simreg.recipe.sources import Source, in_pieces, interleave, resolve
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
-_LAYOUT = 5  # of the cache; a new number makes old entries invisible
+_LAYOUT = 4  # of the cache; a new number makes old entries invisible
 _BATCH_BYTES = 1 << 20
 
 
@@ -136,7 +136,9 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
     documents that stand in it too are left out.
     """
     cache_dir = expanded(config.cache_dir)
-    source = resolve(config.source, config.text_field, in_pieces=config.validation is None)
+    source = resolve(config.source, config.text_field)
+    if config.validation is None:
+        source = in_pieces(source)
     validation: list[Source] | None = None
     if config.validation is not None:
         validation = resolve(
@@ -157,6 +159,9 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
         if validation is None
         else [s.key for s in validation],
     }
+    cut = {s.piece for s in source if isinstance(s, LocalFile)} - {DOCUMENT}
+    if cut and len(source) > 1:  # of a single file it follows from the key
+        text_key["cut"] = sorted(cut)
 
     def training_texts() -> Iterator[str]:
         return (text for text in interleave(source) if not held_out(text))

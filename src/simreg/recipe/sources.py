@@ -31,7 +31,7 @@ _NOT_STDLIB = {
     "tests",
 }
 _LANES = 64  # files open at once
-_PIECES, _SMALLEST = 256, 1 << 10  # of files of text: how many at least, and of how many characters
+_PIECES, _SMALLEST = 256, 1 << 10  # of files of text: about how many, and of how many bytes
 _UNKNOWN_WEIGHT = 1 << 30
 
 
@@ -56,11 +56,9 @@ def resolve(
     *,
     split: str = "train",
     setting: str = "data.source",
-    in_pieces: bool = False,
 ) -> list[Source]:
     """The sources that `spec` names, in an order that depends on their content alone.
 
-    `in_pieces`: what is a few files of text becomes many documents, of which some can be held out.
     UserError, which names the `setting` that `spec` comes from, where there is none.
     """
     sources: dict[str, Source] = {}
@@ -76,12 +74,11 @@ def resolve(
             sources.setdefault(name, source)
     if not sources:
         raise UserError(f"{setting} names nothing: give python-stdlib, files, or hf:owner/name")
-    found = sorted(sources.values(), key=lambda source: source.key)
-    return _in_pieces(found) if in_pieces else found
+    return sorted(sources.values(), key=lambda source: source.key)
 
 
-def _in_pieces(sources: list[Source]) -> list[Source]:
-    """Files of text, if they are all there is, in some hundreds of pieces altogether."""
+def in_pieces(sources: list[Source]) -> list[Source]:
+    """Files of text, if they are all there is, in many pieces, so that some can be held out."""
     files = [source for source in sources if isinstance(source, LocalFile) and source.is_text]
     if len(files) < len(sources):
         return sources

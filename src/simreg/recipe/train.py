@@ -78,7 +78,8 @@ def _run(
     checkpoint, manifest = _agreed(folder, corpus)
     if manifest.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise UserError(
-            f"the data of the run in {folder.root} has changed since it began: "
+            f"the data of the run in {folder.root} has changed since it began, or the version that "
+            "began it cut several files of text otherwise: "
             "restore it, choose another `out`, or delete the folder"
         )
     with _out_of_memory():
