@@ -131,7 +131,27 @@ def test_machines_must_share_the_folder(
 def test_machines_must_have_the_same_text(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_main = iter([None, (None, {}, "another fingerprint")])
+    config = tiny.config(tmp_path, text)
+    of_main = iter([None, (None, {}, "another fingerprint", module._common(config))])
     monkeypatch.setattr(module, "from_main", lambda make: next(of_main))
     with pytest.raises(UserError, match=r"data\.source or data\.tokenizer is not the same on all"):
-        train(tiny.config(tmp_path, text))
+        train(config)
+
+
+def test_processes_must_have_one_config(tmp_path: Path, text: Path) -> None:
+    config = tiny.config(tmp_path, text)
+    other = {"optim": {"lr": 0.1}, "train": {"accumulate": 2, "report_to": "tensorboard"}}
+    files = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    for file, own in zip(files, ({}, other), strict=True):
+        file.write_text(to_yaml(with_overrides(config, own)))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    commands = [[sys.executable, *PROGRAM, str(file), "none"] for file in files]
+    done = launch(*commands, environments=ranks, limit=120)
+    assert [each.returncode for each in done] == [2, 2]
+    assert (
+        "must have one config: optim.lr is 0.1 here and 0.003 in the first process; "
+        "train.accumulate is 2 here and 1 in the first process\n"
+    ) in done[1].stderr
+    assert "lost contact" in done[0].stderr
+    assert Path(config.out, "metrics.jsonl").read_text() == ""

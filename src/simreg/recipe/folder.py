@@ -90,7 +90,7 @@ class RunFolder:
         if not self.config.exists() or not self._begun():
             return  # a command that failed before its first step claims nothing
         saved = run_config.recorded(self.config)
-        there, here = (_flat(run_config.to_dict(each)) for each in (saved, config))
+        there, here = (flat(run_config.to_dict(each)) for each in (saved, config))
         idle = set()  # fields that nothing reads
         if saved.simreg.weight == config.simreg.weight == 0:
             idle = {name for name in here if name.startswith("simreg.")}
@@ -254,7 +254,7 @@ def warn(message: str) -> None:
         print(f"simreg: warning: {message}", file=sys.stderr, flush=True)
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
+def flat(values: dict[str, Any]) -> dict[str, Any]:
     """`section.field` -> value; a field that is a mapping itself is one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():

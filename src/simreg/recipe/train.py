@@ -15,10 +15,10 @@ from transformers.trainer_callback import PrinterCallback
 from simreg.integrations.transformers import published
 from simreg.objectives import Objective, by_rows
 from simreg.recipe import assemble, checkpoints, models, progress, provenance
-from simreg.recipe.config import RunConfig
+from simreg.recipe.config import RunConfig, to_dict
 from simreg.recipe.data import Corpus, Ordered, Rows, prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import RunFolder, native_errors, storage_errors, warn
+from simreg.recipe.folder import RunFolder, flat, native_errors, storage_errors, warn
 from simreg.recipe.hub import quiet
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
@@ -75,7 +75,7 @@ def _run(
         "machine": provenance.machine(),
         "precision": assemble.precision(config),
     }
-    checkpoint, manifest = _agreed(folder, corpus)
+    checkpoint, manifest = _agreed(config, folder, corpus)
     if manifest.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise UserError(
             f"the data of the run in {folder.root} has changed since it began, or the version that "
@@ -129,9 +129,21 @@ def _run(
     return result
 
 
-def _agreed(folder: RunFolder, corpus: Corpus) -> tuple[Path | None, dict[str, Any]]:
+def _agreed(
+    config: RunConfig, folder: RunFolder, corpus: Corpus
+) -> tuple[Path | None, dict[str, Any]]:
     """Where the main process resumes; UserError where another process does not see the same."""
-    checkpoint, manifest, theirs = from_main(lambda: (*folder.resume_point(), corpus.fingerprint))
+    mine = _common(config)
+    checkpoint, manifest, theirs, wanted = from_main(
+        lambda: (*folder.resume_point(), corpus.fingerprint, mine)
+    )
+    differing = [
+        f"{name} is {mine[name]} here and {wanted[name]} in the first process"
+        for name in mine
+        if mine[name] != wanted[name]
+    ]
+    if differing:
+        raise UserError(f"the processes must have one config: {'; '.join(differing)}")
     if not folder.config.exists():
         raise UserError(
             f"{folder.root} is not the same folder on all machines: choose an `out` that they share"
@@ -139,6 +151,14 @@ def _agreed(folder: RunFolder, corpus: Corpus) -> tuple[Path | None, dict[str, A
     if theirs != corpus.fingerprint:
         raise UserError("data.source or data.tokenizer is not the same on all machines")
     return checkpoint, manifest
+
+
+def _common(config: RunConfig) -> dict[str, Any]:
+    """What processes must have in common; the corpus has a fingerprint, the folder a check."""
+    own = {"out", "data.cache_dir", "data.source", "data.validation", "data.tokenizer"}
+    own |= {"train.report_to", "train.precision"}  # the latter as each machine resolves it
+    common = {name: x for name, x in flat(to_dict(config)).items() if name not in own}
+    return common | {"the precision": assemble.precision(config)}
 
 
 def _split_anew(
