@@ -152,6 +152,8 @@ def test_what_is_no_count_is_refused(
             "run.yaml: there is one config file, and it",
         ),
         (["a.yaml", "b.yml"], "b.yml: there is one config file"),
+        (["--optim.lr=1e-3", "run.yaml"], "run.yaml: there is one config file"),
+        (["--simreg.push", "-1", "run.yaml"], "run.yaml: there is one config file"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(
@@ -162,6 +164,14 @@ def test_user_errors_are_one_line_and_status_2(
     assert error.startswith(f"simreg: error: {says}")
     assert error.count("\n") == 1
     assert not seen
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["run.yaml --optim.lr 1e-3", "--data.source x.yaml", "--auxiliary.options a=1 b=x.yaml"],
+)
+def test_yaml_files_in_their_place(arguments: str) -> None:
+    cli._check_place(arguments.split())
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--no-such-flag"]])

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import threading
@@ -132,7 +133,8 @@ def _train(arguments: list[str]) -> None:
 def _check_place(arguments: list[str]) -> None:
     """UserError for a config file that is not the first argument, nor the value of a flag."""
     for before, argument in pairwise(arguments):
-        if argument.endswith((".yaml", ".yml")) and not before.startswith("-"):
+        awaited = re.match(r"--[^=]+$", before)  # as the value of a flag
+        if argument.endswith((".yaml", ".yml")) and "=" not in argument and not awaited:
             raise UserError(
                 f"{argument}: there is one config file, and it comes before the flags, as in "
                 "simreg train run.yaml --optim.lr 1e-3"

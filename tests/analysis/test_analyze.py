@@ -126,6 +126,11 @@ def test_points_without_a_cosine_are_left_out_of_the_curve(analysed):
     told = describe.cosines(results)
     assert "0.500 and 0.250 at 20 tokens, then 0.750 and 0.250 at 30 tokens" in told
     assert plots.cosines(results, PRINT) is not None
+    first = next(curve for curve in results["training"] if curve["arm"] == "simreg")
+    first["records"][1]["inter_cos"] = None  # of one seed: 20 tokens are no point of any
+    curves = plots.cosine_curves(results)["simreg"]
+    assert set(map(len, curves.values())) == {1}
+    assert len(curves) == 3
     results["training"] = []
     for m in results["models"]:
         m["groups"]["all"]["intra_cos"] = None

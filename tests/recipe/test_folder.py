@@ -98,10 +98,13 @@ def test_what_no_run_wrote_is_kept(make: Make) -> None:
 def test_a_missing_file_elsewhere_is_not_about_the_folder(tmp_path: Path) -> None:
     for missing, error in (
         (tmp_path / "run" / "x", UserError),
-        (tmp_path, UserError),
+        (tmp_path / "gone", UserError),
+        (tmp_path, FileNotFoundError),
+        ("", FileNotFoundError),
         ("/sbin/none", FileNotFoundError),
     ):
-        with pytest.raises(error), storage_errors(tmp_path / "run"):
+        root = tmp_path / ("gone/run" if Path(missing).name == "gone" else "run")
+        with pytest.raises(error), storage_errors(root):
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(missing))
 
 

@@ -10,6 +10,9 @@ from simreg.recipe.errors import UserError
 from simreg.study import plan, run
 from simreg.study.plan import Cell, CompareOptions
 
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "docs/results/tiny"
+
 
 def test_the_demo():
     study = plan.from_options(CompareOptions())
@@ -221,7 +224,8 @@ def test_mistakes_in_a_plan(values, message):
         ({"set": ["optim.lr"]}, "section.key=value"),
         ({"set": ["optim.lr=["]}, "cannot read the value"),
         ({"study": "/nonexistent/x.yaml"}, "cannot read"),
-        ({"study": "/proc"}, "/proc is a folder: name a study's file; .* --out /proc$"),
+        ({"study": "/proc"}, "/proc is a folder: name a study's file$"),
+        ({"study": str(RECORD)}, f"; go on .* compare {RECORD}/study.yaml --out {RECORD}$"),
     ],
 )
 def test_mistakes_on_the_command_line(options, message):
@@ -238,7 +242,11 @@ def test_mistakes_on_the_command_line(options, message):
         ("base: {train: [1]}", {"tokens": 5}, "base.train must be a mapping"),
         ("arms: [a]", {"arm": ["x:optim.lr=1"]}, "arms must be a mapping"),
         ("seeds: 5", {}, "seeds"),
-        ("optim: {lr: 1}\ntrain: {}", {}, r"s\.yaml: optim, train are settings of one run: put"),
+        (
+            "optim: {lr: 1}\ntrain: {}",
+            {},
+            r"s\.yaml holds settings of one run \(optim, train\)",
+        ),
         ("- 5", {}, "mapping"),
     ],
 )
@@ -313,7 +321,6 @@ def test_a_failed_save_keeps_the_file(tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
-ROOT = Path(__file__).parents[2]
 RECORDS = sorted(ROOT.glob("docs/results/*/study.yaml"))
 STUDIES = [
     (path, scale)

@@ -120,24 +120,27 @@ def cosine_curves(results: Results) -> dict[str, dict[int, list[Point]]]:
     """arm -> seed -> (tokens, intra, inter): of checkpoints, or as logged while training.
 
     Of each arm the seeds with the most points, so that all points are means of the same seeds.
-    Points without one of the cosines (no two tokens of a label) are left out.
+    Where a seed lacks a cosine (no two tokens of a label) the arm has no point.
     """
     curves: dict[str, dict[int, list[Point]]] = {}
     for m in results["models"]:
         if m["tokens"] is not None:
-            points = _points([{"tokens": m["tokens"], **m["groups"]["all"]}])
-            curves.setdefault(m["arm"], {}).setdefault(m["seed"], []).extend(points)
+            own = m["groups"]["all"]
+            point = (m["tokens"], own["intra_cos"], own["inter_cos"])
+            curves.setdefault(m["arm"], {}).setdefault(m["seed"], []).append(point)
+    curves = {arm: _complete(seeds) for arm, seeds in curves.items()}
     if any(len(points) > 1 for seeds in curves.values() for points in seeds.values()):
         return _longest(curves)
     logged: dict[str, dict[int, list[Point]]] = {}
     for curve in results["training"]:
-        logged.setdefault(curve["arm"], {})[curve["seed"]] = _points(curve["records"])
-    return _longest(logged)
+        points = [(r["tokens"], r["intra_cos"], r["inter_cos"]) for r in curve["records"]]
+        logged.setdefault(curve["arm"], {})[curve["seed"]] = points
+    return _longest({arm: _complete(seeds) for arm, seeds in logged.items()})
 
 
-def _points(records: list[dict[str, Any]]) -> list[Point]:
-    points = [(r["tokens"], r["intra_cos"], r["inter_cos"]) for r in records]
-    return [point for point in points if None not in point]
+def _complete(seeds: dict[int, list[Point]]) -> dict[int, list[Point]]:
+    gaps = {point[0] for points in seeds.values() for point in points if None in point}
+    return {seed: [p for p in points if p[0] not in gaps] for seed, points in seeds.items()}
 
 
 def _longest(curves: dict[str, dict[int, list[Point]]]) -> dict[str, dict[int, list[Point]]]:

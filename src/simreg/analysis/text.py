@@ -16,8 +16,8 @@ from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import one_line
-from simreg.recipe.tokenizer import TOKENIZER_FILES
 
+_TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
 _STREAM = 1 << 18  # tokens that positive rates are counted in
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -69,7 +69,7 @@ def check_tokenizers(targets: Sequence[Target], corpus: Corpus) -> None:
     vocabulary = corpus.tokenizer.get_vocab()
     for target in targets:
         folder = Path(target.path)
-        if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
             continue  # a checkpoint of a run
         try:
             own = AutoTokenizer.from_pretrained(target.path).get_vocab()

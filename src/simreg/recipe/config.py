@@ -432,9 +432,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        named = Path(path).suffix in (".yaml", ".yml")
-        kind = "is not valid YAML" if named else "was taken for a file of settings, which it is not"
-        raise UserError(f"{path} {kind}: {' '.join(str(error).split())[:300]}") from None
+        named = Path(path).suffix.lower() in (".yaml", ".yml")
+        text = "" if named else " (it was taken for settings; text is named by data.source)"
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is not valid YAML{text}: {why}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 """What the user can fix: the command line prints the message in one line and exits with 2."""
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -28,23 +29,30 @@ def describe(error: "ValidationError", root: Any, prefix: str = "") -> str:
 def _finding(item: Any, root: Any, prefix: str) -> str:
     if item["type"] == "value_error":  # our own check, whose text says it all
         return str(item["ctx"]["error"])
-    where = ".".join(map(str, item["loc"])) or "config"
+    where = prefix + (".".join(map(str, item["loc"])) or "config")
     if item["type"] == "unexpected_keyword_argument":
-        return f"{prefix}{where}: there is no such field{_meant(root, *map(str, item['loc']))}"
-    return f"{prefix}{where}: {item['msg']} (got {item['input']!r})"
+        return f"{where}: there is no such field{_meant(root, prefix, *map(str, item['loc']))}"
+    return f"{where}: {item['msg']} (got {item['input']!r})"
 
 
-def _meant(root: Any, *path: str) -> str:
-    """What a field may have been meant to be: one of a like name, or one of a section's."""
+def _meant(root: Any, prefix: str, *path: str) -> str:
+    """What a field may have been meant to be: one of its section, or one elsewhere in `root`."""
     *above, name = path
-    for section in above:
-        root = get_type_hints(root).get(section)
-    if not is_dataclass(root):
+    section = root
+    for part in above:
+        section = get_type_hints(section).get(part)
+    if not is_dataclass(section):
         return ""
-    names = {each.name: each.name for each in fields(root)}
-    for section, kind in get_type_hints(root).items():
+    own = {each.name: ".".join([*above, each.name]) for each in fields(section)}
+    known = dict(_leaves(root)) | own
+    for near in difflib.get_close_matches(name, known, 1):
+        return f"; did you mean {prefix}{known[near]}?"
+    return f" (there are {', '.join(own)})"
+
+
+def _leaves(root: Any) -> Iterator[tuple[str, str]]:
+    """Fields of a config and its sections: name, and path from the root."""
+    for name, kind in get_type_hints(root).items():
+        yield name, name
         if is_dataclass(kind):
-            names |= {each.name: f"{section}.{each.name}" for each in fields(kind)} | names
-    for near in difflib.get_close_matches(name, names, 1):
-        return f"; did you mean {'.'.join([*above, names[near]])}?"
-    return f" (there are {', '.join(names)})"
+            yield from ((leaf, f"{name}.{path}") for leaf, path in _leaves(kind))

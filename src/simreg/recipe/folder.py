@@ -180,8 +180,8 @@ def storage_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path = Path(str(error.filename))
-        inside = path.is_relative_to(root) or root.is_relative_to(path)  # else of something else
+        path = Path(str(error.filename))  # of the folder, or of one above that is missing?
+        inside = path.is_relative_to(root) or (root.is_relative_to(path) and not path.exists())
         if error.errno not in _STORAGE_ERRORS and not (error.errno == errno.ENOENT and inside):
             raise
         advice = "make room or choose" if error.errno in _NO_ROOM else "choose"

@@ -20,8 +20,7 @@ EOS = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000
 _ENDLESS = re.compile(r"\S{1024}(?=\S)|\s{1024}(?=\s)")
 _USUAL_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>")
-TOKENIZER_FILES = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
-"""Of which the folder of a tokenizer that was trained has one, as a rule."""
+_ENDINGS = {".json", ".model", ".spm", ".tiktoken"}  # of which a tokenizer has one, or vocab.txt
 _SMALLEST = 257  # all bytes and the end-of-text token
 _LARGEST = 2**24
 _log = logging.getLogger(__name__)
@@ -148,8 +147,9 @@ def _load(spec: str) -> PreTrainedTokenizerBase:
     path = expanded(spec)
     if spec.startswith((".", "/", "~")) and not path.exists():
         raise UserError(f"data.tokenizer: there is no folder {path}")
-    known = *TOKENIZER_FILES, "tokenizer_config.json", "config.json"
-    if path.is_dir() and not any((path / name).is_file() for name in known):
+    if path.is_dir() and not any(
+        file.suffix in _ENDINGS or file.name == "vocab.txt" for file in path.iterdir()
+    ):
         raise UserError(f"data.tokenizer: there is no tokenizer in {path} (tokenizer.json)")
     try:
         return AutoTokenizer.from_pretrained(str(path) if path.exists() else spec)

@@ -302,16 +302,15 @@ def _section(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 def _read(path: str) -> dict[str, Any]:
     """A study's file; UserError for a folder and for the config of a run."""
     if Path(path).is_dir():
-        raise UserError(
-            f"{path} is a folder: name a study's file; the study in a folder is continued by the "
-            f"command that began it, and by simreg compare {path}/{STUDY_FILE} --out {path}"
-        )
+        there = Path(path, STUDY_FILE).is_file()
+        way = f"; go on with the study in it by simreg compare {path}/{STUDY_FILE} --out {path}"
+        raise UserError(f"{path} is a folder: name a study's file{way if there else ''}")
     values = recipe.read_yaml(path)
     of_runs = {each.name for each in fields(RunConfig)} - {each.name for each in fields(Study)}
     if of_runs & values.keys():
         raise UserError(
-            f"{path}: {', '.join(sorted(of_runs & values.keys()))} are settings of one run: put "
-            "them under `base:`"
+            f"{path} holds settings of one run ({', '.join(sorted(of_runs & values.keys()))}): "
+            "put them under `base:`"
         )
     return values
 
