@@ -138,6 +138,19 @@ def test_machines_must_have_the_same_text(
         train(config)
 
 
+def test_machines_must_compute_alike(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path, text)
+    theirs = module._common(config) | {"the precision": "bf16"}
+    of_main = iter([None, (None, {}, "", theirs)])
+    monkeypatch.setattr(module, "from_main", lambda make: next(of_main))
+    with pytest.raises(
+        UserError, match=r"the precision is fp32 here and bf16 in the first process"
+    ):
+        train(config)
+
+
 def test_processes_must_have_one_config(tmp_path: Path, text: Path) -> None:
     config = tiny.config(tmp_path, text)
     other = {"optim": {"lr": 0.1}, "train": {"accumulate": 2, "report_to": "tensorboard"}}

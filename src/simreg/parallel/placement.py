@@ -79,13 +79,12 @@ def _given(group: Group, replicas: Group) -> Placing:
 def _check_group(name: str, group: Any) -> None:
     if group is None:
         return
-    nobody = group == dist.GroupMember.NON_GROUP_MEMBER
-    if not nobody and not isinstance(group, dist.ProcessGroup):
+    if not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             f"{name}: expected a process group, got {type(group).__name__} (of a DeviceMesh, "
             "mesh.get_group() of one dimension)"
         )
-    if nobody or dist.get_rank(group) < 0:
+    if dist.get_rank(group) < 0:
         raise ValueError(f"{name}: expected a process group that this rank is in")
 
 
