@@ -193,6 +193,16 @@ def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     assert train(make())["steps"] == tiny.STEPS
 
 
+def test_a_run_that_diverged_before_it_wrote_anything_is_of_its_config(make: Make) -> None:
+    config = make()
+    folder = RunFolder(config.out)
+    with folder.claimed(config):
+        folder.record_divergence("NaN at step 1")
+    assert folder.diverged(config) == "NaN at step 1"
+    with pytest.raises(UserError, match=r"another config \(train\.seed is 0 there and 1 now\)"):
+        folder.diverged(with_overrides(config, {"train": {"seed": 1}}))
+
+
 def test_a_run_of_before_an_option_is_none_with_it(make: Make) -> None:
     config = make(simreg={"push": 0.0, "depths": [], "schedule": "constant"})
     folder = RunFolder(config.out)

@@ -1,5 +1,6 @@
 """`simreg train` in several processes: one dies, hangs, is told to stop; their number changes."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -120,14 +121,6 @@ def test_another_number_of_processes_continues(
     assert_close_run(config, whole)
 
 
-def test_machines_must_share_the_folder(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "1")  # the first process has written its config elsewhere
-    with pytest.raises(UserError, match=r"run is not the same folder on all machines: choose an"):
-        train(tiny.config(tmp_path, text))
-
-
 def test_machines_must_have_the_same_text(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,16 +144,35 @@ def test_machines_must_compute_alike(
         train(config)
 
 
+def machines(*configs: RunConfig) -> list[CompletedProcess[str]]:
+    """`simreg train` with a config of its own in each process."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared["WORLD_SIZE"] = str(len(configs))
+    commands, environments = [], []
+    for rank, config in enumerate(configs):
+        file = Path(config.out).parent / f"{rank}.yaml"
+        file.write_text(to_yaml(config))
+        commands.append([sys.executable, *PROGRAM, str(file), "none"])
+        environments.append(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    return launch(*commands, environments=environments, limit=120)
+
+
+def test_machines_must_share_the_folder(tmp_path: Path, text: Path) -> None:
+    config = tiny.config(tmp_path, text)
+    elsewhere = tmp_path / "elsewhere/run"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "config.yaml").write_text(to_yaml(config))  # as a run before this one left it
+    done = machines(config, dataclasses.replace(config, out=str(elsewhere)))
+    assert [each.returncode for each in done] == [2, 2]
+    assert f"{elsewhere} is not the same folder on all machines: choose an" in done[1].stderr
+    left = {path.name for path in Path(config.out).iterdir()}
+    assert left == {".lock"}
+
+
 def test_processes_must_have_one_config(tmp_path: Path, text: Path) -> None:
     config = tiny.config(tmp_path, text)
     other = {"optim": {"lr": 0.1}, "train": {"accumulate": 2, "report_to": "tensorboard"}}
-    files = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    for file, own in zip(files, ({}, other), strict=True):
-        file.write_text(to_yaml(with_overrides(config, own)))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    commands = [[sys.executable, *PROGRAM, str(file), "none"] for file in files]
-    done = launch(*commands, environments=ranks, limit=120)
+    done = machines(config, with_overrides(config, other))
     assert [each.returncode for each in done] == [2, 2]
     assert (
         "must have one config: optim.lr is 0.1 here and 0.003 in the first process; "

@@ -153,7 +153,8 @@ class RunFolder:
     def _begun(self) -> bool:
         """Whether there is anything that a run has computed."""
         logged = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return logged or self.result.exists() or bool(checkpoints.found(self.checkpoints))
+        ended = self.result.exists() or self.failure.exists()
+        return logged or ended or bool(checkpoints.found(self.checkpoints))
 
     def resume_point(self) -> tuple[Path | None, dict[str, Any]]:
         """The newest intact checkpoint and its manifest, or (None, {}) to start afresh."""

@@ -2,8 +2,10 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -35,6 +37,18 @@ def from_main(make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def share(folder: Path) -> bool:
+    """Whether this process sees what the main one writes in `folder`; all call it together."""
+    if not _several():
+        return True
+    # A name that no machine can have in its cache, nor from a run before.
+    with tempfile.NamedTemporaryFile(dir=folder) if is_main_process() else nullcontext() as mark:
+        name = from_main(lambda: Path(mark.name).name)
+        seen = (folder / name).exists()
+        dist.barrier()  # before the mark goes
+    return seen
+
+
 def disband() -> None:
     """End the group of processes after a run that succeeded.
 
@@ -58,7 +72,7 @@ def lost_contact() -> Iterator[None]:
         raise UserError(
             f"process {dist.get_rank()} of {dist.get_world_size()} lost contact with another "
             f"({reason}), whose own output says why; the same command continues from the last "
-            "checkpoint"
+            "checkpoint, if there is one"
         ) from None
 
 

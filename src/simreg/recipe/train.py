@@ -22,7 +22,7 @@ from simreg.recipe.folder import RunFolder, flat, native_errors, storage_errors,
 from simreg.recipe.hub import quiet
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
-from simreg.recipe.processes import from_main, is_main_process, lost_contact, world_size
+from simreg.recipe.processes import from_main, is_main_process, lost_contact, share, world_size
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -133,6 +133,10 @@ def _agreed(
     config: RunConfig, folder: RunFolder, corpus: Corpus
 ) -> tuple[Path | None, dict[str, Any]]:
     """Where the main process resumes; UserError where another process does not see the same."""
+    if not share(folder.root):
+        raise UserError(
+            f"{folder.root} is not the same folder on all machines: choose an `out` that they share"
+        )
     mine = _common(config)
     checkpoint, manifest, theirs, wanted = from_main(
         lambda: (*folder.resume_point(), corpus.fingerprint, mine)
@@ -144,10 +148,6 @@ def _agreed(
     ]
     if differing:
         raise UserError(f"the processes must have one config: {'; '.join(differing)}")
-    if not folder.config.exists():
-        raise UserError(
-            f"{folder.root} is not the same folder on all machines: choose an `out` that they share"
-        )
     if theirs != corpus.fingerprint:
         raise UserError("data.source or data.tokenizer is not the same on all machines")
     return checkpoint, manifest
