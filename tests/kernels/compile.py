@@ -127,7 +127,8 @@ def main(
 ) -> None:
     known = divmod(capability, 10)
     with mock.patch.object(host, "capability", return_value=known):
-        blocks = host.blocks(getattr(torch, dtype), torch.device("cuda"))
+        hidden = getattr(torch, dtype), torch.device("cuda")
+        blocks, more = host.blocks(*hidden), host.registers(*hidden, bounded=bounded)
     for kernel, constants, warps, stages in variants(
         dtype, blocks, push=push, bounded=bounded, even=not single, brief=brief
     ):
@@ -145,7 +146,11 @@ def main(
         compiled = triton.compile(
             ASTSource(kernel, types, constexprs=constants, attrs=divisible),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps, "num_stages": stages},
+            options={
+                "num_warps": warps,
+                "num_stages": stages,
+                **(more if kernel is tiles.gradients else {}),
+            },
         )
         registers, spilled = resources(compiled.asm["cubin"])
         units = ("wgmma", "tcgen05", "mma.sync")

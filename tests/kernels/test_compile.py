@@ -11,8 +11,8 @@ import pytest
 from tests.kernels.problems import needs_triton
 
 pytestmark = needs_triton
-SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a block can have
-UNIT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB that a block can have
+UNIT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
 def compiled(*arguments):
@@ -40,10 +40,11 @@ CONFIGURATIONS = [
     (80, "float16", ("push", "unbounded")),
     (90, "bfloat16", ("push", "unbounded")),
     (100, "bfloat16", ()),
-    (100, "float16", ("push",)),  # below τ = 0.05 `gradients` spill 24 bytes, and without 32
+    (100, "float16", ("push", "unbounded")),
     (90, "float16", ()),
     (90, "float32", ()),
 ]
+CONSUMER = (120, "bfloat16", ("push",))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ CONFIGURATIONS = [
     [
         (90, "bfloat16", ()),
         *((*known, (*flags, "brief")) for *known, flags in CONFIGURATIONS),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in CONFIGURATIONS),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (*CONFIGURATIONS, CONSUMER)),
     ],
 )
 def test_kernels_compile_without_spills(capability, dtype, flags):

@@ -66,11 +66,21 @@ def blocks(dtype: torch.dtype, device: torch.device) -> Blocks:
     """
     if dtype == torch.float32:
         return Blocks(64, 32, 8, 4, 3, wide=64, step=32, wide_warps=4, wide_stages=6)
-    major = capability(device)[0] if device.type == "cuda" else 0
+    major = _major(device)
     if major == 9:
         return Blocks(128, 64, 8, 4, 3, wide=256, step=64, wide_warps=8, wide_stages=8)
     parts = 8 if major == 10 else 4
     return Blocks(128, 64, parts, 8, 3, wide=128, step=64, wide_warps=8, wide_stages=6)
+
+
+def registers(dtype: torch.dtype, device: torch.device, *, bounded: bool) -> dict[str, int]:
+    """Launch options of `tiles.gradients` where the compiler would rather spill than need more."""
+    spills = _major(device) == 10 and dtype == torch.float16 and not bounded
+    return {"maxnreg": 255} if spills else {}
+
+
+def _major(device: torch.device) -> int:
+    return capability(device)[0] if device.type == "cuda" else 0
 
 
 class Launch(NamedTuple):
@@ -277,6 +287,7 @@ def backward(
         problem.over_pairs(
             tiles.gradients, launch, stacked, powers, m, *slots, form=form,
             MODE=MODES[form.variant], SYMMETRIC=symmetric, RESCALED=rescaled,
+            **registers(hidden.dtype, hidden.device, bounded=form.bounded),
         )  # fmt: skip
         radial = problem.per_token(1, 2)
         problem.merge(slots, radial, launch, symmetric=symmetric)

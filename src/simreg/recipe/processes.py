@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,11 +41,13 @@ def share(folder: Path) -> bool:
     """Whether this process sees what the main one writes in `folder`; all call it together."""
     if not _several():
         return True
-    # A name that no machine can have in its cache, nor from a run before.
-    with tempfile.NamedTemporaryFile(dir=folder) if is_main_process() else nullcontext() as mark:
-        name = from_main(lambda: Path(mark.name).name)
-        seen = (folder / name).exists()
-        dist.barrier()  # before the mark goes
+    with ExitStack() as until_seen:
+
+        def mark() -> str:  # a name that no machine can have in its cache, nor from a run before
+            return until_seen.enter_context(tempfile.NamedTemporaryFile(dir=folder)).name
+
+        seen = (folder / Path(from_main(mark)).name).exists()
+        dist.barrier()
     return seen
 
 
