@@ -2,7 +2,9 @@ import copy
 import gc
 import os
 import pickle
+import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -393,6 +395,44 @@ def test_what_an_abandoned_step_left_is_not_kept_through_the_next_forward_pass()
     assert alive == [[], [True], [False]]
     with torch.no_grad():  # a pass without gradients does not touch what waits for its call
         model(ids)
+    assert reg(labels).requires_grad
+
+
+def test_a_pass_that_no_call_followed_is_told():
+    model, (ids, labels) = build(), batch()
+    reg = attach(model, SimRegLoss())
+
+    def told(*passes):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for each in passes:
+                each()
+            reg(labels)
+        return [str(each.message) for each in found]
+
+    forward = partial(model, ids)
+    [message] = told(forward, forward)
+    assert message.startswith("two forward passes with gradients before a call, which reads the l")
+    evaluation = torch.no_grad()(forward)
+    assert not told(forward, evaluation)
+    assert not told(forward, reg.forget, forward)
+
+    def unheard():
+        reg.listening = False
+        forward()
+        reg.listening = True
+
+    assert not told(unheard, forward, unheard)
+
+
+def test_an_exported_pass_is_none_to_regularize():
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 16))
+    ids, labels = batch()
+    reg = attach(model, SimRegLoss(), module=model[1])
+    torch.export.export(model, (ids,))
+    with pytest.raises(RuntimeError, match="no hidden states"):
+        reg(labels)
+    model(ids)
     assert reg(labels).requires_grad
 
 

@@ -4,8 +4,9 @@
     out = model(input_ids, labels=labels)
     loss = out.loss + reg(labels)
 
-The tap is a forward hook on the decoder, whose last hidden state is exactly what enters the LM
-head, whatever the head does with it: fused, chunked or restricted heads included. Under autocast
+The tap is a forward hook on the decoder, whose last hidden state is what enters the LM head (but
+for a scale, in a few models), whatever the head does with it: fused, chunked or restricted heads
+included. Under autocast
 to bfloat16 hidden states are handed on in it, as a head in its scope reads them. An objective that
 reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cross-entropy sees
 (what the head returns may be scaled or capped after it), or on decoder layers too.
@@ -130,6 +131,7 @@ class Attached:
         self._causal = None if causal is None else weakref.ref(causal)
         self._running = False  # the decoder, in a forward pass with gradients
         self._passed_by = False  # the last pass, for it had none
+        self._unused = False  # a pass before the last one
         self._attached = True
         self._hooks = [
             (start or module).register_forward_pre_hook(self._begin),
@@ -186,6 +188,13 @@ class Attached:
                 "gradient (all of the model before its LM head is frozen)",
                 stacklevel=2,
             )
+        if self._unused:
+            warnings.warn(
+                "two forward passes with gradients before a call, which reads the last one: call "
+                "after each; let go of one that is given up with forget(), or keep the objective "
+                "out of it with listening = False",
+                stacklevel=2,
+            )
         self.forget()  # taken, not read: labels never meet the hidden states of another batch
         self.metrics = {name: value.detach() for name, value in metrics.items()}
         return loss
@@ -235,6 +244,7 @@ class Attached:
         if self.listening:
             self._passed_by = not torch.is_grad_enabled()
         if self._running:  # what an abandoned step left would hold its graph through this one
+            self._unused = not torch.compiler.is_compiling() and self._hidden is not None
             self.forget()
 
     def _capture_layer(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -258,7 +268,7 @@ class Attached:
 
     def _capturing(self) -> bool:
         on = self._attached and self.listening and torch.is_grad_enabled()
-        return on and not _in_backward()
+        return on and not torch.compiler.is_exporting() and not _in_backward()
 
     def _captured(self) -> tuple[Tensor, dict[str, Any]]:
         """The final hidden states and what else the objective reads, by keyword."""

@@ -53,9 +53,11 @@ class SimRegTrainer(Trainer):
     is from where a callback, say, has set it to another value.
 
     Training records gain, averaged over the tokens since the last record and over processes: `ce`
-    (cross-entropy alone), `router_loss` (without its coefficient), the objective's metrics (its
-    `loss`, unweighted, as `simreg`), and `clipped`, the fraction of steps whose gradient norm
-    exceeded `max_grad_norm`; `simreg_weight` is λ of the last step. Evaluation gains `eval_ce`,
+    (cross-entropy alone; not with `compute_loss_func`, a label smoother, or the `compute_loss` of a
+    class between this one and `Trainer`, whose loss is then left as it is), `router_loss` (without
+    its coefficient), the objective's metrics (its `loss`, unweighted, as `simreg`), and `clipped`,
+    the fraction of steps whose gradient norm exceeded `max_grad_norm`; `simreg_weight` is λ of the
+    last step. Evaluation gains `eval_ce`,
     where the model's logits are those of its labels: cross-entropy alone per token of the whole
     set, each row counted once, summed in float64 (on several processes a padding-free collator's
     rows hold the samples again that fill up the last round).
@@ -68,7 +70,8 @@ class SimRegTrainer(Trainer):
     leaves them out, and another SimRegTrainer of the model removes them.
 
     Raises:
-        ValueError: an unknown `schedule`; under `torch.nn.DataParallel`, with sequences sharded
+        ValueError: an unknown `schedule`; `metric_for_best_model` is a cross-entropy, and the
+            highest is to count as the best; under `torch.nn.DataParallel`, with sequences sharded
             over processes, or for an objective with parameters or buffers under FSDP, with PEFT or
             with `ddp_find_unused_parameters=True` (False is the default there).
     """
@@ -99,6 +102,11 @@ class SimRegTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError(
                 "args: DataParallel (n_gpu > 1) is not supported; launch with torchrun"
+            )
+        metric = self.args.metric_for_best_model or ""
+        if self.args.greater_is_better and (metric == "ce" or metric.endswith("_ce")):
+            raise ValueError(  # what transformers infers for names that do not end in "loss"
+                f"args: the lowest {metric} is the best: set greater_is_better=False"
             )
         if self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError(
@@ -281,7 +289,7 @@ class SimRegTrainer(Trainer):
 
         The model adds it undivided in each micro-batch: it is to count by the share of tokens.
         """
-        if self.label_smoother is not None or self.compute_loss_func is not None:
+        if not self._of_the_model():
             return loss, None
         router = _router_loss(self.accelerator.unwrap_model(self.model), outputs)
         if router is None or num_items is None or not self.model_accepts_loss_kwargs:
@@ -302,7 +310,7 @@ class SimRegTrainer(Trainer):
         """The Trainer's loss of a micro-batch, completed; its parts go into the logging window."""
         scale = self._loss_scale(num_items)
         tokens = targets.ne(IGNORE_INDEX).sum()
-        if self.label_smoother is None and self.compute_loss_func is None:
+        if self._of_the_model():
             cross_entropy = loss.detach() / scale
             if router is not None:
                 weight, balance = router
@@ -323,6 +331,12 @@ class SimRegTrainer(Trainer):
                 self._window.add("simreg" if name == "loss" else name, value, tokens * share)
         return loss
 
+    def _of_the_model(self) -> bool:
+        """Whether the loss is what the model returned: cross-entropy, and a router's loss."""
+        parent: Any = super().compute_loss
+        plain = parent.__func__ is Trainer.compute_loss
+        return plain and self.label_smoother is None and self.compute_loss_func is None
+
     def _loss_scale(self, num_items: Tensor | int | None) -> int:
         """What `Trainer.compute_loss` multiplies by to undo the mean over data-parallel ranks."""
         divides = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
@@ -340,7 +354,8 @@ class SimRegTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training records gain the means of the logging window."""
-        if "loss" in logs:
+        # The Trainer's own records: a user's may be of one process alone, and means need all.
+        if {"loss", "learning_rate"} <= logs.keys():
             logs = {**logs, **self._window.means(self.accelerator)}
             if self.regularizer is not None:
                 logs["simreg_weight"] = self.regularizer.weight
