@@ -33,7 +33,8 @@ class SimRegCallback(Callback):
     forward pass of the language model. The objective's divisor is the labels of the batch, as that
     of the usual mean cross-entropy; Lightning then averages over accumulated batches and ranks,
     which equals one large batch where all hold the same number of labels. Logs the objective's
-    metrics as `simreg/loss` (unweighted) and so on. Validation is without the objective.
+    metrics as `simreg/loss` (unweighted) and so on, of the last micro-batch of the first process,
+    as Lightning's `log` does. Validation is without the objective.
 
     Args:
         objective: such as `SimRegLoss(weight=0.3)`. Its own parameters, if any, are not trained.
@@ -130,11 +131,12 @@ class SimRegCallback(Callback):
             attributes.update(step.before)
 
     def _complete(self, output: STEP_OUTPUT, batch: Any, pl_module: LightningModule) -> STEP_OUTPUT:
+        assert self._reg is not None
         if output is None:  # a batch that is skipped
+            self._reg.forget()
             return None
         if not pl_module.trainer.training:  # validation may be by training_step
             return output
-        assert self._reg is not None
         segments = None if self.segments is None else _field("segments", batch, self.segments)
         labels = _field("labels", batch, self.labels)
         added = self._reg(labels, segments, shift=self.shift)
