@@ -334,7 +334,7 @@ class SimRegTrainer(Trainer):
     def _of_the_model(self) -> bool:
         """Whether the loss is what the model returned: cross-entropy, and a router's loss."""
         parent: Any = super().compute_loss
-        plain = parent.__func__ is Trainer.compute_loss
+        plain = getattr(parent, "__func__", None) is Trainer.compute_loss
         return plain and self.label_smoother is None and self.compute_loss_func is None
 
     def _loss_scale(self, num_items: Tensor | int | None) -> int:
