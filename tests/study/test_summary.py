@@ -26,6 +26,22 @@ def test_a_seed_that_lacks_a_run_does_not_count(five):
     )
 
 
+@pytest.mark.parametrize(("arm", "status"), [("near", "ok"), ("slow", "not_reached")])
+def test_runs_shorter_than_one_that_falls_short_are_not_asked_for(tmp_path, arm, status):
+    runs, found = made(tmp_path, {"near": 1.1, "slow": 0.95}, seeds=[0, 1, 2, 3, 4], name="near")
+    whole = found["isoloss"][arm]["tokens_saved"]
+    assert whole["status"] == status
+    study = plan.from_dict({**found["study"], "out": "x"})
+
+    def without(*budgets):
+        left = [r for r in runs if r.cell not in [Cell(arm, b, 3) for b in budgets]]
+        return results.build(study, left, {}, [])["isoloss"][arm]["tokens_saved"]
+
+    assert without(0.6) == whole  # near reaches it between 0.8 and 1, slow after 1
+    assert without(0.8)["missing"] == without(0.6, 0.8)["missing"] == ([3] if arm == "near" else [])
+    assert without(1.0)["missing"] == [3]
+
+
 def test_a_budget_that_no_seed_has_run_yet_is_missing_all_the_same(five):
     runs, found = five
     study = plan.from_dict({**found["study"], "out": "x"})

@@ -106,10 +106,21 @@ def _has_all(study: Study, table: Grid, arm: str, seed: int) -> bool:
     return all(seed in table[arm].get(budget, {}) for budget in study.budgets_of(arm))
 
 
+def _deciding(study: Study, table: Grid, arm: str, seed: int, target: float) -> list[Run] | None:
+    """The runs of a seed, ascending, that say where it reaches `target`; None while one is missing.
+
+    Of those that are shorter than a run that ends above it nothing depends (`stats.crossing`).
+    """
+    runs = [table[arm].get(budget, {}).get(seed) for budget in sorted(study.budgets_of(arm))]
+    first = max((i + 1 for i, run in enumerate(runs) if run is None), default=0)
+    known = [run for run in runs[first:] if run is not None]
+    return known if first == 0 or any(run.final_ce > target for run in known) else None
+
+
 def _isoloss(
     study: Study, table: Grid, arm: str, ratio: float | None, failures: dict[str, str]
 ) -> dict[str, Any]:
-    """Savings of an arm at equal loss, over the seeds that have all of their planned runs.
+    """Savings of an arm at equal loss, over the seeds that have the planned runs that decide it.
 
     A seed with a diverged run did not reach the reference's loss, whatever its other runs did. One
     whose reference diverged has no loss to reach: without it the rest is no sample of all.
@@ -123,9 +134,9 @@ def _isoloss(
         if any(cell.folder in failures for cell in cells):
             diverged.append(seed)
             crossings[seed] = midrun[seed] = never
-        elif _has_all(study, table, arm, seed):
-            target = full[seed].final_ce
-            crossings[seed] = stats.crossing(*_curve(table, arm, seed), target)
+        elif runs := _deciding(study, table, arm, seed, target := full[seed].final_ce):
+            final = [run.tokens for run in runs], [run.final_ce for run in runs]
+            crossings[seed] = stats.crossing(*final, target)
             run = budgets.get(1.0, {}).get(seed)
             if evals := [e for e in run.evals if e["tokens"] > 0] if run else []:
                 curve = [e["tokens"] for e in evals], [e["ce"] for e in evals]
