@@ -4,7 +4,10 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from simreg.baselines import registry
@@ -308,8 +311,21 @@ def test_prompt_learning_is_refused():
         attach(model, SimRegLoss())
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, Wrapped])
-def test_what_a_model_is_does_not_depend_on_its_wrapper(wrap):
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def fully_sharded(model):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize("wrap", [lambda x: x, Wrapped, checkpoint_wrapper, fully_sharded])
+def test_what_a_model_is_does_not_depend_on_its_wrapper(wrap, alone):
     size = {"d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
     bart = transformers.BartForCausalLM(transformers.BartConfig(vocab_size=24, **size))
     with pytest.raises(ValueError, match="BartForCausalLM takes labels that are aligned"):

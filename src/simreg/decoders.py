@@ -130,9 +130,9 @@ def _encodes(model: nn.Module) -> bool:
 
 def _transformer(model: nn.Module) -> nn.Module:
     """The model of transformers inside its wrappers, of which PEFT's has a class of its own."""
-    inner: nn.Module = unwrap(model)
+    inner: nn.Module = unwrap(model, inside=True)
     find = getattr(inner, "get_base_model", None)
-    return find() if callable(find) else inner
+    return unwrap(find(), inside=True) if callable(find) else inner
 
 
 def _decoders(model: Any, head: nn.Module | None, seen: set[int]) -> Iterator[nn.Module]:
@@ -171,11 +171,19 @@ def find_head(model: nn.Module | None) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def unwrap(model: Any) -> Any:
-    """The module inside `torch.compile` (`_orig_mod`) and data-parallel wrappers (`module`)."""
-    while True:
+def unwrap(model: Any, *, inside: bool = False) -> Any:
+    """The module inside `torch.compile` (`_orig_mod`) and data-parallel wrappers (`module`).
+
+    With `inside` also that within FSDP1 and torch's wrapper for checkpointing, to which all that
+    the model has is passed on: there hooks belong on the wrapper, whose passes are not repeated.
+    """
+    names = ["_orig_mod", "module"]
+    if inside:
+        names += ["_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+    while not hasattr(type(model), "get_decoder"):
         children = getattr(model, "_modules", {})
-        inner = children.get("_orig_mod") or children.get("module")
-        if inner is None or hasattr(type(model), "get_decoder"):
-            return model
+        inner = next((children[name] for name in names if children.get(name) is not None), None)
+        if inner is None:
+            break
         model = inner
+    return model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simreg.recipe import checkpoints
+from simreg.recipe import assemble, checkpoints
 from simreg.recipe import train as module
 from simreg.recipe.config import RunConfig, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
@@ -180,3 +180,35 @@ def test_processes_must_have_one_config(tmp_path: Path, text: Path) -> None:
     ) in done[1].stderr
     assert "lost contact" in done[0].stderr
     assert Path(config.out, "metrics.jsonl").read_text() == ""
+
+
+def test_what_mpi_starts_is_refused(tmp_path: Path, text: Path) -> None:
+    """accelerate would meet, and each process train on the whole batch."""
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(tiny.config(tmp_path, text)))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    names = ("RANK", "LOCAL_RANK")
+    environments = [
+        shared
+        | {f"OMPI_COMM_WORLD_{name}": str(rank) for name in names}
+        | {f"OMPI_COMM_WORLD_{name}": "2" for name in ("SIZE", "LOCAL_SIZE")}
+        for rank in range(2)
+    ]
+    command = [sys.executable, *PROGRAM, str(file), "none"]
+    done = launch(command, command, environments=environments, limit=120)
+    assert [each.returncode for each in done] == [2, 2]
+    for rank, each in enumerate(done):
+        assert f"make this process 0 of 1, but it has met the others as {rank} of 2" in each.stderr
+    assert not Path(tmp_path, "run", "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("told", [("1", ""), ("0", "2"), ("1", "2")])
+def test_half_of_a_launchers_variables_is_refused(
+    told: tuple[str, str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "device", lambda: torch.device("cuda"))  # joins nobody by itself
+    for name, value in zip(("RANK", "WORLD_SIZE"), told, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"process {told[0]} of {told[1] or 1}, .* as 0 of 1: sta"):
+        train(tiny.config(tmp_path, text))
+    assert not Path(tmp_path, "run", "metrics.jsonl").exists()

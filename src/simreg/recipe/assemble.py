@@ -27,7 +27,7 @@ from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.head import start_at_unigram
-from simreg.recipe.processes import world_size
+from simreg.recipe.processes import check_met, rank, world_size
 
 
 def model(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
@@ -135,6 +135,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """
     train, optim = config.train, config.optim
     on_cpu = device().type == "cpu"
+    told = rank(), world_size()  # of the environment, to which accelerate adds
     if on_cpu and world_size() > 1:
         # Joined here, since with use_cpu transformers 5.23 leaves ddp_timeout out.
         PartialState(cpu=True, timeout=timedelta(seconds=train.timeout))
@@ -171,6 +172,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         log_level="error",
         log_level_replica="error",
     )
+    check_met(told, (arguments.process_index, arguments.world_size))
     # Several GPUs need a process each (torchrun): nn.DataParallel would split the rows unasked.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

@@ -20,9 +20,29 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def rank() -> int:
+    """Which of them this is; 0 without a launcher."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def is_main_process() -> bool:
     """True in the process that writes, the first of all nodes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def check_met(told: tuple[int, int], found: tuple[int, int]) -> None:
+    """UserError where accelerate found another rank and number of processes than we were told.
+
+    It also reads the variables of MPI and SLURM, and on an accelerator ignores a WORLD_SIZE without
+    a LOCAL_RANK: the batch would be split for other processes than there are.
+    """
+    if found != told:
+        raise UserError(
+            f"RANK and WORLD_SIZE make this process {told[0]} of {told[1]}, but it has met the "
+            f"others as {found[0]} of {found[1]}: start the run with torchrun or accelerate "
+            "launch, which set all that is needed, or for a run of one process unset what another "
+            "launcher has set (RANK, WORLD_SIZE, LOCAL_RANK; OMPI_..., PMI_..., MV2_... of MPI)"
+        )
 
 
 def from_main(make: Callable[[], T]) -> T:
