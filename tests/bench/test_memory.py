@@ -90,7 +90,7 @@ def test_what_a_warm_up_freed_does_not_hide_the_step():
     shape = Shape(batch=1, length=512, dim=16, dtype="float32")  # the warm-up is as large
     found = [memory.in_fresh_process(NAIVE, shape) for _ in range(2)]
     assert min(found) > 5 * 512**2 * 4
-    assert found[1] == pytest.approx(found[0], rel=0.05)
+    assert found[1] == pytest.approx(found[0], abs=MIB)  # the kernel counts pages in batches
 
 
 def test_samples_where_the_kernel_keeps_no_peak(monkeypatch):
