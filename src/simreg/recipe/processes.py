@@ -33,8 +33,8 @@ def is_main_process() -> bool:
 def check_met(told: tuple[int, int], found: tuple[int, int]) -> None:
     """UserError where accelerate found another rank and number of processes than we were told.
 
-    It also reads the variables of MPI and SLURM, and on an accelerator ignores a WORLD_SIZE without
-    a LOCAL_RANK: the batch would be split for other processes than there are.
+    It also reads the variables of MPI (Slurm may set some), and on an accelerator ignores a
+    WORLD_SIZE without a LOCAL_RANK: the batch would be split for other processes than there are.
     """
     if found != told:
         raise UserError(
