@@ -52,7 +52,14 @@ def test_halves_of_a_batch_add_up(name, documents):
     assert_close(result(objective, p), result(objective, p, count), rtol=0, atol=0)
 
 
-VARIANTS = ({"batch": True}, {"centre": "row"}, {"centre": "batch"}, {"shuffle": True})
+VARIANTS = (
+    {"batch": True},
+    {"centre": "row"},
+    {"centre": "batch"},
+    {"shuffle": True},
+    {"offset": -1},
+    {"pull": 0.0},
+)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +207,7 @@ def test_options(name):
         make(name, p, nonsense=1)
     for option in known:
         for bad in (-1, float("nan"), "much", True):
-            if bad is True and isinstance(known[option], bool):
+            if (bad is True and isinstance(known[option], bool)) or (option, bad) == ("offset", -1):
                 continue
             with pytest.raises(ValueError, match=f"^{option}: expected .*, got {bad!r}"):
                 make(name, p, **{option: bad})

@@ -13,6 +13,7 @@ from tests.baselines.problems import (
     assert_equals,
     call,
     changed,
+    joined,
     make,
     others,
     problem,
@@ -25,7 +26,7 @@ NAME = "simreg-variant"
 few = settings(max_examples=40, deadline=None)
 
 
-def naive(p, states=None, tau=0.1, weights=None, embed=unit):
+def naive(p, states=None, tau=0.1, weights=None, embed=unit, pull=1.0):
     """Variant "out" of `p` by a loop; `states` in place of its hidden states."""
     h = p["hidden"] if states is None else states
     total = 0
@@ -36,7 +37,7 @@ def naive(p, states=None, tau=0.1, weights=None, embed=unit):
             continue
         s = {j: embed(h[b, i]).dot(embed(h[b, j])) / tau for j in near}
         loss = torch.stack(list(s.values())).logsumexp(0)
-        loss = loss - sum(s[j] for j in positives) / len(positives)
+        loss = loss - pull * sum(s[j] for j in positives) / len(positives)
         total = total + loss * (1 if weights is None else weights[b, i])
     return total
 
@@ -219,6 +220,27 @@ def test_shuffled_is_simreg_of_the_dealt_labels(p):
     assert_equals(ours, p, lambda p: naive(p | {"labels": dealt}))
 
 
+@pytest.mark.parametrize("offset", [-30, -3, -1, 1, 2, 29])
+@pytest.mark.parametrize("documents", [0, 2])
+def test_compared_by_the_label_of_another_position(offset, documents):
+    p = problem(length=30, vocab=3, documents=documents)
+    labels = torch.full_like(p["labels"], -100)
+    for b, i, _ in tokens(p):
+        for c, j, y in tokens(p):
+            if c == b and j == i + offset and joined(p, b, i, j):
+                labels[b, i] = y
+    actual = call(make(NAME, p, offset=offset), p, num_items=5.0)[0]
+    expected = call(make(NAME, p), p | {"labels": labels}, num_items=5.0)[0]
+    assert (expected > 0) == (abs(offset) < 4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@few
+@given(p=problems(), pull=st.sampled_from([0.0, 0.5, 3.0]))
+def test_pull(p, pull):
+    assert_equals(make(NAME, p, pull=pull), p, lambda p: naive(p, pull=pull))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,6 +253,9 @@ def test_shuffled_is_simreg_of_the_dealt_labels(p):
         ({"depths": [1.5]}, "depths: expected a finite number from 0.001 to 1, got 1.5"),
         ({"variant": "off"}, "variant: expected one of"),
         ({"temperature": 0}, "temperature: expected"),
+        ({"offset": 0.5}, "offset: expected a whole number, got 0.5"),
+        ({"pull": -1}, "pull: expected a finite number from 0, got -1"),
+        ({"pull": 0, "chunk_size": 4}, "pull: only with"),
     ],
 )
 def test_options_that_mean_nothing(options, message):

@@ -13,6 +13,7 @@ from simreg.loss import check_options, simreg_loss
 from simreg.objectives import Reads
 
 CENTRES = ("none", "row", "batch")
+IGNORED = -100
 
 
 class SimRegVariant(Rival):
@@ -33,6 +34,9 @@ class SimRegVariant(Rival):
         shuffle: deal the labels of a row out again at random before they are compared, within its
             segments and chunks if there are any: as many positives, without meaning. The control
             for what the labels are worth.
+        offset: compare tokens by the label so many positions later (earlier, if negative: −1 is
+            the token itself); those that have none in their row and segment are left out.
+        pull: how much the positives' term counts; 0 leaves the spreading of all tokens alone.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class SimRegVariant(Rival):
         normalise: bool = True,
         learn_temperature: bool = False,
         shuffle: bool = False,
+        offset: int = 0,
+        pull: float = 1.0,
     ) -> None:
         super().__init__(weight)
         self.temperature = terms.check("temperature", temperature, 1e-6)
@@ -67,13 +73,16 @@ class SimRegVariant(Rival):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.shuffle = terms.check_flag("shuffle", shuffle)
         self.by_rows = not (batch or centre == "batch" or shuffle)
-        self.plain = not normalise or learn_temperature
+        self.offset, self.pull = terms.check_whole("offset", offset), terms.check("pull", pull, 0)
+        self.plain = not normalise or learn_temperature or pull != 1
         if final and not depths:
             raise ValueError("final: goes with depths; without them the final states are taken")
         if batch and chunk_size is not None:
             raise ValueError("batch: not with chunk_size, whose chunks are of one row")
         if self.plain and (variant != "out" or chunk_size is not None):
-            raise ValueError('normalise, learn_temperature: only with variant="out", no chunk_size')
+            raise ValueError(
+                'normalise, learn_temperature, pull: only with variant="out", no chunk_size'
+            )
 
     def losses(
         self,
@@ -85,6 +94,8 @@ class SimRegVariant(Rival):
     ) -> Tensor:
         """As `Rival`."""
         layers = [*earlier, hidden] if self.final else list(earlier)
+        if self.offset:
+            labels = _elsewhere(labels, segments, self.offset)
         if self.shuffle:
             labels = _shuffled(labels, segments, self.chunk_size)
         return torch.stack([self._of(h, labels, segments) for h in layers]).mean(0)
@@ -140,7 +151,18 @@ class SimRegVariant(Rival):
         mean = s.masked_fill(~positives, 0).sum(-1) / count.clamp_min(1)
         # A token without candidates has no logsumexp: give it one, then drop it.
         total = s.masked_fill(~pairs & pairs.any(-1, keepdim=True), -math.inf).logsumexp(-1)
-        return (total - mean).masked_fill(count == 0, 0)
+        return (total - self.pull * mean).masked_fill(count == 0, 0)
+
+
+def _elsewhere(labels: Tensor, segments: Tensor | None, offset: int) -> Tensor:
+    """The label `offset` positions later of the same segment; ignored where either has none."""
+    known = terms.together(labels, segments, abs(offset))
+    found = torch.full_like(labels, IGNORED)
+    early, late = found[:, : known.shape[1]], labels[:, abs(offset) :]
+    if offset < 0:
+        early, late = found[:, abs(offset) :], labels[:, : known.shape[1]]
+    early.copy_(late.where(known, IGNORED))
+    return found
 
 
 def _shuffled(

@@ -101,6 +101,13 @@ def check_count(name: str, value: Any, low: int) -> int:
     return value
 
 
+def check_whole(name: str, value: Any) -> int:
+    """A whole number, negative or not; ValueError names the argument."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    return value
+
+
 def check_flag(name: str, value: Any) -> bool:
     """True or False; ValueError names the argument."""
     if not isinstance(value, bool):
