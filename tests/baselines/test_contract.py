@@ -58,6 +58,7 @@ VARIANTS = (
     {"centre": "batch"},
     {"shuffle": True},
     {"offset": -1},
+    {"unlabelled": True},
     {"pull": 0.0},
 )
 

@@ -236,6 +236,13 @@ def test_compared_by_the_label_of_another_position(offset, documents):
 
 
 @few
+@given(p=problems())
+def test_unlabelled_all_others_are_positives(p):
+    same = torch.where(p["labels"] >= 0, 5, p["labels"])
+    assert_equals(make(NAME, p, unlabelled=True), p, lambda p: naive(p | {"labels": same}))
+
+
+@few
 @given(p=problems(), pull=st.sampled_from([0.0, 0.5, 3.0]))
 def test_pull(p, pull):
     assert_equals(make(NAME, p, pull=pull), p, lambda p: naive(p, pull=pull))

@@ -36,6 +36,8 @@ class SimRegVariant(Rival):
             for what the labels are worth.
         offset: compare tokens by the label so many positions later (earlier, if negative: −1 is
             the token itself); those that have none in their row and segment are left out.
+        unlabelled: give all tokens the same label, so that all others are positives: what is left
+            of variant "out" is log of the sum less the mean, lowest where similarities are equal.
         pull: how much the positives' term counts; 0 leaves the spreading of all tokens alone.
     """
 
@@ -55,6 +57,7 @@ class SimRegVariant(Rival):
         learn_temperature: bool = False,
         shuffle: bool = False,
         offset: int = 0,
+        unlabelled: bool = False,
         pull: float = 1.0,
     ) -> None:
         super().__init__(weight)
@@ -72,6 +75,7 @@ class SimRegVariant(Rival):
         if terms.check_flag("learn_temperature", learn_temperature):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.shuffle = terms.check_flag("shuffle", shuffle)
+        self.unlabelled = terms.check_flag("unlabelled", unlabelled)
         self.by_rows = not (batch or centre == "batch" or shuffle)
         self.offset, self.pull = terms.check_whole("offset", offset), terms.check("pull", pull, 0)
         self.plain = not normalise or learn_temperature or pull != 1
@@ -96,6 +100,8 @@ class SimRegVariant(Rival):
         layers = [*earlier, hidden] if self.final else list(earlier)
         if self.offset:
             labels = _elsewhere(labels, segments, self.offset)
+        if self.unlabelled:
+            labels = labels.clamp_max(0)
         if self.shuffle:
             labels = _shuffled(labels, segments, self.chunk_size)
         return torch.stack([self._of(h, labels, segments) for h in layers]).mean(0)
