@@ -6,6 +6,7 @@ from torch import nn
 
 from simreg import AtDepths, SimRegLoss, attach
 from simreg.capture import shift_left
+from simreg.depths import labels_at
 from simreg.objectives import Reads, Sum, reads
 from simreg.parallel import ShardedSimRegLoss
 from tests.test_capture import batch, build
@@ -16,7 +17,7 @@ def test_losses_at_depths_add():
     own = SimRegLoss(weight=0.3)
     at = AtDepths(own, [0.5, 0.25])
     assert reads(at) == Reads(depths=(0.5, 0.25))
-    assert repr(at).startswith("AtDepths(\n  depths=[0.5, 0.25]\n")
+    assert repr(at).startswith("AtDepths(\n  depths=[0.5, 0.25], offset=0\n")
     labels = torch.tensor([[1, 2, 1, 2, 3, -100]])
     states = [torch.randn(1, 6, 4, requires_grad=True) for _ in range(3)]
     loss, metrics = at(states[0], labels, None, num_items=7, earlier=states[1:])
@@ -31,6 +32,51 @@ def test_losses_at_depths_add():
     for wrong in (states[1:2], states):
         with pytest.raises(ValueError, match="zip"):
             at(states[0], labels, earlier=wrong)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("offset", [-30, -2, -1, 0, 1, 3, 11, 30])
+def test_labels_of_another_position(offset, documents, ignore_index):
+    """Against a loop; they are in no other document, and none where a token's own is ignored."""
+    torch.manual_seed(0)
+    labels = torch.randint(-1, 4, (3, 12))
+    segments = torch.randint(0, 2, (3, 12)) if documents else None
+    known = (labels >= 0) & (labels != ignore_index)
+    expected = torch.full_like(labels, -7)
+    for row, here in known.nonzero().tolist():
+        there = here + offset
+        if not 0 <= there < 12 or not known[row, there]:
+            continue
+        if segments is None or segments[row, here] == segments[row, there]:
+            expected[row, here] = labels[row, there]
+    before = labels.clone()
+    found = labels_at(labels, segments, offset, ignore_index)
+    found = found.masked_fill((found < 0) | (found == ignore_index), -7)
+    assert torch.equal(found, expected)
+    assert torch.equal(labels, before)
+
+
+@pytest.mark.parametrize("segments", [None, torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1]])])
+def test_within_they_are_compared_by_a_later_label(segments):
+    own = SimRegLoss(weight=0.3, ignore_index=0)
+    labels = torch.tensor([[1, 2, 1, 2, 3, 3, 1, 2, 0, 3]])
+    later = torch.tensor([[2, 1, 2, 3, 3, 1, 2, 0, 0, 0]])
+    if segments is not None:
+        later[0, 4] = 0
+    states = [torch.randn(1, 10, 4) for _ in range(2)]
+    at = AtDepths(own, [0.5], offset=1)
+    loss, metrics = at(states[0], labels, segments, earlier=states[1:], num_items=5.0)
+    final, _ = own(states[0], labels, segments, num_items=5.0)
+    within, found = own(states[1], later, segments, num_items=5.0)
+    torch.testing.assert_close(loss, final + within, rtol=0, atol=0)
+    assert metrics["earlier"] == found["loss"]
+
+
+@pytest.mark.parametrize("offset", [-1, 0.5, True, None, "1"])
+def test_an_offset_is_a_whole_number(offset):
+    with pytest.raises(ValueError, match="offset: expected a whole number from 0, got"):
+        AtDepths(SimRegLoss(), [0.5], offset)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])

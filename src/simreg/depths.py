@@ -10,6 +10,8 @@ from simreg.objectives import Reads, layer_at, moved
 
 DEPTHS = (0.5,)
 """Where the recipe has it: in the middle (docs/results.md, "Which defaults, and why?")."""
+OFFSET = 0
+"""Which label tokens are compared by there."""
 
 
 def layers_within(depths: Sequence[float], layers: int) -> list[int]:
@@ -27,6 +29,28 @@ def layers_within(depths: Sequence[float], layers: int) -> list[int]:
     return at
 
 
+def labels_at(
+    labels: Tensor, segments: Tensor | None, offset: int, ignore_index: int = -100
+) -> Tensor:
+    """`[B, L]`: for each token the label `offset` positions later, earlier if it is negative.
+
+    Ignored where the token's own label is, and where that position is of another segment or has no
+    label.
+    """
+    if offset == 0:
+        return labels
+    found = torch.full_like(labels, ignore_index)
+    here = slice(0, max(labels.shape[1] - abs(offset), 0))
+    there = slice(abs(offset), None)
+    if offset < 0:
+        here, there = there, here
+    known = (labels[:, here] >= 0) & (labels[:, here] != ignore_index)
+    if segments is not None:
+        known &= segments[:, here] == segments[:, there]
+    found[:, here] = labels[:, there].where(known, ignore_index)
+    return found
+
+
 class AtDepths(nn.Module):
     """SimReg at hidden states within the model besides the final ones: the losses add.
 
@@ -36,6 +60,8 @@ class AtDepths(nn.Module):
         simreg: a `SimRegLoss`, or that compiled; not one whose sequences are spread over processes.
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
             each of another layer.
+        offset: which label they are compared by: 0, that of the final hidden states, the next
+            token; 1, the token after it in the row and segment, and so on.
 
     The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere.
 
@@ -43,7 +69,7 @@ class AtDepths(nn.Module):
         ValueError: for anything else.
     """
 
-    def __init__(self, simreg: nn.Module, depths: Sequence[float]) -> None:
+    def __init__(self, simreg: nn.Module, depths: Sequence[float], offset: int = OFFSET) -> None:
         super().__init__()
         inner = getattr(simreg, "_orig_mod", simreg)
         if not isinstance(inner, SimRegLoss) or hasattr(inner, "group"):
@@ -54,7 +80,9 @@ class AtDepths(nn.Module):
             raise ValueError(f"depths: expected fractions between 0 and 1, got {depths!r}")
         if len(set(depths)) < len(depths):
             raise ValueError(f"depths: each once, got {depths!r}")
-        self.simreg = simreg
+        if type(offset) is not int or offset < 0:
+            raise ValueError(f"offset: expected a whole number from 0, got {offset!r}")
+        self.simreg, self.offset = simreg, offset
         self.reads = Reads(depths=tuple(map(float, depths)))
 
     @property
@@ -77,9 +105,11 @@ class AtDepths(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective`; `earlier`: hidden states `[B, L, d]`, one for each of the depths."""
         loss, metrics = self.simreg(hidden, labels, segments, num_items=num_items)
+        ignored: int = self.simreg.ignore_index  # type: ignore[assignment]
+        later = labels_at(labels, segments, self.offset, ignored)
         below = []
         for states, _ in zip(earlier, self.reads.depths, strict=True):
-            ids, documents, items = (moved(v, states.device) for v in (labels, segments, num_items))
+            ids, documents, items = (moved(v, states.device) for v in (later, segments, num_items))
             own, found = self.simreg(states, ids, documents, num_items=items)
             loss = loss + own.to(loss.device)
             below.append(found["loss"].to(loss.device))
@@ -91,4 +121,4 @@ class AtDepths(nn.Module):
 
     def extra_repr(self) -> str:
         """The depths, for `print(model)`."""
-        return f"depths={list(self.reads.depths)}"
+        return f"depths={list(self.reads.depths)}, offset={self.offset}"

@@ -1,5 +1,6 @@
 """The real torchtitan trainer, on gloo with 1, 2 and 4 processes, against one process."""
 
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,7 @@ BACKEND, SP, SCHEDULE = (
 )
 DOCUMENTS, CHUNKS = {"loss.scope": "document"}, {"loss.chunk_size": 12, "loss.variant": "decoupled"}
 COMPILE = {"compile.enable": True, "compile.backend": "aot_eager"}
-DEPTHS = {"loss.depths": [0.5]}  # the first of two layers
+DEPTHS = {"loss.depths": [0.5], "loss.depths_offset": 1}  # the first of two layers
 
 # name: (what one process does, or None; how else to do it). The global batch is 4 rows.
 ONE = {
@@ -88,6 +89,7 @@ INSPECTED = {
     "loss.push": 2.0,
     "loss.push_above": 0.1,
     "loss.depths": [0.75, 0.5],  # the third and the second of four layers
+    "loss.depths_offset": 2,
 }
 SCOPES = ("row", "document")
 
@@ -172,7 +174,7 @@ def test_four_processes_equal_one(single):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_loss_gradient_metrics_and_validation(single, scope):
     """Against cross-entropy of the hidden states that enter the head, and simreg_loss of these and
-    of those that leave two layers."""
+    of those that leave two layers, by the label two positions later."""
     folder, results = single
     found, seen = results[f"inspect {scope}"], torch.load(folder / f"{scope}.pt")
     hidden, labels = seen["hidden"].double().requires_grad_(), seen["labels"]
@@ -181,15 +183,21 @@ def test_loss_gradient_metrics_and_validation(single, scope):
     def cross_entropy(hidden, head):
         return F.cross_entropy((hidden @ head.double().T).flatten(0, 1), labels.flatten())
 
-    def regularizer(hidden):
+    later = torch.full_like(labels, -100)
+    for row, i in itertools.product(range(len(labels)), range(labels.shape[1] - 2)):
+        joined = documents is None or documents[row, i] == documents[row, i + 2]
+        if joined and labels[row, i] >= 0:
+            later[row, i] = labels[row, i + 2]
+
+    def regularizer(hidden, ids):
         return simreg_loss(
-            hidden, labels, segments=documents, temperature=0.2, variant="in", push=2,
-            push_above=0.1, backend="reference",
-        )  # fmt: skip
+            hidden, ids, segments=documents, temperature=0.2, variant="in", push=2,
+            push_above=0.1, backend="reference", reduction="sum",
+        ) / (labels >= 0).sum()  # fmt: skip
 
     within = {n: seen[f"layer {n}"].double().requires_grad_() for n in (2, 3)}
-    simreg = regularizer(hidden)
-    earlier = sum(map(regularizer, within.values()))
+    simreg = regularizer(hidden, labels)
+    earlier = sum(regularizer(states, later) for states in within.values())
     ce = cross_entropy(hidden, seen["hidden head"])
     total = ce + 0.7 * (simreg + earlier)
     total.backward()

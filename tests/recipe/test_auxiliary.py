@@ -64,13 +64,14 @@ def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> Non
         "push": 2.0,
         "push_above": 0.4,
     }
-    changes = {"simreg": options | {"depths": [0.25, 0.75]}, "model": {"layers": 4}}
+    within = {"depths": [0.25, 0.75], "depths_offset": 2}
+    changes = {"simreg": options | within, "model": {"layers": 4}}
     config = tiny.config(tmp_path, text, changes)
     loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
-    assert loss.reads == Reads(depths=(0.25, 0.75))
+    assert (loss.reads, loss.offset) == (Reads(depths=(0.25, 0.75)), 2)
     assert {name: getattr(loss.simreg, name) for name in options} == options
-    others = {"depths", "scope", "schedule", "schedule_fraction"}
-    assert {f.name for f in fields(SimRegConfig)} == options.keys() | others
+    others = {"scope", "schedule", "schedule_fraction"}
+    assert {f.name for f in fields(SimRegConfig)} == options.keys() | within.keys() | others
 
 
 def test_a_model_of_one_layer_has_none_within(text: Path, tmp_path: Path) -> None:
@@ -201,12 +202,16 @@ def test_simreg_at_depths_trains_and_is_recorded(
     stops = {"weight": 0.5, "depths": [0.25, 0.5], "schedule": "stop", "schedule_fraction": 0.5}
     run(tmp_path / "stops", text, {"simreg": stops, "model": {"layers": 4}})
     assert calls == [0.5] * 3 * 10  # three layers a step, and nothing at a λ of 0
-    monkeypatch.undo()
-    # The other way to the same loss: no auxiliary has a push, and this one does not decay.
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_simreg_at_depths_is_the_same_by_two_ways(tmp_path: Path, text: Path, offset: int) -> None:
+    """As an auxiliary objective it has no push and does not decay."""
     simreg = {"weight": 0.5, "push": 0.0, "schedule": "constant"}
-    _, ours = run(tmp_path / "ours", text, {"simreg": simreg})
-    variant = {"name": "simreg-variant", "options": {"weight": 0.5, "depths": [0.5]}}
-    two = {"simreg": {**simreg, "depths": []}, "auxiliary": variant}
+    _, ours = run(tmp_path / "ours", text, {"simreg": {**simreg, "depths_offset": offset}})
+    options = {"weight": 0.5, "depths": [0.5], "offset": offset}
+    auxiliary = {"name": "simreg-variant", "options": options}
+    two = {"simreg": {**simreg, "depths": []}, "auxiliary": auxiliary}
     _, theirs = run(tmp_path / "theirs", text, two)
     assert ours["final_ce"] == pytest.approx(theirs["final_ce"], rel=1e-5)
 

@@ -38,6 +38,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"simreg": {"depths": [0]}}, r"simreg\.depths\.0: .*greater than 0"),
         ({"simreg": {"depths": [1]}}, r"simreg\.depths\.0: .*less than 1"),
         ({"simreg": {"depths": 0.5}}, r"simreg\.depths: .*list"),
+        ({"simreg": {"depths_offset": -1}}, r"simreg\.depths_offset: .*greater than or equal to 0"),
         (
             {"simreg": {"depths": [0.5, 0.5]}},
             r"simreg\.depths: \[0\.5, 0\.5\] are layers \[2, 2\] of 4",

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from simreg.baselines import terms
 from simreg.baselines.rival import Rival
+from simreg.depths import labels_at
 from simreg.kernels.order import Form
 from simreg.loss import check_options, simreg_loss
 from simreg.objectives import Reads
 
 CENTRES = ("none", "row", "batch")
-IGNORED = -100
 
 
 class SimRegVariant(Rival):
@@ -98,8 +98,7 @@ class SimRegVariant(Rival):
     ) -> Tensor:
         """As `Rival`."""
         layers = [*earlier, hidden] if self.final else list(earlier)
-        if self.offset:
-            labels = _elsewhere(labels, segments, self.offset)
+        labels = labels_at(labels, segments, self.offset)
         if self.unlabelled:
             labels = labels.clamp_max(0)
         if self.shuffle:
@@ -158,17 +157,6 @@ class SimRegVariant(Rival):
         # A token without candidates has no logsumexp: give it one, then drop it.
         total = s.masked_fill(~pairs & pairs.any(-1, keepdim=True), -math.inf).logsumexp(-1)
         return (total - self.pull * mean).masked_fill(count == 0, 0)
-
-
-def _elsewhere(labels: Tensor, segments: Tensor | None, offset: int) -> Tensor:
-    """The label `offset` positions later of the same segment; ignored where either has none."""
-    known = terms.together(labels, segments, abs(offset))
-    found = torch.full_like(labels, IGNORED)
-    early, late = found[:, : known.shape[1]], labels[:, abs(offset) :]
-    if offset < 0:
-        early, late = found[:, abs(offset) :], labels[:, : known.shape[1]]
-    early.copy_(late.where(known, IGNORED))
-    return found
 
 
 def _shuffled(

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
-from simreg.depths import DEPTHS, layers_within
+from simreg.depths import DEPTHS, OFFSET, layers_within
 from simreg.loss import LEAST_TEMPERATURE, MOST_TEMPERATURE, PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
 from simreg.recipe.errors import UserError, describe
 from simreg.recipe.presets import PRESETS
@@ -76,7 +76,13 @@ Count = Annotated[Whole, Field(gt=0, le=2**53)]
 WSD_DECAY = 0.2
 """Share of the steps over which the `wsd` schedule decays."""
 BEFORE: dict[str, Any] = {
-    "simreg": {"push": 0.0, "depths": [], "schedule": "constant", "schedule_fraction": 0.5}
+    "simreg": {
+        "push": 0.0,
+        "depths": [],
+        "depths_offset": 0,
+        "schedule": "constant",
+        "schedule_fraction": 0.5,
+    }
 }
 """Runs and studies write all fields; those of a version that did not know one did as here."""
 
@@ -232,6 +238,9 @@ class SimRegConfig:
     depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
     which counts once for each; without a value nowhere, as in a model of one layer."""
+    depths_offset: Annotated[Whole, Field(ge=0)] = OFFSET
+    """The label they are compared by there: 0, the next token, as in the final hidden states; 1,
+    the one after it in the row (with `scope: document`, in the document); and so on."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE

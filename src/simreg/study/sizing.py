@@ -141,7 +141,7 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
     config = recipe.to_dict(found)
     config["optim"]["clip"] = config["optim"]["clip"] > 0
     config["simreg"]["push"] = config["simreg"]["push"] > 0 or None
-    del config["simreg"]["push_above"]
+    del config["simreg"]["push_above"], config["simreg"]["depths_offset"]
     return {
         section: {
             k: v

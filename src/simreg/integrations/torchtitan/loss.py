@@ -13,7 +13,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-from simreg.depths import AtDepths
+from simreg.depths import OFFSET, AtDepths, labels_at
 from simreg.integrations.following import Following
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.rows import Rows, documents_of
@@ -70,10 +70,13 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         """Where else to have the same loss, as fractions of the depth (`simreg.AtDepths`): 0.5,
         the middle layer. Not with pipeline parallelism."""
 
+        depths_offset: int = OFFSET
+        """The label they are compared by there: 0, the next token; 1, the one after it."""
+
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         simreg, schedule = checked(config)
         super().__init__(config, compile_config=compile_config)
-        self.simreg, self.scope = simreg, config.scope
+        self.simreg, self.scope, self.depths_offset = simreg, config.scope, config.depths_offset
         self.following = Following(self.simreg, schedule)
         self.totals = Totals()
         self._dims: ParallelDims | None = None
@@ -121,8 +124,11 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
             if self._layers and self.simreg.weight == 0:
                 self._layers.forget()
             elif self._layers:
+                within = rows.within
+                if within is None:
+                    within = labels_at(ids, rows.documents, self.depths_offset)
                 for states in self._layers.take(pred, tp):
-                    earlier = earlier + _simreg(self.simreg, states, ids, rows, tp, cp)[0]
+                    earlier = earlier + _simreg(self.simreg, states, within, rows, tp, cp)[0]
             self.totals.add(_plain(ce.detach()), sums, earlier.detach())
             if self.simreg.weight == 0:
                 return ce, metrics
@@ -153,7 +159,7 @@ def checked(config: ChunkedSimRegLoss.Config) -> tuple[SimRegLoss, Schedule]:
         push_above=config.push_above,
     )
     if config.depths:
-        AtDepths(simreg, config.depths)  # for its errors
+        AtDepths(simreg, config.depths, config.depths_offset)  # for its errors
     return simreg, Schedule(config.schedule, config.schedule_fraction)
 
 

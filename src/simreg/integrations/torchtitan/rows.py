@@ -9,10 +9,12 @@ from torchtitan.distributed.context_parallel.api import cp_shard
 
 
 class Rows(NamedTuple):
-    """Beside labels `[B, l]`: the document and the place in its row of each token, or None."""
+    """Beside labels `[B, l]`: the document of each token, its place in its row, and the label that
+    it is compared by within the model; or None."""
 
     documents: Tensor | None = None
     places: Tensor | None = None
+    within: Tensor | None = None
 
 
 def documents_of(positions: Tensor) -> Tensor:
@@ -26,12 +28,13 @@ def shard(rows: Rows, mesh: DeviceMesh, balancer: str | None) -> Rows:
     Raises:
         ValueError: for the balancer "ptrr", which follows the attention mask.
     """
-    if rows.documents is None and rows.places is None:
+    if all(value is None for value in rows):
         return rows
     if balancer == "ptrr":
         raise ValueError(
             "context_parallel_load_balancer: 'ptrr' permutes tokens by the attention mask, which "
-            "loss.scope='document' and loss.chunk_size can't follow; use 'headtail'"
+            "loss.scope='document', loss.chunk_size and loss.depths_offset can't follow; use "
+            "'headtail'"
         )
 
     def part(value: Tensor | None) -> Tensor | None:
@@ -41,7 +44,7 @@ def shard(rows: Rows, mesh: DeviceMesh, balancer: str | None) -> Rows:
         local: Tensor = parts[0]
         return local
 
-    return Rows(part(rows.documents), part(rows.places))
+    return Rows(*map(part, rows))
 
 
 def places_of(labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from simreg.depths import layers_within
+from simreg.depths import labels_at, layers_within
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, checked, metrics_of
 from simreg.integrations.torchtitan.rows import Rows, documents_of, places_of, shard
@@ -80,7 +80,13 @@ class SimRegTrainer(Trainer):
             documents = documents_of(positions)
         if not self.parallel_dims.cp_enabled:
             return Rows(documents)
-        rows = Rows(documents, None if self.config.loss.chunk_size is None else places_of(labels))
+        chosen = self.config.loss
+        offset = chosen.depths_offset if chosen.depths else 0
+        rows = Rows(
+            documents,
+            None if chosen.chunk_size is None else places_of(labels),
+            labels_at(labels, documents, offset) if offset else None,
+        )
         balancer = self.config.parallelism.context_parallel_load_balancer
         return shard(rows, self.parallel_dims.get_mesh("cp"), balancer)
 
@@ -140,8 +146,8 @@ def with_simreg(config: Trainer.Config, **options: Any) -> SimRegTrainer.Config:
     """A torchtitan config with SimReg added to its chunked loss.
 
     `options` are those of `ChunkedSimRegLoss.Config`: weight, temperature, variant, push,
-    push_above, chunk_size, scope, schedule, schedule_fraction, depths. CUDA graphs are switched
-    off: this loss was not tried in one.
+    push_above, chunk_size, scope, schedule, schedule_fraction, depths, depths_offset. CUDA graphs
+    are switched off: this loss was not tried in one.
 
     Raises:
         ValueError: an option of no meaning, or the loss is not a `ChunkedLossWrapper.Config`
