@@ -1,12 +1,13 @@
 """SimReg at layers within a model, besides the final hidden states."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from simreg.loss import SimRegLoss, is_number
-from simreg.objectives import Reads, layer_at, moved
+from simreg.objectives import Reads, labels_at, layer_at, moved
 
 DEPTHS = (0.5,)
 """Where the recipe has it: in the middle (docs/results.md, "Which defaults, and why?")."""
@@ -29,28 +30,6 @@ def layers_within(depths: Sequence[float], layers: int) -> list[int]:
     return at
 
 
-def labels_at(
-    labels: Tensor, segments: Tensor | None, offset: int, ignore_index: int = -100
-) -> Tensor:
-    """`[B, L]`: for each token the label `offset` positions later, earlier if it is negative.
-
-    Ignored where the token's own label is, and where that position is of another segment or has no
-    label.
-    """
-    if offset == 0:
-        return labels
-    found = torch.full_like(labels, ignore_index)
-    here = slice(0, max(labels.shape[1] - abs(offset), 0))
-    there = slice(abs(offset), None)
-    if offset < 0:
-        here, there = there, here
-    known = (labels[:, here] >= 0) & (labels[:, here] != ignore_index)
-    if segments is not None:
-        known &= segments[:, here] == segments[:, there]
-    found[:, here] = labels[:, there].where(known, ignore_index)
-    return found
-
-
 class AtDepths(nn.Module):
     """SimReg at hidden states within the model besides the final ones: the losses add.
 
@@ -63,13 +42,14 @@ class AtDepths(nn.Module):
         offset: which label they are compared by: 0, that of the final hidden states, the next
             token; 1, the token after it in the row and segment, and so on.
 
-    The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere.
+    The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere,
+    over the same number of labels: those that have no later one count 0.
 
     Raises:
         ValueError: for anything else.
     """
 
-    def __init__(self, simreg: nn.Module, depths: Sequence[float], offset: int = OFFSET) -> None:
+    def __init__(self, simreg: nn.Module, depths: Sequence[float], *, offset: int = OFFSET) -> None:
         super().__init__()
         inner = getattr(simreg, "_orig_mod", simreg)
         if not isinstance(inner, SimRegLoss) or hasattr(inner, "group"):
@@ -88,11 +68,16 @@ class AtDepths(nn.Module):
     @property
     def weight(self) -> float:
         """λ, of each layer: where it is 0 trainers leave the objective out."""
-        return self.simreg.weight  # type: ignore[return-value]
+        return self._inner.weight
 
     @weight.setter
     def weight(self, value: float) -> None:
-        self.simreg.weight = value  # type: ignore[assignment]
+        self._inner.weight = value
+
+    @property
+    def _inner(self) -> SimRegLoss:
+        """`simreg`, not compiled."""
+        return cast(SimRegLoss, getattr(self.simreg, "_orig_mod", self.simreg))
 
     def forward(
         self,
@@ -105,15 +90,20 @@ class AtDepths(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective`; `earlier`: hidden states `[B, L, d]`, one for each of the depths."""
         loss, metrics = self.simreg(hidden, labels, segments, num_items=num_items)
-        ignored: int = self.simreg.ignore_index  # type: ignore[assignment]
-        later = labels_at(labels, segments, self.offset, ignored)
+        later, share = labels, torch.ones((), device=loss.device)
+        if self.offset:
+            ignored = self._inner.ignore_index
+            later = labels_at(labels, segments, self.offset, ignored)
+            items, fewer = (_count(ids, ignored) for ids in (labels, later))
+            num_items = items if num_items is None else num_items
+            share = (fewer / items).to(loss.device)  # of the labels that a mean is over
         below = []
         for states, _ in zip(earlier, self.reads.depths, strict=True):
             ids, documents, items = (moved(v, states.device) for v in (later, segments, num_items))
             own, found = self.simreg(states, ids, documents, num_items=items)
             loss = loss + own.to(loss.device)
             below.append(found["loss"].to(loss.device))
-        return loss, {**metrics, "earlier": torch.stack(below).mean()}
+        return loss, {**metrics, "earlier": share * torch.stack(below).mean()}
 
     def check_layers(self, layers: int) -> None:
         """ValueError if a model of so many layers has not one of its own for each depth."""
@@ -122,3 +112,7 @@ class AtDepths(nn.Module):
     def extra_repr(self) -> str:
         """The depths, for `print(model)`."""
         return f"depths={list(self.reads.depths)}, offset={self.offset}"
+
+
+def _count(labels: Tensor, ignore_index: int) -> Tensor:
+    return ((labels >= 0) & (labels != ignore_index)).sum().clamp_min(1)

@@ -49,6 +49,28 @@ def moved(value: Any, device: torch.device | None) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def labels_at(
+    labels: Tensor, segments: Tensor | None, offset: int, ignore_index: int = -100
+) -> Tensor:
+    """`[..., L]`: for each token the label `offset` positions later, earlier if it is negative.
+
+    Ignored where the token's own label is, and where that position is of another segment or has no
+    label.
+    """
+    if offset == 0:
+        return labels
+    found = torch.full_like(labels, ignore_index)
+    here = slice(0, max(labels.shape[-1] - abs(offset), 0))
+    there = slice(abs(offset), None)
+    if offset < 0:
+        here, there = there, here
+    known = (labels[..., here] >= 0) & (labels[..., here] != ignore_index)
+    if segments is not None:
+        known &= segments[..., here] == segments[..., there]
+    found[..., here] = labels[..., there].where(known, ignore_index)
+    return found
+
+
 def by_rows(objective: object) -> bool:
     """Whether its loss of a row depends on that row alone, so that any split of a batch into
     micro-batches gives the same sum: yes, unless its attribute `by_rows` says no."""

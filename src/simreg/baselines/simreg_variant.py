@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from simreg.baselines import terms
 from simreg.baselines.rival import Rival
-from simreg.depths import labels_at
 from simreg.kernels.order import Form
 from simreg.loss import check_options, simreg_loss
-from simreg.objectives import Reads
+from simreg.objectives import Reads, labels_at
 
 CENTRES = ("none", "row", "batch")
 

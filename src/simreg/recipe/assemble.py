@@ -57,7 +57,7 @@ def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
             push_above=own.push_above,
         )
         if own.depths and model.num_hidden_layers > 1:  # one layer has none within
-            simreg = AtDepths(simreg, own.depths, own.depths_offset)
+            simreg = AtDepths(simreg, own.depths, offset=own.depths_offset)
     if other.name is None:
         return simreg
     with torch.random.fork_rng(devices=[]):

@@ -13,11 +13,12 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-from simreg.depths import OFFSET, AtDepths, labels_at
+from simreg.depths import OFFSET, AtDepths
 from simreg.integrations.following import Following
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.rows import Rows, documents_of
 from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, per_token
+from simreg.objectives import labels_at
 from simreg.parallel import loss as parallel
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
@@ -159,7 +160,7 @@ def checked(config: ChunkedSimRegLoss.Config) -> tuple[SimRegLoss, Schedule]:
         push_above=config.push_above,
     )
     if config.depths:
-        AtDepths(simreg, config.depths, config.depths_offset)  # for its errors
+        AtDepths(simreg, config.depths, offset=config.depths_offset)  # for its errors
     return simreg, Schedule(config.schedule, config.schedule_fraction)
 
 

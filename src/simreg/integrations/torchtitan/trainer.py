@@ -10,10 +10,11 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from simreg.depths import labels_at, layers_within
+from simreg.depths import layers_within
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, checked, metrics_of
 from simreg.integrations.torchtitan.rows import Rows, documents_of, places_of, shard
+from simreg.objectives import labels_at
 
 
 class SimRegTrainer(Trainer):
