@@ -14,6 +14,7 @@ from torch import Tensor
 from simreg import SimRegLoss, explain, simreg_loss
 from simreg.baselines.simctg import SimCTG
 from simreg.loss import LEAST_TEMPERATURE, VARIANTS
+from simreg.parallel import ShardedSimRegLoss
 from tests.truth import brute_force
 
 KERNELS = ("reference", "blockwise")
@@ -458,6 +459,26 @@ def test_temperatures_that_float32_cannot_hold_are_refused(temperature):
     assert not any(value.isnan() for name, value in metrics.items() if name != "neg_cos")
 
 
-def test_explain_takes_a_tensor():
-    with pytest.raises(ValueError, match="hidden: expected a tensor, got list"):
-        explain([1])
+@pytest.mark.parametrize(
+    ("hidden", "says"),
+    [
+        ([1], "expected a tensor, got list"),
+        (torch.ones(2, 3, dtype=torch.long), r"expected \[B, L, d\] or"),
+        (torch.ones(3), r"expected \[B, L, d\] or"),
+    ],
+)
+def test_explain_refuses_what_the_loss_refuses(hidden, says):
+    with pytest.raises(ValueError, match=f"hidden: {says}"):
+        explain(hidden)
+
+
+@pytest.mark.parametrize("kind", [SimRegLoss, ShardedSimRegLoss])
+def test_a_wrong_ignore_index_is_refused_at_once(kind):
+    with pytest.raises(ValueError, match="ignore_index: expected an int of 64 bits, got 'x'"):
+        kind(ignore_index="x")
+
+
+def test_the_repr_says_what_is_not_as_usual():
+    assert "ignore_index" not in repr(SimRegLoss())
+    said = repr(SimRegLoss(ignore_index=0, backend="reference"))
+    assert said.endswith(", ignore_index=0, backend='reference')")

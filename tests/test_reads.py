@@ -253,6 +253,10 @@ def test_what_a_model_lacks_is_named():
     model = build()
     with pytest.raises(ValueError, match=r"leave module out"):
         attach(model, Keeps(logits=True), module=model.get_decoder())
+    wrong = Keeps()
+    wrong.reads = {"logits": True}
+    with pytest.raises(ValueError, match=r"objective.reads: expected a simreg.Reads, got {"):
+        attach(model, wrong)
     with pytest.raises(ValueError, match=r"\(0, 1\], got 1.5"):
         attach(model, Keeps(depths=(1.5,)))
     model.get_output_embeddings = lambda: None

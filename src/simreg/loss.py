@@ -102,10 +102,10 @@ def explain(hidden: Tensor, *, backend: str = "auto") -> str:
     The logger ``"simreg"`` says the same at level DEBUG whenever the loss is computed.
 
     Raises:
-        ValueError: for what is no tensor, an unknown backend, or one that can't run here.
+        ValueError: for what `simreg_loss` refuses, or a backend that can't run here.
     """
-    if not isinstance(hidden, Tensor):
-        raise ValueError(f"hidden: expected a tensor, got {type(hidden).__name__}")
+    _check_tensor("hidden", hidden)
+    _check_hidden(hidden)
     _check_backend(backend)
     return ": ".join(op.choose(hidden, backend))
 
@@ -135,6 +135,7 @@ class SimRegLoss(nn.Module):
         super().__init__()
         check_weight(weight)
         check_options(Form(temperature, variant, push, push_above), chunk_size, backend)
+        check_ignore_index(ignore_index)
         self.weight = float(weight)
         self.temperature = temperature
         self.variant = variant
@@ -186,9 +187,11 @@ class SimRegLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
         push = f", push={self.push}, push_above={self.push_above}" if self.push else ""
+        ignored = f", ignore_index={self.ignore_index}" if self.ignore_index != -100 else ""
+        backend = f", backend={self.backend!r}" if self.backend != "auto" else ""
         return (
             f"weight={self.weight}, temperature={self.temperature}, variant={self.variant!r}, "
-            f"chunk_size={self.chunk_size}{push}"
+            f"chunk_size={self.chunk_size}{push}{ignored}{backend}"
         )
 
 
@@ -342,19 +345,9 @@ def _check_backend(backend: str) -> None:
 def check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> None:
     """Refuse shapes, dtypes and devices that do not go together."""
     for name, value in (("hidden", hidden), ("labels", labels), ("segments", segments)):
-        if not isinstance(value, Tensor) and not (name == "segments" and value is None):
-            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if hasattr(value, "device_mesh"):
-            raise ValueError(
-                f"{name}: expected a plain tensor, got a DTensor: use "
-                "simreg.parallel.sharded_simreg_loss, or give its to_local() if that holds whole "
-                "sequences"
-            )
-    if hidden.ndim not in (2, 3) or hidden.dtype not in FLOATS:
-        raise ValueError(
-            "hidden: expected [B, L, d] or [T, d] in float32, bfloat16, float16 or float64, "
-            f"got {list(hidden.shape)} in {hidden.dtype}"
-        )
+        if name != "segments" or value is not None:
+            _check_tensor(name, value)
+    _check_hidden(hidden)
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: expected {list(hidden.shape[:-1])} in torch.int64 to go with hidden, "
@@ -372,6 +365,25 @@ def check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> No
     if segments.device != hidden.device:
         raise ValueError(
             f"segments: expected on {hidden.device} like hidden, got {segments.device}"
+        )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):
+        raise ValueError(
+            f"{name}: expected a plain tensor, got a DTensor: use "
+            "simreg.parallel.sharded_simreg_loss, or give its to_local() if that holds whole "
+            "sequences"
+        )
+
+
+def _check_hidden(hidden: Tensor) -> None:
+    if hidden.ndim not in (2, 3) or hidden.dtype not in FLOATS:
+        raise ValueError(
+            "hidden: expected [B, L, d] or [T, d] in float32, bfloat16, float16 or float64, "
+            f"got {list(hidden.shape)} in {hidden.dtype}"
         )
 
 

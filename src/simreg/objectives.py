@@ -33,9 +33,14 @@ class Reads:
 
 
 def reads(objective: object) -> Reads:
-    """What `objective` declares in its attribute `reads`; nothing more if it has none."""
+    """What `objective` declares in its attribute `reads`; nothing more if it has none.
+
+    ValueError for one that is no `Reads`.
+    """
     declared = getattr(objective, "reads", None)
-    return declared if isinstance(declared, Reads) else Reads()
+    if declared is not None and not isinstance(declared, Reads):
+        raise ValueError(f"objective.reads: expected a simreg.Reads, got {declared!r}")
+    return declared or Reads()
 
 
 def layer_at(depth: float, layers: int) -> int:
@@ -92,12 +97,15 @@ class Objective(Protocol):
     ``segments`` is ``[B, L]`` int or None. The loss is *summed* over tokens and divided by
     ``num_items`` (a number or a scalar tensor; None: the valid labels of this call), the divisor of
     cross-entropy, so that gradient accumulation and data parallelism stay exact (design: per-token
-    and additive). Returns the weighted scalar loss and a dict of detached scalar metrics.
+    and additive). Returns the weighted scalar loss and a dict of detached scalar metrics: ``loss``,
+    the mean without the weight, and whatever else.
 
     An objective that needs more declares it in an attribute ``reads`` (a `Reads`) and gets it as
     keywords. One that owns parameters or buffers is an `nn.Module`. One whose loss of a row depends
     on more than that row has an attribute ``by_rows = False``. One whose attribute ``weight`` is
-    the number 0 is off.
+    the number 0 is off; its ``ignore_index``, if it has one, is what labels are filled with; one
+    whose rows are spread over processes has a ``group``; ``check_layers(n)`` raises ValueError for
+    a model of n layers that will not do.
     """
 
     def __call__(

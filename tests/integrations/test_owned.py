@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from simreg import SimRegLoss
 from simreg.baselines import registry
 from tests.processes import free_port, leave, meet, spawn
 
@@ -90,6 +91,15 @@ def test_the_next_trainer_of_the_model_removes_what_the_last_ones_objective_owne
     assert hasattr(model, OBJECTIVE)
     SimRegTrainer(model, arguments(tmp_path), train_dataset=rows())
     assert [*model.state_dict()] == [*build().state_dict()]
+
+
+def test_a_buffer_that_is_not_saved_is_moved_and_no_more(tmp_path, monkeypatch):
+    objective, moved = SimRegLoss(), []
+    objective.register_buffer("scratch", torch.zeros(2), persistent=False)
+    monkeypatch.setattr(objective, "to", lambda device: moved.append(device) or objective)
+    run = SimRegTrainer(build(), arguments(tmp_path), objective=objective)
+    assert moved == [run.args.device]
+    assert not hasattr(run.model, "training_objective")
 
 
 def test_matrices_alone_decay(tmp_path):

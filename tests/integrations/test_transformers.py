@@ -409,5 +409,16 @@ def test_a_model_of_ones_own_says_where_its_parts_are(tmp_path):
         else:
             run = trained(model, **given)
         assert relative(weights(run.model), weights(expected.model)) < 1e-6, kind
+    model = Hidden()
+    run = SimRegTrainer(
+        model,
+        arguments(tmp_path),
+        objective=AtDepths(SimRegLoss(), [0.5]),
+        module=model.first.model.norm,
+        layers=iter(model.first.model.layers),
+    )
+    run._attach(model)  # as for a second model: an iterator would have nothing left
     with pytest.raises(ValueError, match="pass module="):
         trained(Hidden())
+    with pytest.raises(ValueError, match="module: expected a submodule of the model, got 'norm'"):
+        trained(Hidden(), module="norm")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from simreg import SimRegLoss
 
@@ -143,6 +144,22 @@ def test_records_of_others_leave_the_window_alone(tmp_path):
     whole = truth(build(), rows()[:8])
     assert record["ce"] == pytest.approx((whole.ce / whole.tokens).item(), rel=1e-5)
     assert [r for r in records(run, "loss") if r["loss"] == 5.0 and len(r) > 3] == []
+
+
+class Talks(nn.Module):
+    """An objective whose metrics have the names of the Trainer's own records."""
+
+    def forward(self, hidden, labels, segments=None, *, num_items=None):
+        names = ("loss", "ce", "grad_norm", "other")
+        return 0 * hidden.sum(), {name: torch.tensor(1000.0) for name in names}
+
+
+def test_metrics_leave_the_trainers_records_alone(tmp_path):
+    [record] = records(train(tmp_path, build(), objective=Talks(), max_steps=1))
+    assert record["ce"] < 10
+    assert record["grad_norm"] < 100
+    names = ("simreg", "simreg_ce", "simreg_grad_norm", "other")
+    assert [record[name] for name in names] == [1000.0] * 4
 
 
 @pytest.mark.parametrize("metric", ["ce", "eval_ce", "eval_books_ce"])

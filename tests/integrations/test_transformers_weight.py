@@ -62,6 +62,17 @@ def test_weight_follows_from_what_model_init_made_it(tmp_path):
     assert objective.weight == 0.5
 
 
+def test_a_model_that_was_refused_while_there_was_no_weight_is_refused_by_name(tmp_path):
+    """And not for the handle of the model before it, which is detached."""
+    objective, models = SimRegLoss(weight=0.0), [build(), torch.nn.Linear(2, 2)]
+    run = SimRegTrainer(build(), arguments(tmp_path), objective=objective)
+    for model in models:
+        run._attach(model)
+    assert run._reg is None
+    run._attach(models[0])
+    assert run._reg is not None
+
+
 def test_weight_follows_on_resuming(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     first = train(tmp_path, build(), objective=SimRegLoss(**SIMREG), **settings)

@@ -297,11 +297,12 @@ def test_a_damaged_result_is_not_taken_for_one(make: Make, content: str) -> None
         train(config)
 
 
-def test_damaged_metrics_are_named(make: Make) -> None:
+@pytest.mark.parametrize("line", ["{not json", '{"kind": "train"}', '{"step": 5}', "5"])
+def test_damaged_metrics_are_named(make: Make, line: str) -> None:
     config = make()
     train(config)
     (Path(config.out) / "result.json").unlink()
-    (Path(config.out) / "metrics.jsonl").write_text("{not json\n")
+    (Path(config.out) / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
         train(config)
 

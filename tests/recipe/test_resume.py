@@ -237,6 +237,9 @@ def test_free_fields_may_change_on_resume_and_others_not(
     assert steps == [3, 6, 7, 9, 10, 14, 15, 20]
 
 
+MANIFEST = '{"files": {"weights": %s}, "step": 3, "corpus": "fingerprint"}'
+
+
 class TestCheckpoints:
     def save(self, folder: Path, step: int) -> Path:
         target = folder / checkpoints.folder_name(step)
@@ -257,6 +260,8 @@ class TestCheckpoints:
             (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
             (lambda p: (p / "manifest.json").write_text("{"), "unreadable"),
             (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "unreadable"),
+            (lambda p: (p / "manifest.json").write_text(MANIFEST % "{}"), "unreadable"),
+            (lambda p: (p / "manifest.json").write_text(MANIFEST % "5"), "unreadable"),
         ],
     )
     def test_damage_is_found(self, tmp_path: Path, damage: Any, says: str) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EPS = 1e-6
-"""The least norm that a vector is divided by, as in the loss."""
+from simreg.kernels.reference import EPS
+
 BLOCK = 2048
 """Tokens read at once."""
 

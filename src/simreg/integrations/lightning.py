@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simreg.capture import Attached, attach
 from simreg.integrations.following import Following, as_schedule, regularizer
-from simreg.integrations.place import Layers, Module, attach_at
+from simreg.integrations.place import Layers, Module, attach_at, kept
 from simreg.objectives import Objective
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
@@ -70,7 +70,7 @@ class SimRegCallback(Callback):
     ) -> None:
         self.objective = objective
         self.labels, self.segments, self.shift = labels, segments, shift
-        self.module, self.layers = module, layers
+        self.module, self.layers = module, kept(layers)
         self.schedule = as_schedule(schedule)
         self._reg: Attached | None = None
         self._following: Following | None = None

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from simreg.capture import IGNORE_INDEX, Attached, logits_of, shift_left
 from simreg.decoders import aligns_labels
 from simreg.integrations.following import Following, as_schedule, regularizer
-from simreg.integrations.place import Layers, Module, attach_at
+from simreg.integrations.place import Layers, Module, attach_at, kept
 from simreg.integrations.window import Window, wide
 from simreg.objectives import Objective, moved, switched_off
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -29,6 +29,10 @@ from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 SEGMENTS = "segments"
 OBJECTIVE = "training_objective"
 """The submodule under which a model in training keeps an objective that has weights of its own."""
+RECORDED = frozenset(
+    {"ce", "clipped", "epoch", "grad_norm", "learning_rate", "router_loss", "simreg_weight"}
+)
+"""What training records hold besides; metrics of an objective that are called so get a prefix."""
 
 
 class SimRegTrainer(Trainer):
@@ -65,9 +69,9 @@ class SimRegTrainer(Trainer):
     Training checkpoints keep the model's own parameter names, so that resuming is exact for models
     whose published layout differs; `save_model` writes the published layout, as in `Trainer`.
 
-    Parameters and buffers that the objective owns are a submodule of the model from here on,
-    `training_objective`, so that they are optimized and saved in checkpoints with it; `save_model`
-    leaves them out, and another SimRegTrainer of the model removes them.
+    Parameters and persistent buffers that the objective owns are a submodule of the model from here
+    on, `training_objective`, so that they are optimized and saved in checkpoints with it;
+    `save_model` leaves them out, and another SimRegTrainer of the model removes them.
 
     Raises:
         ValueError: an unknown `schedule`; `metric_for_best_model` is a cross-entropy, and the
@@ -90,7 +94,7 @@ class SimRegTrainer(Trainer):
         owned = objective.state_dict() if isinstance(objective, nn.Module) else {}
         self._objective = None if owned and _idle(objective) else objective
         self.schedule = as_schedule(schedule)
-        self._place, self._shift = (module, layers), shift
+        self._place, self._shift = (module, kept(layers)), shift
         self.regularizer = regularizer(objective)
         self._following: Following | None = None  # while it trains
         self._reg: Attached | None = None
@@ -122,6 +126,7 @@ class SimRegTrainer(Trainer):
     def _attach(self, model: nn.Module | None) -> None:
         if self._reg is not None:
             self._reg.detach()
+            self._reg = None
         if OBJECTIVE in getattr(model, "_modules", {}):  # another trainer's
             delattr(model, OBJECTIVE)
         if model is None or self._objective is None:
@@ -135,8 +140,10 @@ class SimRegTrainer(Trainer):
             if _idle(self._objective):  # the plain Trainer, unless it gets a weight
                 return
             raise
-        if isinstance(self._objective, nn.Module) and self._owned:
-            model.add_module(OBJECTIVE, self._objective.to(self.args.device))
+        if isinstance(self._objective, nn.Module):
+            self._objective.to(self.args.device)
+            if self._owned:
+                model.add_module(OBJECTIVE, self._objective)
 
     def _refuse_owned(self, model: nn.Module) -> None:
         """ValueError where what the objective owns can be no part of the model."""
@@ -328,7 +335,9 @@ class SimRegTrainer(Trainer):
             for name, value in metrics.items():
                 # A cosine is a mean over the tokens that have one, the others over all tokens.
                 share = metrics.get(name.replace("_cos", "_fraction"), 1) if "_cos" in name else 1
-                self._window.add("simreg" if name == "loss" else name, value, tokens * share)
+                name = "simreg" if name == "loss" else name
+                name = f"simreg_{name}" if name in RECORDED else name
+                self._window.add(name, value, tokens * share)
         return loss
 
     def _of_the_model(self) -> bool:

@@ -54,19 +54,19 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of an intact checkpoint; ValueError says what is wrong with another."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files = [(name, own["size"], own["sha256"]) for name, own in manifest["files"].items()]
         if not (files and isinstance(manifest["step"], int) and manifest["corpus"]):
             raise ValueError
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{MANIFEST} is missing or unreadable") from None
-    for name, expected in files:
+    for name, size, sha256 in files:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")
-        if path.stat().st_size != expected["size"]:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['size']}")
+        if path.stat().st_size != size:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {size}")
         try:
-            same = _sha256(path) == expected["sha256"]
+            same = _sha256(path) == sha256
         except OSError as error:
             raise ValueError(f"{name} cannot be read ({error.strerror})") from None
         if not same:

@@ -111,8 +111,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError:
+        found = [json.loads(line) for line in lines[:-1]]
+        if not all({"kind", "step"} <= record.keys() for record in found):
+            raise ValueError
+        return found
+    except (ValueError, AttributeError):
         raise UserError(
             f"{path} is damaged: restore it or start the run in another folder"
         ) from None
