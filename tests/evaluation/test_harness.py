@@ -186,7 +186,7 @@ def test_missing_files_are_all_named(tmp_path):
     items.write(tmp_path, leave_out=("hellaswag", "boolq"))
     with pytest.raises(UserError) as error:
         harness.load(harness.PAPER, tmp_path, None)
-    assert str(error.value).startswith("no hellaswag.jsonl, boolq.jsonl (or .jsonl.xz) in")
+    assert str(error.value).startswith("no hellaswag.jsonl, boolq.jsonl (or .xz, .gz, .zst) in")
     assert "--tasks" in str(error.value)
 
 

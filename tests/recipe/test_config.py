@@ -129,6 +129,12 @@ def test_bad_files(tmp_path: Path, content: str, says: str) -> None:
         config.load(path)
 
 
+def test_a_study_is_told_from_a_run(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("base: {}\narms: {}\n")
+    with pytest.raises(UserError, match=r"s.yaml is a study, of several runs: simreg compare "):
+        config.load(tmp_path / "s.yaml")
+
+
 def test_text_is_not_taken_for_damaged_settings(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text('Notes\n  : a\n"')

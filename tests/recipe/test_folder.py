@@ -59,6 +59,20 @@ def test_the_folder_of_a_study_is_none_of_a_run(make: Make) -> None:
     assert {path.name for path in out.iterdir()} <= {"study.yaml", ".lock"}
 
 
+def test_a_run_does_not_begin_in_a_model_or_around_runs(make: Make) -> None:
+    """Which could no longer be read there."""
+    config = make()
+    train(config)
+    run = Path(config.out)
+    for out, says in (
+        (run / "model", "is the folder of a model"),
+        (run.parent, "holds runs, run "),
+    ):
+        with pytest.raises(UserError, match=says):
+            train(with_overrides(config, {"out": str(out)}))
+        assert not (out / "config.yaml").exists()
+
+
 def test_what_no_run_wrote_is_kept(make: Make) -> None:
     config = make()
     out = Path(config.out)

@@ -202,6 +202,16 @@ def test_what_mpi_starts_is_refused(tmp_path: Path, text: Path) -> None:
     assert not Path(tmp_path, "run", "metrics.jsonl").exists()
 
 
+def test_processes_with_nowhere_to_meet_are_refused(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"one of 2 processes, but .* no MASTER_ADDR, .*torchrun"):
+        train(tiny.config(tmp_path, text))
+
+
 @pytest.mark.parametrize("told", [("1", ""), ("0", "2"), ("1", "2")])
 def test_half_of_a_launchers_variables_is_refused(
     told: tuple[str, str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch

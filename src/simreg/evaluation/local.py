@@ -55,7 +55,7 @@ class Local:
                     missing[f"{self._stem(leaf)}.jsonl"] = None
         if missing:
             raise UserError(
-                f"no {', '.join(missing)} (or .jsonl.xz) in {self.folder}: put files with the "
+                f"no {', '.join(missing)} (or .xz, .gz, .zst) in {self.folder}: put files with the "
                 "field names of the harness's data sets there, or leave these tasks out by --tasks"
             )
 

@@ -27,7 +27,7 @@ class EvalOptions:
     tasks: list[str] = field(default_factory=list)
     """Instead of a suite: heldout-cloze, heldout-bits, or any task of lm-evaluation-harness."""
     data_dir: Path | None = None
-    """Folder of TASK.jsonl files (or .jsonl.xz) with the harness's field names: no network."""
+    """Folder of TASK.jsonl files (or .xz, .gz, .zst) with the harness's field names: no network."""
     text: list[str] = field(default_factory=list)
     """Held-out text for the offline tasks: files, in place of the runs' own validation split."""
     limit: int | None = None

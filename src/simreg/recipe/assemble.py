@@ -27,7 +27,7 @@ from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.head import start_at_unigram
-from simreg.recipe.processes import check_met, rank, world_size
+from simreg.recipe.processes import check_met, check_place, rank, world_size
 
 
 def model(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
@@ -137,6 +137,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     on_cpu = device().type == "cpu"
     told = rank(), world_size()  # of the environment, to which accelerate adds
     if on_cpu and world_size() > 1:
+        check_place()
         # Joined here, since with use_cpu transformers 5.23 leaves ddp_timeout out.
         PartialState(cpu=True, timeout=timedelta(seconds=train.timeout))
     arguments = TrainingArguments(

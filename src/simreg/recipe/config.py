@@ -357,7 +357,7 @@ class RunConfig:
         """ValueError for depths that are the same layer, or the last, whose λ would count twice."""
         if self.model.preset in PRESETS and self.simreg.weight > 0:
             layers = self.model.layers or PRESETS[self.model.preset].layers
-            if layers > 1:
+            if layers > 1 or self.simreg.depths != list(DEPTHS):  # by default it is left out
                 try:
                     layers_within(self.simreg.depths, layers)
                 except ValueError as error:
@@ -405,6 +405,8 @@ def _other_name(old: dict[str, Any], new: dict[str, Any]) -> bool:
 def load(path: str | Path) -> RunConfig:
     """Read a YAML file of any subset of the fields."""
     values = read_yaml(path)
+    if {"base", "arms"} & values.keys():
+        raise UserError(f"{path} is a study, of several runs: simreg compare {path}")
     try:
         return from_dict(values)
     except UserError as error:

@@ -149,6 +149,11 @@ class RunFolder:
             raise UserError(_not_ours(self.model))
         if self.config.exists() and not run_config.of_run(self.config):
             raise UserError(_not_ours(self.config))
+        if (self.root / "config.json").exists():
+            raise UserError(f"{self.root} is the folder of a model: choose another `out`")
+        below = (path.parent for path in self.root.glob("*/config.yaml") if run_config.of_run(path))
+        if (run := next(below, None)) is not None:  # which whatever reads this folder would miss
+            raise UserError(f"{self.root} holds runs, {run.name} for one: choose another `out`")
 
     def _begun(self) -> bool:
         """Whether there is anything that a run has computed."""

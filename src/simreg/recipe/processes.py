@@ -13,6 +13,11 @@ import torch.distributed as dist
 from simreg.recipe.errors import UserError
 
 T = TypeVar("T")
+_LAUNCH = (
+    "start the run with torchrun or accelerate launch, which set all that is needed, or for a run "
+    "of one process unset what another launcher has set (RANK, WORLD_SIZE, LOCAL_RANK; OMPI_..., "
+    "PMI_..., MV2_... of MPI)"
+)
 
 
 def world_size() -> int:
@@ -39,9 +44,16 @@ def check_met(told: tuple[int, int], found: tuple[int, int]) -> None:
     if found != told:
         raise UserError(
             f"RANK and WORLD_SIZE make this process {told[0]} of {told[1]}, but it has met the "
-            f"others as {found[0]} of {found[1]}: start the run with torchrun or accelerate "
-            "launch, which set all that is needed, or for a run of one process unset what another "
-            "launcher has set (RANK, WORLD_SIZE, LOCAL_RANK; OMPI_..., PMI_..., MV2_... of MPI)"
+            f"others as {found[0]} of {found[1]}: {_LAUNCH}"
+        )
+
+
+def check_place() -> None:
+    """UserError where the environment tells of several processes and not where they meet."""
+    if world_size() > 1 and not os.environ.get("MASTER_ADDR"):
+        raise UserError(
+            f"WORLD_SIZE makes this one of {world_size()} processes, but there is no MASTER_ADDR, "
+            f"where they would meet: {_LAUNCH}"
         )
 
 

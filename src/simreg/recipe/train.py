@@ -118,6 +118,8 @@ def _run(
 
     def finish() -> dict[str, Any]:
         facts = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds)
+        if model.config.num_hidden_layers == 1:
+            facts["objective"]["depths"] = []  # it has none within
         result = facts | {"processes": arguments.world_size} | origin
         _export(folder, model, corpus, result)
         return result
