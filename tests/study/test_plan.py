@@ -336,7 +336,8 @@ def test_the_studies_of_the_repository_load(path, scale):
     assert len(study.cells()) >= 2
     run._check_models(study)
     stated = recipe.read_yaml(path)["base"]["simreg"]
-    assert {"push", "depths", "depths_offset", "schedule"} <= stated.keys()  # defaults come to change
+    # Defaults come to change.
+    assert {"push", "depths", "depths_offset", "schedule"} <= stated.keys()
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
