@@ -11,8 +11,8 @@ from simreg.objectives import Reads, labels_at, layer_at, moved
 
 DEPTHS = (0.5,)
 """Where the recipe has it: in the middle (docs/results.md, "Which defaults, and why?")."""
-OFFSET = 0
-"""Which label tokens are compared by there."""
+OFFSET = 1
+"""The label that the recipe compares tokens by there: of the token after the next."""
 
 
 def layers_within(depths: Sequence[float], layers: int) -> list[int]:
@@ -49,7 +49,7 @@ class AtDepths(nn.Module):
         ValueError: for anything else.
     """
 
-    def __init__(self, simreg: nn.Module, depths: Sequence[float], *, offset: int = OFFSET) -> None:
+    def __init__(self, simreg: nn.Module, depths: Sequence[float], *, offset: int = 0) -> None:
         super().__init__()
         inner = getattr(simreg, "_orig_mod", simreg)
         if not isinstance(inner, SimRegLoss) or hasattr(inner, "group"):
