@@ -266,9 +266,10 @@ def test_unfinished_runs_below_a_folder_are_left_out(runs, tmp_path, capsys):
 def test_a_run_of_before_the_depths_had_none(runs, tmp_path):
     run = shutil.copytree(runs / "plain" / "seed-1", tmp_path / "old")
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(re.sub(r"(?m)^  depths:.*\n(  +- .*\n)*", "", text))
+    (run / "config.yaml").write_text(re.sub(r"(?m)^  depths.*:.*\n(  +- .*\n)*", "", text))
     assert "depths" not in (run / "config.yaml").read_text()
-    assert subjects.find([str(run)])[0].config.simreg.depths == []
+    simreg = subjects.find([str(run)])[0].config.simreg
+    assert (simreg.depths, simreg.depths_offset) == ([], 0)
 
 
 def test_text_that_is_too_little_for_cloze_items_has_bits(runs, evaluate, tmp_path):

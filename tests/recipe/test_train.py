@@ -451,9 +451,10 @@ class TestProgress:
 
     def test_half_a_line_left_by_a_crash_is_dropped(self, tmp_path: Path) -> None:
         path = tmp_path / "metrics.jsonl"
-        path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+        one, two, three = ({"kind": "train", "step": step} for step in (1, 2, 3))
+        path.write_text("".join(json.dumps(r) + "\n" for r in (one, two, three)) + '{"st')
         file = progress.MetricsFile(path, 2)
         file.write({"step": 3, "new": True})
         file.close()
         written = [json.loads(x) for x in path.read_text().splitlines()]
-        assert written == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
+        assert written == [one, two, {"step": 3, "new": True}]

@@ -21,7 +21,7 @@ def studies(folder):
     record(folder / "large", {"baseline": {1: 4.0}, "weak": {1: 3.75}}, FEW, seeds=[1])
     run = folder / "large/weak/1/seed-1"
     run.mkdir(parents=True)
-    looks = [{"kind": "geometry", "grad_ratio": ratio} for ratio in (0.9, 0.25)]
+    looks = [{"kind": "geometry", "step": 1, "grad_ratio": ratio} for ratio in (0.9, 0.25)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
 
 
