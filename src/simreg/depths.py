@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simreg.loss import SimRegLoss, is_number
-from simreg.objectives import Reads, labels_at, layer_at, moved
+from simreg.objectives import Reads, labelled, labels_at, layer_at, moved
 
 DEPTHS = (0.5,)
 """Where the recipe has it: in the middle (docs/results.md, "Which defaults, and why?")."""
@@ -94,7 +94,7 @@ class AtDepths(nn.Module):
         if self.offset:
             ignored = self._inner.ignore_index
             later = labels_at(labels, segments, self.offset, ignored)
-            items, fewer = (_count(ids, ignored) for ids in (labels, later))
+            items, fewer = (labelled(y, ignored).sum().clamp_min(1) for y in (labels, later))
             num_items = items if num_items is None else num_items
             share = (fewer / items).to(loss.device)  # of the labels that a mean is over
         below = []
@@ -112,7 +112,3 @@ class AtDepths(nn.Module):
     def extra_repr(self) -> str:
         """The depths, for `print(model)`."""
         return f"depths={list(self.reads.depths)}, offset={self.offset}"
-
-
-def _count(labels: Tensor, ignore_index: int) -> Tensor:
-    return ((labels >= 0) & (labels != ignore_index)).sum().clamp_min(1)

@@ -54,6 +54,11 @@ def moved(value: Any, device: torch.device | None) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """Where there is a label: it is neither `ignore_index` nor negative."""
+    return (labels >= 0) & (labels != ignore_index)
+
+
 def labels_at(
     labels: Tensor, segments: Tensor | None, offset: int, ignore_index: int = -100
 ) -> Tensor:
@@ -69,7 +74,7 @@ def labels_at(
     there = slice(abs(offset), None)
     if offset < 0:
         here, there = there, here
-    known = (labels[..., here] >= 0) & (labels[..., here] != ignore_index)
+    known = labelled(labels[..., here], ignore_index)
     if segments is not None:
         known &= segments[..., here] == segments[..., there]
     found[..., here] = labels[..., there].where(known, ignore_index)

@@ -262,6 +262,7 @@ class TestCheckpoints:
             (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "unreadable"),
             (lambda p: (p / "manifest.json").write_text(MANIFEST % "{}"), "unreadable"),
             (lambda p: (p / "manifest.json").write_text(MANIFEST % "5"), "unreadable"),
+            (lambda p: (p / "manifest.json").write_text(MANIFEST % '{"size": 4}'), "unreadable"),
         ],
     )
     def test_damage_is_found(self, tmp_path: Path, damage: Any, says: str) -> None:
