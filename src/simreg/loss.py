@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +173,7 @@ class SimRegLoss(nn.Module):
             positive), ``pos_cos`` (mean over tokens with a positive of the mean cosine to their
             positives), ``neg_fraction`` and ``neg_cos`` (the same for negatives).
         """
-        loss, pos_cos, neg_cos, valid = per_token(
+        found = per_token(
             hidden.detach() if self.weight == 0 else hidden,
             labels,
             segments,
@@ -182,7 +183,7 @@ class SimRegLoss(nn.Module):
             self.backend,
             summed=True,
         )
-        return weigh(self.weight, loss, pos_cos, neg_cos, valid, num_items)
+        return weigh(self.weight, Sums.of(*found), num_items)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
@@ -195,30 +196,45 @@ class SimRegLoss(nn.Module):
         )
 
 
+class Sums(NamedTuple):
+    """Sums over the labelled tokens of a call. Those of calls and ranks add up."""
+
+    loss: Tensor
+    tokens: Tensor
+    positives: Tensor
+    """How many tokens have a positive, and the sum of their mean cosines to theirs."""
+    pos_cos: Tensor
+    negatives: Tensor
+    neg_cos: Tensor
+
+    @classmethod
+    def of(cls, loss: Tensor, pos_cos: Tensor, neg_cos: Tensor, valid: Tensor) -> "Sums":
+        """Of the results of `per_token`."""
+        pos, neg = ~pos_cos.isnan(), ~neg_cos.isnan()
+        cosines = pos.sum(), pos_cos.nansum(), neg.sum(), neg_cos.nansum()
+        return cls(loss.sum(), valid.sum(), *cosines)
+
+    def means(self) -> dict[str, Tensor]:
+        """The metrics of `SimRegLoss`."""
+        tokens = self.tokens.clamp_min(1)
+        return {
+            "loss": self.loss.detach() / tokens,
+            "pos_fraction": self.positives / tokens,
+            "pos_cos": self.pos_cos / self.positives.clamp_min(1),
+            "neg_fraction": self.negatives / tokens,
+            "neg_cos": self.neg_cos / self.negatives.clamp_min(1),
+        }
+
+
 def weigh(
-    weight: float,
-    loss: Tensor,
-    pos_cos: Tensor,
-    neg_cos: Tensor,
-    valid: Tensor,
-    num_items: Tensor | float | None,
+    weight: float, sums: Sums, num_items: Tensor | float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `SimRegLoss` returns, from the results of `per_token` (each in the shape of labels).
+    """What `SimRegLoss` returns.
 
     ValueError for a `weight` that is no finite number ≥ 0, or a `num_items` that is no divisor.
     """
     check_weight(weight)  # which trainers set
-    total, count = loss.sum(), valid.sum().clamp_min(1)
-    weighted = weight * per_item(total, count, num_items)
-    positives, negatives = ~pos_cos.isnan(), ~neg_cos.isnan()
-    metrics = {
-        "loss": total.detach() / count,
-        "pos_fraction": positives.sum() / count,
-        "pos_cos": pos_cos.nansum() / positives.sum().clamp_min(1),
-        "neg_fraction": negatives.sum() / count,
-        "neg_cos": neg_cos.nansum() / negatives.sum().clamp_min(1),
-    }
-    return weighted, metrics
+    return weight * per_item(sums.loss, sums.tokens.clamp_min(1), num_items), sums.means()
 
 
 def per_item(total: Tensor, count: Tensor, num_items: Tensor | float | None) -> Tensor:

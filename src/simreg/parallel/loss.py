@@ -16,6 +16,7 @@ from simreg.loss import (
     TEMPERATURE,
     WEIGHT,
     SimRegLoss,
+    Sums,
     check_ignore_index,
     check_items,
     check_options,
@@ -161,7 +162,7 @@ class ShardedSimRegLoss(SimRegLoss):
             weight=self.weight,
         )
         divisor = found.labelled.clamp_min(1) if num_items is None else num_items
-        return weigh(self.weight, found.loss, found.pos_cos, found.neg_cos, found.valid, divisor)
+        return weigh(self.weight, Sums.of(*found[:4]), divisor)
 
 
 class Found(NamedTuple):

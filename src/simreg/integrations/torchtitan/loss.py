@@ -17,7 +17,7 @@ from simreg.depths import OFFSET, AtDepths
 from simreg.integrations.following import Following
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.rows import Rows, documents_of
-from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, per_token
+from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, Sums, per_token
 from simreg.objectives import labels_at
 from simreg.parallel import loss as parallel
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -120,8 +120,8 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         with spmd.no_typecheck():
             tp, cp = _group(self._dims, "tp"), _group(self._dims, "cp")
             ids = _plain(labels)
-            summed, sums = _simreg(self.simreg, _local(pred, tp), ids, rows, tp, cp)
-            earlier = summed.new_zeros(())
+            sums = _simreg(self.simreg, _local(pred, tp), ids, rows, tp, cp)
+            earlier = sums.loss.new_zeros(())
             if self._layers and self.simreg.weight == 0:
                 self._layers.forget()
             elif self._layers:
@@ -129,12 +129,11 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
                 if within is None:
                     within = labels_at(ids, rows.documents, self.depths_offset)
                 for states in self._layers.take(pred, tp):
-                    earlier = earlier + _simreg(self.simreg, states, within, rows, tp, cp)[0]
-            self.totals.add(_plain(ce.detach()), sums, earlier.detach())
+                    earlier = earlier + _simreg(self.simreg, states, within, rows, tp, cp).loss
+            self.totals.add(_plain(ce), sums, earlier)
             if self.simreg.weight == 0:
                 return ce, metrics
-            summed = summed + earlier
-            loss = ce + _like(ce, self.simreg.weight * summed / divisor)
+            loss = ce + _like(ce, self.simreg.weight * (sums.loss + earlier) / divisor)
         if spmd.is_type_checking():
             spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
         return loss, metrics
@@ -174,12 +173,13 @@ class Totals:
         self.sums: Tensor | None = None
         self.batches = 0
 
-    def add(self, ce: Tensor, sums: Tensor, earlier: Tensor) -> None:
-        """Add a batch: its cross-entropy over the global valid tokens, `_simreg`'s sums, and its
+    def add(self, ce: Tensor, sums: Sums, earlier: Tensor) -> None:
+        """Add a batch: its cross-entropy over the global valid tokens, SimReg's sums, and its
         loss of hidden states within the model."""
         if self.sums is None:
-            self.sums = torch.zeros(8, dtype=torch.float64, device=sums.device)
-        self.sums += torch.cat([ce.double().reshape(1), sums, earlier.double().reshape(1)])
+            self.sums = torch.zeros(8, dtype=torch.float64, device=ce.device)
+        batch = ce.reshape(()), *sums, earlier
+        self.sums += torch.stack([value.detach().double() for value in batch])
         self.batches += 1
 
     def reset(self) -> None:
@@ -189,21 +189,15 @@ class Totals:
             self.sums.zero_()
 
 
-def metrics_of(sums: list[float], depths: int = 0) -> dict[str, float]:
+def metrics_of(sums: Tensor, depths: int = 0) -> dict[str, float]:
     """Totals that were added up over ranks, as metrics: of `SimRegLoss` (with so many depths, of
     `AtDepths`), and `ce`."""
-    ce, valid, loss, positives, pos_cos, negatives, neg_cos, earlier = sums
-    metrics = {
-        "ce": ce,
-        "loss": loss / max(valid, 1),
-        "pos_fraction": positives / max(valid, 1),
-        "pos_cos": pos_cos / max(positives, 1),
-        "neg_fraction": negatives / max(valid, 1),
-        "neg_cos": neg_cos / max(negatives, 1),
-    }
+    ce, *own, earlier = sums.cpu()
+    found = Sums(*own)
+    metrics = {"ce": ce, **found.means()}
     if depths:
-        metrics["earlier"] = earlier / depths / max(valid, 1)
-    return metrics
+        metrics["earlier"] = earlier / depths / found.tokens.clamp_min(1)
+    return {name: value.item() for name, value in metrics.items()}
 
 
 def _simreg(
@@ -213,20 +207,17 @@ def _simreg(
     rows: Rows,
     tp: ProcessGroup | None,
     cp: ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    """Σ_i ℓ_i of this rank's tokens, and detached sums: valid, loss, positives, their cosines,
-    negatives, theirs."""
+) -> Sums:
+    """Of this rank's tokens."""
     if simreg.weight == 0:
         hidden = hidden.detach()
     options = simreg.form, simreg.chunk_size, simreg.ignore_index
     if tp is None and cp is None:
         found = per_token(hidden, labels, rows.documents, *options, simreg.backend, summed=True)
-    else:  # the ranks of tp hold the same tokens and share the work
-        found = parallel.per_token(hidden, labels, rows.documents, rows.places, *options, cp, tp)
-    loss, pos_cos, neg_cos, valid = found[:4]
-    total, pos, neg = loss.sum(), ~pos_cos.isnan(), ~neg_cos.isnan()
-    sums = [valid.sum(), total.detach(), pos.sum(), pos_cos.nansum(), neg.sum(), neg_cos.nansum()]
-    return total, torch.stack([value.double() for value in sums])
+        return Sums.of(*found)
+    # the ranks of tp hold the same tokens and share the work
+    spread = parallel.per_token(hidden, labels, rows.documents, rows.places, *options, cp, tp)
+    return Sums.of(*spread[:4])
 
 
 def _local(pred: Tensor, tp: ProcessGroup | None) -> Tensor:

@@ -118,7 +118,7 @@ class SimRegTrainer(Trainer):
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             sums = dist_utils.dist_sum_tensor(sums, mesh)
-        self.simreg_metrics = metrics_of(sums.tolist(), self._depths())
+        self.simreg_metrics = metrics_of(sums, self._depths())
         named = {f"simreg/{name}": value for name, value in self.simreg_metrics.items()}
         named["simreg/weight"] = self.loss_fn.simreg.weight
         self.metrics_processor.logger.log(named, self.step)
