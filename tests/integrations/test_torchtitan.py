@@ -296,8 +296,8 @@ for wrong in (llama3_debugmodel_ce_loss, deepseek_v3_debugmodel_mtp):
     except ValueError as error:
         found[wrong.__name__] = str(error)
 
-def refusal(depths, **parallelism):
-    config = with_simreg(plain, depths=depths)
+def refusal(depths, offset=1, **parallelism):
+    config = with_simreg(plain, depths=depths, depths_offset=offset)
     config.parallelism = replace(config.parallelism, **parallelism)
     try:
         SimRegTrainer(config)
@@ -305,6 +305,7 @@ def refusal(depths, **parallelism):
         return str(error)
 found["pipeline"] = refusal([0.5], pipeline_parallel_degree=2)
 found["twice"], found["last"] = refusal([0.5, 0.4]), refusal([0.5, 0.9])
+found["offset"] = refusal([0.5], offset=plain.training.seq_len)
 graphs = with_simreg(plain, schedule="constant", depths=[0.5])
 graphs.training = replace(graphs.training, disable_cuda_graphs=False)
 for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
@@ -372,5 +373,6 @@ def test_configs_and_data():
     assert "pipeline" in found["pipeline"]
     assert "loss.depths: [0.5, 0.4] are layers [3, 3] of 6" in found["twice"]
     assert "loss.depths: [0.5, 0.9] are layers [3, 6] of 6" in found["last"]
+    assert "loss.depths_offset: 2048 is beyond the end of every row" in found["offset"]
     for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
         assert "expected True with loss.depths, which" in found[f"graphs with {what}"]

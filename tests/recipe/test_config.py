@@ -40,6 +40,10 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"simreg": {"depths": 0.5}}, r"simreg\.depths: .*list"),
         ({"simreg": {"depths_offset": -1}}, r"simreg\.depths_offset: .*greater than or equal to 0"),
         (
+            {"simreg": {"depths_offset": 8}, "data": {"seq_len": 8}},
+            r"simreg\.depths_offset=8 is beyond the end of every row of data\.seq_len=8",
+        ),
+        (
             {"simreg": {"depths": [0.5, 0.5]}},
             r"simreg\.depths: \[0\.5, 0\.5\] are layers \[2, 2\] of 4",
         ),
@@ -72,6 +76,13 @@ def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
 def test_without_weight_depths_do_not_matter() -> None:
     plain = config.from_dict({"simreg": {"weight": 0, "depths": [0.9]}})
     assert plain.simreg.depths == [0.9]
+
+
+def test_an_offset_may_reach_the_end_of_a_row_and_means_nothing_without_depths() -> None:
+    short = {"seq_len": 8}
+    last = config.from_dict({"simreg": {"depths_offset": 7}, "data": short})
+    none = config.from_dict({"simreg": {"depths_offset": 8, "depths": []}, "data": short})
+    assert (last.simreg.depths_offset, none.simreg.depths) == (7, [])
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

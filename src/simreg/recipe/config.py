@@ -354,12 +354,21 @@ class RunConfig:
         self._check_depths()
 
     def _check_depths(self) -> None:
-        """ValueError for depths that are the same layer, or the last, whose λ would count twice."""
-        if self.model.preset in PRESETS and self.simreg.weight > 0:
+        """ValueError for depths that are the same layer, or the last, whose λ would count twice,
+        and for an offset at which no token of a row has a label."""
+        own = self.simreg
+        if own.weight == 0:
+            return
+        if own.depths and own.depths_offset >= self.data.seq_len:
+            raise ValueError(
+                f"simreg.depths_offset={own.depths_offset} is beyond the end of every row of "
+                f"data.seq_len={self.data.seq_len} tokens"
+            )
+        if self.model.preset in PRESETS:
             layers = self.model.layers or PRESETS[self.model.preset].layers
-            if layers > 1 or self.simreg.depths != list(DEPTHS):  # by default it is left out
+            if layers > 1 or own.depths != list(DEPTHS):  # by default it is left out
                 try:
-                    layers_within(self.simreg.depths, layers)
+                    layers_within(own.depths, layers)
                 except ValueError as error:
                     raise ValueError(f"simreg.{error}; [] leaves it at that") from None
 
