@@ -212,6 +212,34 @@ def test_processes_with_nowhere_to_meet_are_refused(
         train(tiny.config(tmp_path, text))
 
 
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_sharding_by_accelerate_is_refused(
+    name: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"told to use {name.lower()}, .* torchrun"):
+        train(tiny.config(tmp_path, text))
+    assert not Path(tmp_path, "run", "metrics.jsonl").exists()
+
+
+def test_the_config_has_the_last_word_on_precision(
+    tmp_path: Path, text: Path, whole: RunConfig
+) -> None:
+    """Not `accelerate launch`, by its flags or its config file."""
+    config = tiny.config(tmp_path, text)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    told = {
+        "ACCELERATE_USE_FSDP": "false",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    }
+    [done] = launch([sys.executable, *PROGRAM, str(file), "none"], environments=[told], limit=120)
+    assert done.returncode == 0, done.stderr
+    a, b = (load_file(Path(c.out) / "model/model.safetensors") for c in (whole, config))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.parametrize("told", [("1", ""), ("0", "2"), ("1", "2")])
 def test_half_of_a_launchers_variables_is_refused(
     told: tuple[str, str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch

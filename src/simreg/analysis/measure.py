@@ -108,7 +108,8 @@ def _per_token(states: States, found: Classes, centre: Tensor) -> Tokens:
 
 
 def _row_cosines(sample: Sample) -> tuple[Tensor, Tensor]:
-    """Mean cosines to positives and negatives within the row, as the loss sees them."""
+    """Mean cosines to positives and negatives in the whole row, whatever parts of it a run was
+    trained on, so that runs compare."""
     pos, neg = torch.empty(2, len(sample), dtype=torch.float64)
     for row in torch.unique(sample.rows).tolist():
         own = sample.rows == row

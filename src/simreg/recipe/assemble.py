@@ -27,7 +27,7 @@ from simreg.recipe.config import WSD_DECAY, OptimConfig, RunConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.head import start_at_unigram
-from simreg.recipe.processes import check_met, check_place, rank, world_size
+from simreg.recipe.processes import check_met, check_place, check_replicated, rank, world_size
 
 
 def model(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
@@ -134,6 +134,11 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     Where there are several processes, this is where they meet.
     """
     train, optim = config.train, config.optim
+    bf16, compiled = use_bf16(train.precision), prepare_compile(config)
+    check_replicated()
+    # `accelerate launch`, or a run before in this process, may have said otherwise.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor" if compiled else "no"
     on_cpu = device().type == "cpu"
     told = rank(), world_size()  # of the environment, to which accelerate adds
     if on_cpu and world_size() > 1:
@@ -155,8 +160,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         **_schedule(optim, config.steps),
         seed=train.seed,
         use_cpu=on_cpu,
-        bf16=use_bf16(train.precision),
-        torch_compile=prepare_compile(config),
+        bf16=bf16,
+        torch_compile=compiled,
         **_activation_checkpointing(train.gradient_checkpointing),
         train_sampling_strategy="sequential",  # the data set comes in its order
         remove_unused_columns=False,

@@ -19,6 +19,8 @@ _LAUNCH = (
     "PMI_..., MV2_... of MPI)"
 )
 
+_OFF = ("", "false", "0", "no", "n", "f", "off")
+
 
 def world_size() -> int:
     """How many processes the launcher has started; 1 without one."""
@@ -46,6 +48,17 @@ def check_met(told: tuple[int, int], found: tuple[int, int]) -> None:
             f"RANK and WORLD_SIZE make this process {told[0]} of {told[1]}, but it has met the "
             f"others as {found[0]} of {found[1]}: {_LAUNCH}"
         )
+
+
+def check_replicated() -> None:
+    """UserError where `accelerate launch`, by a flag or its config file, is to shard the model."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() not in _OFF:
+            raise UserError(
+                f"accelerate was told to use {name.lower()}, but here each process holds the whole "
+                "model: start the run with torchrun, or `accelerate launch --multi_gpu`; under "
+                "DeepSpeed and FSDP simreg.integrations.transformers.SimRegTrainer runs"
+            )
 
 
 def check_place() -> None:
