@@ -18,7 +18,7 @@ test: $(VENV)/dev
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(BIN)/python -m pytest -m gpu -n $(or $(JOBS),2); fi
 
-# The tables of README.md and docs/results.md, from the records they name.
+# The tables of the README and of the pages of results, from the records they name.
 tables: $(VENV)/train
 	$(BIN)/python -m simreg.study.tables
 
