@@ -16,5 +16,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before anything asks for a GPU or imports a kernel."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says on stdout that it found no GPU
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")

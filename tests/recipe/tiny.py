@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from simreg.cli import main
+from simreg.cli import run
 from simreg.recipe import loop, presets
 from simreg.recipe.config import RunConfig, from_dict, merge, to_yaml
 
@@ -120,5 +120,7 @@ presets.PRESETS.update(PRESETS)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    strike(sys.argv[2])
-    sys.exit(main(["train", sys.argv[1]]))
+    file, plan = sys.argv[1:]
+    strike(plan)
+    sys.argv[1:] = ["train", file]
+    run()  # not main(), whose process may abort as it ends, where there are several
