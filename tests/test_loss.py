@@ -365,10 +365,10 @@ def test_metrics_are_mean_cosines(backend, segmented):
                 if values:
                     cosines[kind].append(sum(values) / len(values))
     valid = int((labels >= 0).sum())
-    assert metrics["pos_fraction"].item() == pytest.approx(len(cosines[True]) / valid)
-    for name, kind in (("pos_cos", True), ("neg_cos", False)):
+    for name, kind in (("pos", True), ("neg", False)):
+        assert metrics[f"{name}_fraction"].item() == pytest.approx(len(cosines[kind]) / valid)
         expected = sum(cosines[kind]) / len(cosines[kind])
-        assert metrics[name].item() == pytest.approx(expected, abs=1e-5)
+        assert metrics[f"{name}_cos"].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_negative_cosine_is_not_a_difference_of_large_sums():

@@ -1,4 +1,4 @@
-"""`SimRegTrainer` and `attach` under DeepSpeed, at each stage of ZeRO, equal one process."""
+"""`SimRegTrainer` in two processes under DeepSpeed, at each stage of ZeRO, equals one process."""
 
 import shutil
 

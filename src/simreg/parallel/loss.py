@@ -24,6 +24,7 @@ from simreg.loss import (
     check_transforms,
     weigh,
 )
+from simreg.objectives import labelled
 from simreg.parallel.peers import Header, Peers, agree
 from simreg.parallel.placement import local_parts, placing, whole_along_d
 from simreg.parallel.rows import WholeRows
@@ -219,7 +220,7 @@ def per_token(
         raise
 
     hidden = local
-    valid = (labels != ignore_index) & (labels >= 0)
+    valid = labelled(labels, ignore_index)
     if max(lengths) == 0 or 0 in hidden.shape[:-2]:  # of no rank any token
         nothing = hidden.sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
         return Found(nothing, nothing.detach(), nothing.detach(), valid, valid.sum())
@@ -241,8 +242,8 @@ def per_token(
     way = kind(row[0], list(row[1:]), lengths, peers, how.copies)
     results = _Loss.apply(hidden, way, form)  # type: ignore[no-untyped-call]
     loss, pos_cos, neg_cos = (result.view(labels.shape) for result in results)
-    labelled = how.peers.gather(way.count).sum() if at_home else way.count
-    return Found(loss, pos_cos, neg_cos, valid, labelled)
+    everywhere = how.peers.gather(way.count).sum() if at_home else way.count
+    return Found(loss, pos_cos, neg_cos, valid, everywhere)
 
 
 def _device(*tensors: object) -> torch.device:
