@@ -1,6 +1,7 @@
 """`simreg train` in several processes: one dies, hangs, is told to stop; their number changes."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -64,9 +65,8 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues(
     config = tiny.config(tmp_path, text)
     died = torchrun(4, config, "kill@step:9/2")
     assert died.returncode == 1
-    cause = died.stderr.partition("Root Cause")[2]
-    assert "rank      : 2 " in cause
-    assert "Signal 9 (SIGKILL)" in cause
+    # Which failed first is told by the second in which it was seen, and another may be named.
+    assert re.findall(r"rank      : (\d) .*\n  exitcode  : -9 ", died.stderr) == ["2"]
     # The others say in a line that they lost contact, or are ended before they can: no traceback.
     assert "[rank" not in died.stderr
     assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["step-0000007"]

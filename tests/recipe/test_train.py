@@ -4,6 +4,7 @@ import importlib.machinery
 import itertools
 import json
 import math
+import os
 import sys
 import types
 from functools import partial
@@ -309,6 +310,24 @@ def test_bf16_autocast_is_near_fp32(make: Make) -> None:
     exact, rounded = train(full)["final_ce"], train(half)["final_ce"]
     assert exact != rounded
     assert exact == pytest.approx(rounded, abs=0.02)
+
+
+def test_what_accelerate_reads_is_as_it_was_after_a_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a program that the caller starts next would compute in bfloat16 as well."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def told() -> dict[str, str]:
+        return {name: x for name, x in os.environ.items() if name.startswith("ACCELERATE_")}
+
+    before = told()
+    train(make(train={"precision": "bf16", "tokens": 128}))
+    assert told() == before
+    with pytest.raises(UserError, match=r"no file .missing"):
+        train(make("b", data={"source": "missing.jsonl"}, train={"precision": "bf16"}))
+    assert told() == before
 
 
 def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -128,17 +129,30 @@ def use_bf16(precision: str) -> bool:
     return supported if precision == "auto" else precision == "bf16"
 
 
+@contextmanager
+def governed(config: RunConfig) -> Iterator[None]:
+    """Within, accelerate reads in the environment what `config` says; not what a launcher did."""
+    told = {
+        "ACCELERATE_MIXED_PRECISION": "bf16" if use_bf16(config.train.precision) else "no",
+        "ACCELERATE_DYNAMO_BACKEND": "inductor" if config.train.compile else "no",
+    }
+    before = {name: os.environ[name] for name in told if name in os.environ}
+    os.environ |= told
+    try:
+        yield
+    finally:
+        for name in told:
+            os.environ.pop(name, None)
+        os.environ |= before
+
+
 def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """transformers' arguments; when to log, evaluate and save is the run's own callback's.
 
     Where there are several processes, this is where they meet.
     """
     train, optim = config.train, config.optim
-    bf16, compiled = use_bf16(train.precision), prepare_compile(config)
     check_replicated()
-    # `accelerate launch`, or a run before in this process, may have said otherwise.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
-    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor" if compiled else "no"
     on_cpu = device().type == "cpu"
     told = rank(), world_size()  # of the environment, to which accelerate adds
     if on_cpu and world_size() > 1:
@@ -160,8 +174,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         **_schedule(optim, config.steps),
         seed=train.seed,
         use_cpu=on_cpu,
-        bf16=bf16,
-        torch_compile=compiled,
+        bf16=use_bf16(train.precision),
+        torch_compile=prepare_compile(config),
         **_activation_checkpointing(train.gradient_checkpointing),
         train_sampling_strategy="sequential",  # the data set comes in its order
         remove_unused_columns=False,

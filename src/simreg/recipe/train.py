@@ -48,7 +48,7 @@ def train(
             run is finished then, and the caller decides what else is to stop.
     """
     folder = RunFolder(config.out)
-    with storage_errors(folder.root), quiet(), lost_contact():
+    with storage_errors(folder.root), quiet(), lost_contact(), assemble.governed(config):
         arguments = assemble.training_arguments(config, folder.checkpoints)  # here processes meet
         result = from_main(lambda: folder.finished(config))
         if result is None:
