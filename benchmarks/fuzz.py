@@ -126,14 +126,20 @@ def evaluate(problem: Problem, backend: str, dtype: torch.dtype, order: int = 0)
     `order` is a seed of the dimensions' order in which products are summed (0: as they come).
     """
     hidden = problem.hidden.to(dtype, copy=True).requires_grad_()
-    *options, weights = problem[1:]
     dims = torch.arange(hidden.shape[-1], device=hidden.device)
     if order:
         dims = torch.randperm(len(dims), generator=torch.Generator().manual_seed(order)).to(dims)
     summed = backend == "summed"
-    kernel = "blockwise" if summed else backend
-    loss, pos_cos, neg_cos, _ = per_token(hidden[..., dims], *options, -100, kernel, summed=summed)
-    (gradient,) = torch.autograd.grad((loss * weights.to(loss.dtype)).sum(), hidden)
+    loss, pos_cos, neg_cos, _ = per_token(
+        hidden[..., dims],
+        problem.labels,
+        problem.segments,
+        form=problem.form,
+        chunk_size=problem.chunk_size,
+        backend="blockwise" if summed else backend,
+        summed=summed,
+    )
+    (gradient,) = torch.autograd.grad((loss * problem.weights.to(loss.dtype)).sum(), hidden)
     norm = problem.hidden.double().norm(dim=-1, keepdim=True).clamp_min(EPS)
     return [loss.detach(), pos_cos.detach(), neg_cos.detach(), gradient * norm]
 

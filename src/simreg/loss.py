@@ -88,9 +88,15 @@ def simreg_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     loss, _, _, valid = per_token(
-        hidden, labels, segments, Form(temperature, variant, push, push_above), chunk_size,
-        ignore_index, backend, summed=reduction != "none",
-    )  # fmt: skip
+        hidden,
+        labels,
+        segments,
+        form=Form(temperature, variant, push, push_above),
+        chunk_size=chunk_size,
+        ignore_index=ignore_index,
+        backend=backend,
+        summed=reduction != "none",
+    )
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -177,10 +183,10 @@ class SimRegLoss(nn.Module):
             hidden.detach() if self.weight == 0 else hidden,
             labels,
             segments,
-            self.form,
-            self.chunk_size,
-            self.ignore_index,
-            self.backend,
+            form=self.form,
+            chunk_size=self.chunk_size,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
             summed=True,
         )
         return weigh(self.weight, Sums.of(*found), num_items)
@@ -268,11 +274,12 @@ def check_items(num_items: Tensor | float | None) -> None:
 def per_token(
     hidden: Tensor,
     labels: Tensor,
-    segments: Tensor | None,
+    segments: Tensor | None = None,
+    *,
     form: Form,
-    chunk_size: int | None,
-    ignore_index: int,
-    backend: str,
+    chunk_size: int | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
     summed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checked arguments to ``(loss, pos_cos, neg_cos, valid)``, each in the shape of ``labels``.

@@ -83,9 +83,15 @@ def evaluate(
     """As `fuzz.evaluate`: loss, cosines and gradient times ‖h‖ of this rank's tokens."""
     hidden = problem.hidden.clone().requires_grad_()
     found = parallel_loss.per_token(
-        hidden, problem.labels, problem.segments, positions, problem.form, problem.chunk_size, -100,
-        groups.get("group"), groups.get("replicas"), whole_rows=whole_rows,
-    )  # fmt: skip
+        hidden,
+        problem.labels,
+        problem.segments,
+        positions,
+        form=problem.form,
+        chunk_size=problem.chunk_size,
+        whole_rows=whole_rows,
+        **groups,
+    )
     (found.loss * problem.weights.to(found.loss.dtype)).sum().backward()
     norm = problem.hidden.double().norm(dim=-1, keepdim=True).clamp_min(EPS)
     return [found.loss.detach(), found.pos_cos, found.neg_cos, hidden.grad * norm]

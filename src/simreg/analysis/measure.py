@@ -115,7 +115,7 @@ def _row_cosines(sample: Sample) -> tuple[Tensor, Tensor]:
         own = sample.rows == row
         hidden = sample.hidden[sample.index[own]].float()
         form = Form(temperature=1.0, variant="out")
-        _, p, n, _ = per_token(hidden, sample.labels[own], None, form, None, -100, "auto")
+        _, p, n, _ = per_token(hidden, sample.labels[own], form=form)
         pos[own], neg[own] = p.double(), n.double()
     return pos, neg
 

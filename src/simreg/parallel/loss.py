@@ -81,9 +81,17 @@ def sharded_simreg_loss(
         RuntimeError: for double backward and transforms of `torch.func`.
     """
     found: Found = per_token(
-        hidden, labels, segments, positions, Form(temperature, variant, push, push_above),
-        chunk_size, ignore_index, group, replicas, reduction,
-    )  # fmt: skip
+        hidden,
+        labels,
+        segments,
+        positions,
+        form=Form(temperature, variant, push, push_above),
+        chunk_size=chunk_size,
+        ignore_index=ignore_index,
+        group=group,
+        replicas=replicas,
+        reduction=reduction,
+    )
     if reduction == "none":
         return found.loss
     total = found.loss.sum()
@@ -154,11 +162,11 @@ class ShardedSimRegLoss(SimRegLoss):
             labels,
             segments,
             positions,
-            self.form,
-            self.chunk_size,
-            self.ignore_index,
-            self.group,
-            self.replicas,
+            form=self.form,
+            chunk_size=self.chunk_size,
+            ignore_index=self.ignore_index,
+            group=self.group,
+            replicas=self.replicas,
             num_items=num_items,
             weight=self.weight,
         )
@@ -180,13 +188,14 @@ class Found(NamedTuple):
 def per_token(
     hidden: Tensor,
     labels: Tensor,
-    segments: Tensor | None,
-    positions: Tensor | None,
+    segments: Tensor | None = None,
+    positions: Tensor | None = None,
+    *,
     form: Form,
-    chunk_size: int | None,
-    ignore_index: int,
-    group: dist.ProcessGroup | None,
-    replicas: dist.ProcessGroup | None,
+    chunk_size: int | None = None,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    replicas: dist.ProcessGroup | None = None,
     reduction: str = "none",
     num_items: Tensor | float | None = None,
     weight: float | None = None,

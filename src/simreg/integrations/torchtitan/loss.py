@@ -211,12 +211,16 @@ def _simreg(
     """Of this rank's tokens."""
     if simreg.weight == 0:
         hidden = hidden.detach()
-    options = simreg.form, simreg.chunk_size, simreg.ignore_index
+    given = hidden, labels, rows.documents
+    options: dict[str, Any] = {
+        "form": simreg.form,
+        "chunk_size": simreg.chunk_size,
+        "ignore_index": simreg.ignore_index,
+    }
     if tp is None and cp is None:
-        found = per_token(hidden, labels, rows.documents, *options, simreg.backend, summed=True)
-        return Sums.of(*found)
+        return Sums.of(*per_token(*given, **options, backend=simreg.backend, summed=True))
     # the ranks of tp hold the same tokens and share the work
-    spread = parallel.per_token(hidden, labels, rows.documents, rows.places, *options, cp, tp)
+    spread = parallel.per_token(*given, rows.places, **options, group=cp, replicas=tp)
     return Sums.of(*spread[:4])
 
 
