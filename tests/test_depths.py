@@ -28,8 +28,10 @@ def test_losses_at_depths_add():
     (_, final), *others = apart
     below = torch.stack([found["loss"] for _, found in others]).mean()
     assert metrics == {**final, "earlier": below}
-    for wrong in (states[1:2], states):
-        with pytest.raises(ValueError, match="zip"):
+    for wrong in ([], states[1:2], states):
+        with pytest.raises(
+            ValueError, match=r"^earlier: expected hidden states at depths \[0.5, 0.25\], got \d "
+        ):
             at(states[0], labels, earlier=wrong)
 
 
@@ -172,6 +174,33 @@ def test_a_layer_that_runs_several_times_is_refused():
     ends = [nn.Linear(8, 8) for _ in range(2)]
     once = Own([ends[0], nn.Linear(8, 8), *ends])
     attach(once, AtDepths(SimRegLoss(), [0.5]), module=once.norm, layers=once.blocks)
+
+
+class Loops(Own):
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in [*self.blocks] * 2:
+            x = block(x)
+        return self.norm(x)
+
+
+def test_layers_in_a_loop_are_refused():
+    model = Loops([nn.Linear(8, 8) for _ in range(2)])
+    at = attach(model, AtDepths(SimRegLoss(), [0.5]), module=model.norm, layers=model.blocks)
+    ids = torch.tensor([[1, 2, 1, 2]])
+    with pytest.raises(RuntimeError, match="layers: Linear ran twice in one forward pass"):
+        model(ids)
+    with torch.no_grad():
+        model(ids)
+    at.detach()
+    model(ids)
+
+
+@pytest.mark.parametrize("layers", [5, [], "layers", [None]])
+def test_what_is_no_list_of_layers_is_refused(layers):
+    model = Own([nn.Linear(8, 8) for _ in range(2)])
+    with pytest.raises(ValueError, match="layers: expected all layers of the model"):
+        attach(model, AtDepths(SimRegLoss(), [0.5]), module=model.norm, layers=layers)
 
 
 class Returning(nn.Module):

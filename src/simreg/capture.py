@@ -59,7 +59,8 @@ def attach(
     independent of each other. A head with layers of its own before the last one (BERT's) is taken
     as a whole: hidden states are what enters it.
 
-    A forward pass raises TypeError where `module`, or a layer that is read, returns none of these.
+    A forward pass raises TypeError where `module`, or a layer that is read, returns none of these,
+    and (not compiled) RuntimeError where a layer that is read runs twice.
 
     Raises:
         ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
@@ -253,6 +254,11 @@ class Attached:
             states = _as_the_head_reads(_last_hidden(output, "layers"))
             if torch.compiler.is_compiling():  # a graph does not say what changes them afterwards
                 self._earlier[index] = states.clone(), None
+            elif index in self._earlier:
+                raise RuntimeError(
+                    f"layers: {type(module).__name__} ran twice in one forward pass; which of its "
+                    f"passes {type(self.objective).__name__} is to read cannot be told"
+                )
             else:
                 self._earlier[index] = states, states._version
 

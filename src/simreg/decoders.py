@@ -46,7 +46,7 @@ def find_layers(decoder: nn.Module) -> nn.ModuleList:
 
 def at_depths(objective: Objective, layers: Iterable[nn.Module] | None) -> list[nn.Module]:
     """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
-    stack = list(layers or ())
+    stack = list(layers) if isinstance(layers, Iterable) else []
     if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
         raise ValueError(
             f"layers: expected all layers of the model in their order, within which "

@@ -40,7 +40,8 @@ class AtDepths(nn.Module):
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
             each of another layer.
         offset: which label they are compared by: 0, that of the final hidden states, the next
-            token; 1, the token after it in the row and segment, and so on.
+            token; 1, that of the position after it in the row and segment, the token after the
+            next, and so on.
 
     The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere,
     over the same number of labels: those that have no later one count 0.
@@ -86,9 +87,18 @@ class AtDepths(nn.Module):
         segments: Tensor | None = None,
         *,
         num_items: Tensor | float | None = None,
-        earlier: Sequence[Tensor],
+        earlier: Sequence[Tensor] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `Objective`; `earlier`: hidden states `[B, L, d]`, one for each of the depths."""
+        """As `Objective`; `earlier`: hidden states `[B, L, d]`, one for each of the depths.
+
+        Raises:
+            ValueError: as `SimRegLoss`, and for more or fewer of `earlier`.
+        """
+        if len(earlier) != len(self.reads.depths):
+            raise ValueError(
+                f"earlier: expected hidden states at depths {list(self.reads.depths)}, got "
+                f"{len(earlier)} (`attach` takes them from the model)"
+            )
         loss, metrics = self.simreg(hidden, labels, segments, num_items=num_items)
         later, share = labels, torch.ones((), device=loss.device)
         if self.offset:
@@ -98,7 +108,7 @@ class AtDepths(nn.Module):
             num_items = items if num_items is None else num_items
             share = (fewer / items).to(loss.device)  # of the labels that a mean is over
         below = []
-        for states, _ in zip(earlier, self.reads.depths, strict=True):
+        for states in earlier:
             ids, documents, items = (moved(v, states.device) for v in (later, segments, num_items))
             own, found = self.simreg(states, ids, documents, num_items=items)
             loss = loss + own.to(loss.device)

@@ -337,6 +337,16 @@ def test_the_layers_may_be_given(given: str) -> None:
         )
 
 
+def test_the_layers_may_be_given_alone() -> None:
+    parts: dict[str, Any] = {"layers": lambda module: list(module.model.model.layers)[::-1]}
+    gradients, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5]), **parts), Module())
+    parts["module"] = lambda module: module.model.model
+    expected, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5]), **parts), Module())
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="layers: SimRegLoss reads none within the model"):
+        fit(SimRegCallback(SimRegLoss(), layers=parts["layers"]), Module())
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [({"labels": "y"}, "labels: the batch has no 'y'"), ({"segments": "y"}, "segments: the batch")],

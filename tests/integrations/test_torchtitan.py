@@ -305,7 +305,7 @@ def refusal(depths, offset=1, **parallelism):
         return str(error)
 found["pipeline"] = refusal([0.5], pipeline_parallel_degree=2)
 found["twice"], found["last"] = refusal([0.5, 0.4]), refusal([0.5, 0.9])
-found["offset"] = refusal([0.5], offset=plain.training.seq_len)
+found["offset"] = refusal([0.5], offset=plain.training.seq_len - 1)
 graphs = with_simreg(plain, schedule="constant", depths=[0.5])
 graphs.training = replace(graphs.training, disable_cuda_graphs=False)
 for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
@@ -373,6 +373,6 @@ def test_configs_and_data():
     assert "pipeline" in found["pipeline"]
     assert "loss.depths: [0.5, 0.4] are layers [3, 3] of 6" in found["twice"]
     assert "loss.depths: [0.5, 0.9] are layers [3, 6] of 6" in found["last"]
-    assert "loss.depths_offset: 2048 is beyond the end of every row" in found["offset"]
+    assert "loss.depths_offset: 2047 leaves no two tokens to compare" in found["offset"]
     for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
         assert "expected True with loss.depths, which" in found[f"graphs with {what}"]

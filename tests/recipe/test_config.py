@@ -40,8 +40,8 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"simreg": {"depths": 0.5}}, r"simreg\.depths: .*list"),
         ({"simreg": {"depths_offset": -1}}, r"simreg\.depths_offset: .*greater than or equal to 0"),
         (
-            {"simreg": {"depths_offset": 8}, "data": {"seq_len": 8}},
-            r"simreg\.depths_offset=8 is beyond the end of every row of data\.seq_len=8",
+            {"simreg": {"depths_offset": 6}, "data": {"seq_len": 8}},
+            r"simreg\.depths_offset=6 leaves no two tokens to compare in rows of data\.seq_len=8 ",
         ),
         (
             {"simreg": {"depths": [0.5, 0.5]}},
@@ -80,9 +80,9 @@ def test_without_weight_depths_do_not_matter() -> None:
 
 def test_an_offset_may_reach_the_end_of_a_row_and_means_nothing_without_depths() -> None:
     short = {"seq_len": 8}
-    last = config.from_dict({"simreg": {"depths_offset": 7}, "data": short})
+    last = config.from_dict({"simreg": {"depths_offset": 5}, "data": short})
     none = config.from_dict({"simreg": {"depths_offset": 8, "depths": []}, "data": short})
-    assert (last.simreg.depths_offset, none.simreg.depths) == (7, [])
+    assert (last.simreg.depths_offset, none.simreg.depths) == (5, [])
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simreg.recipe import assemble, loop, progress, timing
@@ -316,7 +317,7 @@ def test_what_accelerate_reads_is_as_it_was_after_a_run(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a program that the caller starts next would compute in bfloat16 as well."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "reduce-overhead")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
     def told() -> dict[str, str]:
@@ -328,6 +329,23 @@ def test_what_accelerate_reads_is_as_it_was_after_a_run(
     with pytest.raises(UserError, match=r"no file .missing"):
         train(make("b", data={"source": "missing.jsonl"}, train={"precision": "bf16"}))
     assert told() == before
+
+
+def test_how_to_compile_is_not_the_launchers_to_say(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MODE", "USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "max-autotune" if name == "MODE" else "1")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # the default
+        with assemble.governed(make(train={"compile": True})):
+            found = vars(TorchDynamoPlugin())
+            assert not torch._dynamo.config.skip_nnmodule_hook_guards
+        assert torch._dynamo.config.skip_nnmodule_hook_guards
+    with monkeypatch.context() as unset:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+            unset.delenv(name)
+        assert found == vars(TorchDynamoPlugin(backend="inductor"))
+    assert os.environ["ACCELERATE_DYNAMO_MODE"] == "max-autotune"
 
 
 def test_step_times_are_paired_and_warmed_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

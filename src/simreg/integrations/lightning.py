@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from simreg.capture import Attached, attach
+from simreg.capture import Attached
 from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.integrations.place import Layers, Module, attach_at, kept
 from simreg.objectives import Objective
@@ -44,8 +44,9 @@ class SimRegCallback(Callback):
         module: the submodule whose output enters the LM head, or a function of the LightningModule
             that gives it; None: the decoder of the first causal LM of transformers in it that has
             something to train.
-        layers: with `module`, for an objective that reads hidden states within the model
-            (`AtDepths`): all its layers in their order, or a function of the LightningModule.
+        layers: for an objective that reads hidden states within the model (`AtDepths`): all its
+            layers in their order, or a function of the LightningModule; None, without `module`:
+            those of the decoder.
         schedule: what the `weight` of a `SimRegLoss` follows during `fit`, from what it is at the
             start, by default down to 0 over the run ("decay"), whose length `max_steps` or
             `max_epochs` says (1000 epochs to Lightning, if you give neither). With "constant" it is
@@ -109,12 +110,8 @@ class SimRegCallback(Callback):
         self._detach(pl_module)
 
     def _attach(self, pl_module: LightningModule) -> Attached:
-        if self.module is not None:
-            return attach_at(pl_module, self.objective, self.module, self.layers)
-        models = [m for m in pl_module.modules() if callable(getattr(m, "get_decoder", None))]
-        trained = (m for m in models if any(p.requires_grad for p in m.parameters()))
-        first = next(iter(models), pl_module)
-        return attach(next(trained, first), self.objective)  # not to a frozen teacher
+        part = pl_module if self.module is not None else _language_model(pl_module)
+        return attach_at(pl_module, self.objective, self.module, self.layers, part=part)
 
     def _detach(self, pl_module: LightningModule) -> None:
         if self._reg is None:
@@ -147,6 +144,13 @@ class SimRegCallback(Callback):
         if isinstance(output, Mapping):
             return {**output, "loss": output["loss"] + added}
         return output + added
+
+
+def _language_model(module: nn.Module) -> nn.Module:
+    """The first causal LM of transformers in a module that is not frozen, as a teacher is."""
+    models = [m for m in module.modules() if callable(getattr(m, "get_decoder", None))]
+    trained = (m for m in models if any(p.requires_grad for p in m.parameters()))
+    return next(trained, next(iter(models), module))
 
 
 class _Step:

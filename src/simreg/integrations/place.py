@@ -18,11 +18,19 @@ def kept(layers: Layers | None) -> Layers | None:
 
 
 def attach_at(
-    model: nn.Module, objective: Objective, module: Module | None, layers: Layers | None
+    model: nn.Module,
+    objective: Objective,
+    module: Module | None,
+    layers: Layers | None,
+    *,
+    part: nn.Module | None = None,
 ) -> Attached:
-    """`attach`, with a `module` and `layers` that may be functions of the model."""
+    """`attach`, with a `module` and `layers` that may be functions of the model.
+
+    `part`: what of the model to attach to.
+    """
     if callable(module) and not isinstance(module, nn.Module):
         module = module(model)
     if callable(layers) and not isinstance(layers, Iterable):
         layers = layers(model)
-    return attach(model, objective, module=module, layers=layers)
+    return attach(model if part is None else part, objective, module=module, layers=layers)

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.head import start_at_unigram
 from simreg.recipe.processes import check_met, check_place, check_replicated, rank, world_size
+
+_ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_")
+"""How the variables begin by which accelerate is told of precision and compilation."""
 
 
 def model(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
@@ -107,15 +110,18 @@ def precision(config: RunConfig) -> str:
     return "bf16" if use_bf16(config.train.precision) else "fp32"
 
 
-def prepare_compile(config: RunConfig) -> bool:
-    """Whether to compile the model; graphs then ask whether it has the hooks they were made with.
+def hook_guards(*configs: RunConfig) -> AbstractContextManager[object]:
+    """Within, compiled graphs ask whether the model has the hooks they were made with.
 
     By default they serve every model of its class, so that an arm that follows the baseline in a
     process would get the baseline's, without the hook.
     """
-    if config.train.compile:
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
-    return config.train.compile
+    if not any(config.train.compile for config in configs):
+        return nullcontext()
+    guards: AbstractContextManager[object] = torch._dynamo.config.patch(
+        skip_nnmodule_hook_guards=False
+    )
+    return guards
 
 
 def use_bf16(precision: str) -> bool:
@@ -131,19 +137,24 @@ def use_bf16(precision: str) -> bool:
 
 @contextmanager
 def governed(config: RunConfig) -> Iterator[None]:
-    """Within, accelerate reads in the environment what `config` says; not what a launcher did."""
+    """Within, precision and compilation are what `config` says, whatever a launcher has said."""
+
+    def replace(told: dict[str, str]) -> dict[str, str]:
+        names = [name for name in os.environ if name.startswith(_ACCELERATE)]
+        before = {name: os.environ.pop(name) for name in names}
+        os.environ |= told
+        return before
+
     told = {
         "ACCELERATE_MIXED_PRECISION": "bf16" if use_bf16(config.train.precision) else "no",
         "ACCELERATE_DYNAMO_BACKEND": "inductor" if config.train.compile else "no",
     }
-    before = {name: os.environ[name] for name in told if name in os.environ}
-    os.environ |= told
+    before = replace(told)
     try:
-        yield
+        with hook_guards(config):
+            yield
     finally:
-        for name in told:
-            os.environ.pop(name, None)
-        os.environ |= before
+        replace(before)
 
 
 def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
@@ -175,7 +186,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         seed=train.seed,
         use_cpu=on_cpu,
         bf16=use_bf16(train.precision),
-        torch_compile=prepare_compile(config),
+        torch_compile=config.train.compile,
         **_activation_checkpointing(train.gradient_checkpointing),
         train_sampling_strategy="sequential",  # the data set comes in its order
         remove_unused_columns=False,

@@ -240,7 +240,7 @@ class SimRegConfig:
     which counts once for each; without a value nowhere, as in a model of one layer."""
     depths_offset: Annotated[Whole, Field(ge=0)] = OFFSET
     """The label they are compared by there: 0, the next token, as in the final hidden states; 1,
-    the one after it in the row (with `scope: document`, in the document), and so on."""
+    the one after it, of a position in the same row (`scope: document`: document), and so on."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE
@@ -355,14 +355,15 @@ class RunConfig:
 
     def _check_depths(self) -> None:
         """ValueError for depths that are the same layer, or the last, whose λ would count twice,
-        and for an offset at which no token of a row has a label."""
+        and for an offset at which no two tokens of a row have a label."""
         own = self.simreg
         if own.weight == 0:
             return
-        if own.depths and own.depths_offset >= self.data.seq_len:
+        # A row of L tokens has L - 1 that another one follows, and one token alone is not compared.
+        if own.depths and own.depths_offset + 3 > self.data.seq_len:
             raise ValueError(
-                f"simreg.depths_offset={own.depths_offset} is beyond the end of every row of "
-                f"data.seq_len={self.data.seq_len} tokens"
+                f"simreg.depths_offset={own.depths_offset} leaves no two tokens to compare in rows "
+                f"of data.seq_len={self.data.seq_len} tokens"
             )
         if self.model.preset in PRESETS:
             layers = self.model.layers or PRESETS[self.model.preset].layers

@@ -43,7 +43,7 @@ class Stepper:
         if isinstance(objective, nn.Module):
             objective.to(self.device)
         self.reg = None if objective is None else attach(self.model, objective)
-        self.forward = torch.compile(self.model) if assemble.prepare_compile(config) else self.model
+        self.forward = torch.compile(self.model) if config.train.compile else self.model
         owned = [*objective.parameters()] if isinstance(objective, nn.Module) else []
         self.parameters = [*self.model.parameters(), *owned]
         self.optimizer: torch.optim.Optimizer
@@ -78,7 +78,8 @@ class Stepper:
 def throughput(config: RunConfig, corpus: Corpus, steps: int = 10, seconds: float = 10.0) -> float:
     """Tokens a second of `config`'s training steps: median of up to `steps`, after a warm-up."""
     stepper = Stepper(config, corpus, WARM_UP + steps)
-    times = _measured(stepper.step, steps, seconds, least=3)
+    with assemble.hook_guards(config):
+        times = _measured(stepper.step, steps, seconds, least=3)
     return config.train.batch_rows * config.data.seq_len / statistics.median(times)
 
 
@@ -111,7 +112,8 @@ def step_time_ratio(
     def known(times: list[tuple[float, float]]) -> bool:
         return len(times) >= pairs and _uncertainty(times) <= WITHIN
 
-    times = _measured(pair, most, seconds, least=LEAST_PAIRS, enough=known)
+    with assemble.hook_guards(base, arm):
+        times = _measured(pair, most, seconds, least=LEAST_PAIRS, enough=known)
     lower, median, upper = _quartiles(times)
     return {
         "ratio": median,

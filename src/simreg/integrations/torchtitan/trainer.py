@@ -134,10 +134,11 @@ def _check_depths(config: SimRegTrainer.Config) -> None:
         raise ValueError(
             "loss.depths: not with pipeline parallelism, where labels are on the last stage"
         )
-    if config.loss.depths_offset >= config.training.seq_len:
+    # Each token of a row has a label here, and one token alone is not compared.
+    if config.loss.depths_offset + 2 > config.training.seq_len:
         raise ValueError(
-            f"loss.depths_offset: {config.loss.depths_offset} is beyond the end of every row of "
-            f"training.seq_len={config.training.seq_len} tokens"
+            f"loss.depths_offset: {config.loss.depths_offset} leaves no two tokens to compare in "
+            f"rows of training.seq_len={config.training.seq_len} tokens"
         )
     layers = getattr(config.model_spec.model, "layers", None)
     if not isinstance(layers, Sequence):
