@@ -280,6 +280,8 @@ def test_other_text_is_cut_into_the_models_tokens(study, tmp_path):
     corpus = prepare(data)
     text.check_tokenizers(found, corpus)
     assert data.tokenizer == found[0].path
+    assert text.data_of(found, {"validation": str(other)}).tokenizer == found[0].path
+    assert text.data_of(found, {}).tokenizer == found[0].config.data.tokenizer
     with pytest.raises(UserError, match="another vocabulary"):
         text.check_tokenizers(found, prepare(run.config.DataConfig(
             source=str(other), tokenizer="bpe:270", seq_len=32, cache_dir=str(tmp_path),

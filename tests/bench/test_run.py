@@ -87,7 +87,7 @@ def test_an_interruption_costs_the_shape_that_is_measured(tmp_path, capsys, monk
 
     monkeypatch.setattr(run, "measure_shape", stop_at_the_third)
     out = tmp_path / "b.json"
-    out.write_text("{}")
+    out.write_text('{"what": "before", "records": []}')
     shapes = ["1x4x4", "1x8x4", "1x16x4", "1x32x4"]
     flags = ["--contenders", "blockwise", "--rounds", 3, "--no-memory", "--out", out]
     assert bench("--shapes", *shapes, *flags) == 130
@@ -119,10 +119,13 @@ def test_without_a_figure_none_is_named(tmp_path, capsys, measured, monkeypatch)
         ("--contenders fast", "--contenders: expected any of 'bare matmuls', naive,"),
         ("--rounds 2", "--rounds: expected 3 or more, got 2"),
         ("--seconds -1", "--seconds: expected 0 or more, got -1"),
+        ("--seconds nan", "--seconds: expected 0 or more, got nan"),
         ("--out {tmp}", "--out {tmp}: expected a file name, this is a folder"),
         ("--chunks", "--chunks: expected one or more"),
         ("--variants", "--variants: expected one or more"),
         ("--out {tmp}/b.png", "--out {tmp}/b.png: expected the name of the JSON file, not of the"),
+        ("--out {tmp}/file", "there is a {tmp}/file that `simreg bench` did not write and would"),
+        ("--out {tmp}/other", "there is a {tmp}/other that `simreg bench` did not write and"),
         ("--out {tmp}/file/b.json", "--out {tmp}/file/b.json: cannot write there: "),
     ],
 )
@@ -132,6 +135,7 @@ def test_mistakes_end_in_one_line_before_anything_is_measured(
     monkeypatch.setattr(run, "measure_shape", lambda *args, **options: pytest.fail("measured"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").touch()
+    (tmp_path / "other").write_text('{"what": 1}')
     words = flags.format(tmp=tmp_path).split()
     default = [] if "--out" in words else ["--out", str(tmp_path / "b.json")]
     assert cli.main(["bench", *default, *words]) == 2

@@ -211,10 +211,22 @@ def test_fewer_documents_than_seeds_leave_fewer_degrees_of_freedom():
 
 def test_a_ratio_is_resampled_above_and_below_the_line():
     weights = [1.0, 50.0, 3.0, 900.0, 7.0]
-    arm = {"t": {0: outcome([3 * w for w in weights], weights)}}
+    arm = {"t": {0: outcome([3 * w + 1e-6 * w**0.5 for w in weights], weights)}}
     reference = {"t": {0: outcome([2 * w for w in weights], weights)}}
     found = paired.difference(arm, reference)
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((1.0, 1.0, 1.0))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((1.0, 1.0, 1.0), abs=1e-5)
+    assert found["bootstrap"] == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_items_that_all_agree_bound_nothing(seeds):
+    """Of 20 that both got right the next may differ."""
+    arm = {"t": {seed: outcome([1.0] * 20) for seed in range(seeds)}}
+    found = paired.difference(arm, arm)
+    assert (found["mean"], found["low"], found["high"]) == (0.0, None, None)
+    assert found["bootstrap"] is None
+    one_else = {"t": {seed: outcome([1.0] * 19 + [0.0]) for seed in range(seeds)}}
+    assert paired.difference(arm, one_else)["low"] < 0.05
 
 
 def test_only_common_seeds_count():

@@ -272,6 +272,17 @@ def test_a_run_of_before_the_depths_had_none(runs, tmp_path):
     assert (simreg.depths, simreg.depths_offset) == ([], 0)
 
 
+def test_text_that_a_run_was_trained_on_is_refused(runs, evaluate, tmp_path):
+    source = subjects.find([str(runs / "plain" / "seed-1")])[0].config.data.source
+    copied = tmp_path / f"copied{Path(source).suffix}"
+    copied.write_bytes(Path(source).read_bytes())
+    status, _, _, error = evaluate(runs / "plain" / "seed-1", "--text", copied, "--limit", 2)
+    assert status == 2
+    assert f"seed-1 was trained on {copied}: name text that no model has seen" in error
+    copied.write_bytes(Path(source).read_bytes().replace(b"a", b"b"))  # of the same size
+    assert evaluate(runs / "plain" / "seed-1", "--text", copied, "--limit", 2)[0] == 0
+
+
 def test_text_that_is_too_little_for_cloze_items_has_bits(runs, evaluate, tmp_path):
     (tmp_path / "t.txt").write_text(tiny.text(0, 20))
     arguments = runs / "plain" / "seed-1", "--text", tmp_path / "t.txt"

@@ -32,6 +32,19 @@ def test_a_sentence_says_what_its_interval_is_worth(seeds, low, says, unsaid):
     assert ("which includes no difference" in text) == (low <= 0)
 
 
+def test_without_accuracies_the_first_task_is_said():
+    gap = {"mean": 0.59, "low": 0.54, "high": 0.64, "seeds": 1, "items": 3}
+    own = {"tasks": {"bits": {"metric": "bits_per_byte"}}, "average": None}
+    results = {"reference": "base", "arms": {"arm": own}}
+    results["differences"] = {"arm": {"bits": {"score": gap, "normalised": None}}}
+    assert summary.sentences(results) == [
+        "arm on bits: bits per byte +0.5900 (95 % interval +0.5400 to +0.6400) against base. One "
+        "seed, 3 items: the interval says nothing of other seeds."
+    ]
+    results["differences"]["arm"]["bits"]["score"] = None
+    assert summary.sentences(results) == ["arm shares no seed with base: not compared."]
+
+
 def test_one_accuracy_is_named_and_arms_without_common_seeds_are_not_compared():
     found = results(5, 0.001, tasks=1)
     assert summary.sentences(found)[0].startswith("ours on piqa: accuracy")

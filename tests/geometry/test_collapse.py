@@ -177,6 +177,18 @@ def test_too_few_classes_are_nan():
     assert all(map(math.isnan, values))
 
 
+def test_of_two_classes_a_simplex_is_no_finding():
+    two = points([[1.0, 2.0], [-3.0, 0.5]])
+    values = [
+        collapse.equinorm(two), *collapse.equiangular(two), collapse.etf_error(two),
+        collapse.duality_error(two, torch.randn(2, 2)),
+    ]  # fmt: skip
+    assert all(map(math.isnan, values))
+    three = points([[1.0, 2.0], [-3.0, 0.5], [2.0, 0.0]])
+    assert collapse.equinorm(three) > 0
+    assert collapse.etf_error(three) > 0
+
+
 def test_equals_the_package_neural_collapse(sample):
     """What github.com/rhubarbwu/neural-collapse (not on PyPI) gave for this very sample.
 

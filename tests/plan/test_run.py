@@ -137,6 +137,8 @@ def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama-8b --tflops inf", "--tflops: expected a positive, finite number, got inf"),
         ("--params inf --hidden 64 --layers 2", "--params: expected a positive, finite number"),
         ("--params 0.5 --hidden 64 --layers 2", "--params: expected a number of parameters"),
+        ("--params 1e3 --hidden 4096 --layers 32", "--params: 1000 are too few for 32 layers of w"),
+        ("--model llama-8b --chunk 1", "--chunk: expected 2 or more"),
         ("--model llama-8b --gpus 64 --pp 64", "--pp: 64 stages are more than the 32 layers"),
         ("--table --chunk 512", "--chunk: the table of --table"),
         ("--table --link 0", "--link: expected a positive, finite number, got 0"),

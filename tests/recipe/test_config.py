@@ -56,6 +56,8 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         ({"train": {"keep_checkpoints": 1}}, r"train\.keep_checkpoints"),
         ({"train": {"seed": True}}, r"train\.seed"),
         ({"simreg": {"temperature": 1e-31}}, r"simreg\.temperature"),
+        ({"simreg": {"chunk_size": 1}}, r"simreg\.chunk_size: .*greater than or equal to 2"),
+        ({"simreg": {"schedule_fraction": 0}}, r"simreg\.schedule_fraction: .*greater than 0"),
         ({"trian": {}}, r"^trian: there is no such field; did you mean train\?$"),
         ({"optim": {"lrr": 1}}, r"^optim\.lrr: there is no such field; did you mean optim\.lr\?$"),
         ({"lr": 1}, r"^lr: there is no such field; did you mean optim\.lr\?$"),

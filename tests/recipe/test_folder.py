@@ -207,6 +207,12 @@ def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     assert train(make())["steps"] == tiny.STEPS
 
 
+def test_a_model_that_cannot_be_is_said_before_another_run_is_found(make: Make) -> None:
+    train(make())
+    with pytest.raises(UserError, match="no preset 'llama-3b'"):
+        train(make(model={"preset": "llama-3b"}))
+
+
 def test_a_run_that_diverged_before_it_wrote_anything_is_of_its_config(make: Make) -> None:
     config = make()
     folder = RunFolder(config.out)

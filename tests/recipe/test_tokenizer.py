@@ -160,7 +160,16 @@ def test_unusable_tokenizers(tmp_path, monkeypatch):
         return str(caught.value)
 
     assert "no eos, sep or bos" in message(saved(tmp_path / "bare"))
-    for spec in ("bpe:256", "bpe:", "bpe:-5", "bpe:4k", f"bpe:{10**20}"):
+    for spec in (
+        "bpe",
+        "bpe4096",
+        "bpe-4096",
+        "bpe:256",
+        "bpe:",
+        "bpe:-5",
+        "bpe:4k",
+        f"bpe:{10**20}",
+    ):
         assert "a whole number from 257" in message(spec)
     assert "there is no folder" in message(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()

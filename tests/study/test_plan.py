@@ -183,6 +183,7 @@ def test_tokens_replace_the_minutes(tmp_path):
         ({"arms": {"..": {}}}, "name"),
         ({"minutes": 0}, "minutes"),
         ({"sides": 1}, "^study: sides: there is no such field; did you mean seeds"),
+        ({"sede": 1}, "^study: sede: there is no such field; did you mean seeds"),
         (
             {"base": {"lr": 1}},
             r"^study: base\.lr: there is no such field; did you mean base",

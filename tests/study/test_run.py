@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -278,9 +279,13 @@ def test_a_report_trains_nothing_and_says_what_the_study_says(lab, study):
     assert again == whole
     assert len(lab.trained) == count
     assert "4 of 4 runs are finished" in screen
-    fewer = replace(study, arms={"other": {}})
-    assert redraw(fewer)[0]["complete"] is False
+    more = replace(study, arms=study.arms | {"other": {}})
+    assert redraw(more)[0]["complete"] is False
     assert plan.load(f"{study.out}/study.yaml") == study  # the plan is as it was
+    results = Path(study.out, "results.json").read_text()
+    with pytest.raises(UserError, match=r"is of 3 runs, such as simreg/0.6/seed-0 too, and its "):
+        redraw(replace(study, arms={"other": {}}))
+    assert Path(study.out, "results.json").read_text() == results
 
 
 def test_a_report_takes_a_study_that_has_finished_runs(lab, study, tmp_path):

@@ -246,6 +246,21 @@ def test_eval_of_a_study_adds_to_its_report(trained, tmp_path, capsys, monkeypat
     assert "has no trained models at its full budget" in capsys.readouterr().err
 
 
+def test_scores_of_few_items_do_not_replace_those_of_many(trained, tmp_path, capsys):
+    out = tmp_path / "s"
+    shutil.copytree(trained[0] / "s", out)
+    path = out / "zero-shot/offline/results.json"
+    before, flags = path.read_text(), ["--cache-dir", str(tmp_path / "cache"), "--limit"]
+    assert cli.main(["eval", str(out), *flags, "249"]) == 2
+    assert "of the same models on 250 items of a task, which --limit 249" in capsys.readouterr().err
+    assert path.read_text() == before
+    path.write_text(json.dumps(json.loads(before) | {"limit": 3}))
+    assert cli.main(["eval", str(out), *flags, "4"]) == 0
+    assert json.loads(path.read_text())["limit"] == 4
+    path.write_text(json.dumps(json.loads(before) | {"limit": None}))
+    assert cli.main(["eval", str(out), *flags, "999"]) == 2
+
+
 def test_other_text_does_not_pass_for_the_corpus(trained, tmp_path):
     out, other = tmp_path / "s", tmp_path / "other.txt"
     shutil.copytree(trained[0] / "s", out)

@@ -60,7 +60,9 @@ def data_of(targets: Sequence[Target], changes: dict[str, Any]) -> DataConfig:
     if run is None or run.config is None:
         return DataConfig(**{"tokenizer": own} | changes)
     if "source" in changes:
-        changes = {"tokenizer": own, "validation": None, "max_tokens": None} | changes
+        changes = {"validation": None, "max_tokens": None} | changes
+    if changes.keys() & {"source", "validation"}:
+        changes = {"tokenizer": own} | changes
     return replace(run.config.data, **changes)
 
 
@@ -78,9 +80,10 @@ def check_tokenizers(targets: Sequence[Target], corpus: Corpus) -> None:
                 f"cannot load the tokenizer of {target.path}: {one_line(error)[:200]}"
             ) from None
         if own != vocabulary:
+            advice = "; analyze it alone" if len(targets) > 1 else ""
             raise UserError(
                 f"{target.path} has another vocabulary than the text was cut into: models are "
-                "compared on the same tokens only; analyze it alone"
+                f"compared on the same tokens only{advice}"
             )
 
 

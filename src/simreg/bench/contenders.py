@@ -159,10 +159,12 @@ def _captured(variant: str) -> Prepare:
 
 def _sharded(variant: str) -> Prepare:
     def prepare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
-        options = Form(0.1, variant), shape.chunk, -100, None, None
+        form = Form(0.1, variant)
 
         def loss() -> Tensor:
-            found: Found = sharded(hidden, labels, None, None, *options, whole_rows=False)
+            found: Found = sharded(
+                hidden, labels, form=form, chunk_size=shape.chunk, whole_rows=False
+            )
             return found.loss.sum() / found.labelled.clamp_min(1)
 
         return _step(hidden, loss)

@@ -127,7 +127,7 @@ def _grid(options: BenchOptions, device: torch.device) -> list[Shape]:
     if options.rounds < measure.LEAST_ROUNDS:
         least = measure.LEAST_ROUNDS
         raise UserError(f"--rounds: expected {least} or more, got {options.rounds}")
-    if options.seconds < 0:
+    if not options.seconds >= 0:  # nor NaN
         raise UserError(f"--seconds: expected 0 or more, got {options.seconds:g}")
     for flag in ("chunks", "variants"):
         if not getattr(options, flag):
@@ -180,8 +180,21 @@ def check_writable(out: Path) -> None:
             raise UserError(f"--out {out}: expected the name of the JSON file, not of the figure")
         with tempfile.TemporaryFile(dir=out.parent):
             pass
+        if out.exists() and not _is_bench(out):
+            raise UserError(
+                f"there is a {out} that `simreg bench` did not write and would replace: give "
+                "another --out"
+            )
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there: {error.strerror}") from None
+
+
+def _is_bench(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"what", "records"} <= found.keys()
 
 
 def write(results: dict[str, Any], out: Path) -> bool:

@@ -12,8 +12,9 @@ from simreg.recipe import cache, data
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import LocalFile
 from simreg.recipe.folder import warn
-from simreg.recipe.sources import in_pieces, interleave, resolve
+from simreg.recipe.sources import Source, files_of, in_pieces, interleave, resolve
 
 CLOZE, BITS = "heldout-cloze", "heldout-bits"
 OFFLINE = (CLOZE, BITS)
@@ -114,7 +115,7 @@ def load(
     the runs' own corpus. UserError if there is neither, or if the runs have different corpora. Of
     two tasks, cloze items are left out where the text is too little for them.
     """
-    documents, source = _from_text(text) if text else _from_runs(subjects, corpus)
+    documents, source = _from_text(text, subjects) if text else _from_runs(subjects, corpus)
     if not documents:
         raise UserError("--text: no text in it" if text else "the held-out documents have no text")
     count = limit or ITEMS
@@ -143,12 +144,30 @@ def _first(documents: Sequence[str], characters: int) -> list[str]:
     return taken
 
 
-def _from_text(text: Sequence[str]) -> tuple[list[str], str]:
+def _from_text(text: Sequence[str], subjects: Sequence[Subject] = ()) -> tuple[list[str], str]:
     sources = resolve(list(text), "text", setting="--text")
+    _check_unseen(sources, subjects)
     if len(sources) == 1:  # of several nothing need be held out: they stay as they are
         sources = in_pieces(sources)
     documents = [document for document in interleave(sources) if document.strip()]
     return documents, f"text {cache.name([source.key for source in sources])[:12]}"
+
+
+def _check_unseen(sources: Sequence[Source], subjects: Sequence[Subject]) -> None:
+    """UserError for a file that a run was trained on, wherever it lies and whatever its name."""
+    files: dict[int, list[LocalFile]] = {}
+    for source in sources:
+        if isinstance(source, LocalFile):
+            files.setdefault(source.path.stat().st_size, []).append(source)
+    runs = [(s.name, s.config.data.source) for s in subjects if s.config is not None]
+    for name, spec in {str(spec): (name, spec) for name, spec in runs}.values():
+        for seen in files_of(spec):
+            alike = files.get(seen.path.stat().st_size, ())  # others need not be read
+            if found := next((file for file in alike if file.key == seen.key), None):
+                raise UserError(
+                    f"--text: {name} was trained on {found.path}: name text that no model has seen "
+                    "(without --text it is what the run itself held out)"
+                )
 
 
 def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list[str], str]:

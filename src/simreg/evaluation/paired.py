@@ -63,8 +63,8 @@ def difference(
 
     With `normalised`, tasks that have normalised scores count by these. Returns `{mean, low, high,
     bootstrap, seeds, items, clusters}`, or None without a common seed. `low`, `high`: 95 % limits
-    of Student's t, None from one seed if a task has a single cluster of items; `bootstrap`:
-    `[low, high]` of the percentile bootstrap, None where there is nothing to draw; `items` and
+    of Student's t, None from one seed if a task has a single cluster of items, and where all gaps
+    are equal; `bootstrap`: `[low, high]` of the percentile bootstrap, None likewise; `items` and
     their independent `clusters`: counts over tasks. ValueError if the arms were scored on other
     items.
     """
@@ -120,6 +120,8 @@ def _limits(gaps: Sequence[_Gaps]) -> tuple[float | None, float | None]:
     of_items, of_both = np.sum([task.variances() for task in gaps], axis=0) / len(gaps) ** 2
     of_seeds = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     variance = of_items if seeds == 1 else max(of_seeds, of_items, of_seeds + of_items - of_both)
+    if variance == 0:  # all alike: few that agree do not say that all would
+        return None, None
     kinds = [count for count in (seeds, fewest) if count > 1]
     half = stats.t.ppf(0.5 + CONFIDENCE / 2, min(kinds) - 1) * np.sqrt(variance)
     return float(by_seed.mean() - half), float(by_seed.mean() + half)
@@ -135,7 +137,7 @@ def _bootstrap(gaps: Sequence[_Gaps]) -> list[float] | None:
     total = np.sum([_resampled(task, draws, rng) for task in gaps], axis=0)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(total / len(gaps), [tail, 1 - tail])
-    return [float(low), float(high)]
+    return [float(low), float(high)] if low < high else None
 
 
 def _resampled(gaps: _Gaps, draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:

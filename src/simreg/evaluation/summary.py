@@ -178,22 +178,30 @@ def _row(
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
-    """For each arm but the reference, what is known of its average (or its one accuracy)."""
+    """For each arm but the reference, what is known of its average (or its one accuracy), or if
+    there is no accuracy of the first task."""
     found = []
     for arm, gaps in results["differences"].items():
-        gap, own = gaps.get(AVERAGE), results["arms"][arm]
-        if gap is None or own[AVERAGE] is None:
-            continue
+        own = results["arms"][arm]
+        first = next(iter(own["tasks"])) if own[AVERAGE] is None else AVERAGE
+        gap = gaps[first]
         if gap["score"] is None:
             found.append(f"{arm} shares no seed with {results['reference']}: not compared.")
+            continue
+        if own[AVERAGE] is None:
+            metric = own["tasks"][first]["metric"]
+            text = f"{metric.replace('_', ' ')} {_interval(gap['score'], metric)}"
+            sentence = f"{arm} on {first}: {text} against {results['reference']}"
+            found.append(f"{sentence}. {_seeds_and_items(gap['score'])}.{_diverged(results, arm)}")
             continue
         where = "on average over tasks"
         if own[AVERAGE]["tasks"] == 1:
             only = (task for task, each in own["tasks"].items() if each["metric"] in ACCURACIES)
             where = f"on {next(only)}"
-        sentence = f"{arm} {where}: accuracy {_points(gap['score'])} against {results['reference']}"
+        text = f"accuracy {_interval(gap['score'], 'acc')}"
+        sentence = f"{arm} {where}: {text} against {results['reference']}"
         if gap["normalised"] is not None:
-            sentence += f"; normalised, {_points(gap['normalised'])}"
+            sentence += f"; normalised, {_interval(gap['normalised'], 'acc')}"
         found.append(f"{sentence}. {_seeds_and_items(gap['score'])}.{_diverged(results, arm)}")
     return found
 
@@ -205,13 +213,17 @@ def _diverged(results: dict[str, Any], arm: str) -> str:
     return f" Without seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: a run diverged."
 
 
-def _points(gap: dict[str, Any]) -> str:
+def _interval(gap: dict[str, Any], metric: str) -> str:
     """`+1.2 points (95 % interval -0.3 to +2.6, which includes no difference)`."""
-    text = f"{100 * gap['mean']:+.1f} points"
-    if gap["low"] is None:
-        return f"{text} (interval not known)"
+    form, scale, unit = ("{:+.1f}", 100, " points") if metric in ACCURACIES else ("{:+.4f}", 1, "")
+    mean, low, high = (
+        None if gap[key] is None else form.format(scale * gap[key])
+        for key in ("mean", "low", "high")
+    )
+    if low is None:
+        return f"{mean}{unit} (interval not known)"
     none = ", which includes no difference" if gap["low"] <= 0 <= gap["high"] else ""
-    return f"{text} (95 % interval {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}{none})"
+    return f"{mean}{unit} (95 % interval {low} to {high}{none})"
 
 
 def _seeds_and_items(gap: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 from simreg.geometry.classes import Classes
 from simreg.geometry.sample import Sample, unit
 
+_LEAST = 3
+"""Classes that NC2 and NC3 take: of two, centred means are opposite and equal whatever they are."""
 PAIRS = 20_000
 """Pairs of classes that CDNV is estimated from, where there are more."""
 _TILE = 256
@@ -67,7 +69,7 @@ def cdnv(found: Classes, pairs: int = PAIRS, seed: int = 0) -> Estimate:
 def equinorm(found: Classes) -> float:
     """NC2, equal norms: the standard deviation of ‖m_c‖ over their mean (population)."""
     norms = found.centred.norm(dim=-1)
-    return float(norms.std(correction=0) / norms.mean()) if len(found) > 1 else math.nan
+    return float(norms.std(correction=0) / norms.mean()) if len(found) >= _LEAST else math.nan
 
 
 def equiangular(found: Classes) -> tuple[float, float]:
@@ -77,7 +79,7 @@ def equiangular(found: Classes) -> tuple[float, float]:
     ‖Σ u_c‖² − K and that of their squares ‖UᵀU‖²_F − K.
     """
     k = len(found)
-    if k < 2:
+    if k < _LEAST:
         return math.nan, math.nan
     u = unit(found.centred)
     own = u.square().sum(-1)
@@ -102,7 +104,7 @@ def duality_error(found: Classes, head: Tensor) -> float:
 def _structure_error(a: Tensor, b: Tensor) -> float:
     """√(2 − 2⟨A Bᵀ, E⟩ / ‖A Bᵀ‖_F), where E = (I − J/K)/√(K − 1) has norm 1; `b` is centred."""
     k = len(a)
-    if k < 2:
+    if k < _LEAST:
         return math.nan
     inner = float((a * b).sum()) / math.sqrt(k - 1)  # J adds nothing: the rows of b sum to 0
     norm = math.sqrt(float(((a.T @ a) * (b.T @ b)).sum()))

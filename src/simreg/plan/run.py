@@ -85,6 +85,8 @@ def _check_no_others(chosen: PlanOptions) -> None:
 
 def _report(chosen: PlanOptions, rate: dict[str, float]) -> Iterator[str]:
     job = _job(chosen)
+    if chosen.chunk == 1:
+        raise UserError("--chunk: expected 2 or more, a token alone is not compared")
     setting = Setting(chosen.variant, chosen.chunk)
     yield from _situation(job)
     yield ""
@@ -141,6 +143,11 @@ def _model(chosen: PlanOptions) -> Model:
         if number < 1:
             raise UserError(
                 f"--{flag}: expected a number of parameters, such as 8e9; got {number:g}"
+            )
+        if number < layers * hidden**2:  # less than a projection of the hidden states a layer
+            raise UserError(
+                f"--{flag}: {number:g} are too few for {layers} layers of width {hidden}: is an "
+                "exponent missing, as of 8e9?"
             )
     if active > params:
         raise UserError(f"--active-params: expected at most --params, got {active:g}")

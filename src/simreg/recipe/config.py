@@ -228,7 +228,7 @@ class SimRegConfig:
     """τ, the divisor of cosines."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Which of the three formulas (docs/loss.md)."""
-    chunk_size: Count | None = None
+    chunk_size: Annotated[Count, Field(ge=2)] | None = None
     """Compare only tokens in the same chunk of this many positions; None: the whole row."""
     push: NonNegative = PUSH
     """Weight, beside SimReg and times λ (so nothing at λ = 0), of a push between all tokens that
@@ -246,7 +246,7 @@ class SimRegConfig:
     schedule: ScheduleName = SCHEDULE
     """How λ changes over the run: not at all, up from 0 over the first `schedule_fraction` of the
     steps, down to 0 over the last, or 0 after it (docs/results.md, "Which defaults, and why?")."""
-    schedule_fraction: Fraction | None = None
+    schedule_fraction: Annotated[Fraction, Field(gt=0)] | None = None
     """Share of the steps that `schedule` speaks of; None: all of them for `decay`, half of them for
     the others."""
 

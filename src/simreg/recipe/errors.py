@@ -44,9 +44,9 @@ def _meant(root: Any, prefix: str, *path: str) -> str:
     if not is_dataclass(section):
         return ""
     own = {each.name: ".".join([*above, each.name]) for each in fields(section)}
-    known = dict(_leaves(root)) | own
-    for near in difflib.get_close_matches(name, known, 1):
-        return f"; did you mean {prefix}{known[near]}?"
+    for known in (own, dict(_leaves(root))):
+        for near in difflib.get_close_matches(name, known, 1):
+            return f"; did you mean {prefix}{known[near]}?"
     return f" (there are {', '.join(own)})"
 
 

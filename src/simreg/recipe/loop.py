@@ -133,8 +133,10 @@ class RunTrainer(SimRegTrainer):
         """Stop the run, naming what to do and the checkpoint that is left."""
         saved = checkpoints.found(self.folder.checkpoints)
         last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
-        advice = "lower optim.lr, lengthen optim.warmup or set optim.clip"
-        raise Diverged(f"{problem}; {last}; {advice}")
+        advice = ["lower optim.lr", "lengthen optim.warmup"]
+        advice += [] if self.config.optim.clip else ["set optim.clip"]
+        advice += ["lower simreg.weight"] if self.config.simreg.weight else []
+        raise Diverged(f"{problem}; {last}; {', '.join(advice[:-1])} or {advice[-1]}")
 
 
 class RunCallback(TrainerCallback):

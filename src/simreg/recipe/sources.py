@@ -77,6 +77,19 @@ def resolve(
     return sorted(sources.values(), key=lambda source: source.key)
 
 
+def files_of(spec: str | list[str]) -> list[LocalFile]:
+    """The files among the sources that `spec` names, none of them read; none if they are gone."""
+    items = [spec] if isinstance(spec, str) else spec
+    found: list[LocalFile] = []
+    for item in items:
+        with contextlib.suppress(UserError):
+            if item == STDLIB:
+                found += standard_library()
+            elif not item.startswith("hf:"):
+                found += [LocalFile(path) for path in _paths(item, "data.source")]
+    return found
+
+
 def in_pieces(sources: list[Source]) -> list[Source]:
     """Files of text, if they are all there is, in many pieces, so that some can be held out."""
     files = [source for source in sources if isinstance(source, LocalFile) and source.is_text]

@@ -42,7 +42,8 @@ def load_tokenizer(
     sep or bos token.
     Raises UserError for what cannot be used.
     """
-    if not spec.startswith("bpe:"):
+    mistaken = re.fullmatch(r"bpe(\W?\d+)?", spec) and not expanded(spec).exists()
+    if not (spec.startswith("bpe:") or mistaken):
         return _with_eos(_load(spec), spec)
     size = _parse_size(spec)
     name = hashlib.blake2b(f"{key} {size} {SAMPLE_BYTES}".encode()).hexdigest()[:32]

@@ -49,6 +49,7 @@ def train(
     """
     folder = RunFolder(config.out)
     with storage_errors(folder.root), quiet(), lost_contact(), assemble.governed(config):
+        models.of_run(config, vocab_size=1)  # a model that can't be is no other run's config
         arguments = assemble.training_arguments(config, folder.checkpoints)  # here processes meet
         result = from_main(lambda: folder.finished(config))
         if result is None:

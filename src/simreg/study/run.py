@@ -118,7 +118,7 @@ def redraw(
 ) -> dict[str, Any]:
     """Write results.json and the report of the runs that are finished, whoever trains the rest.
 
-    UserError if none is, or if the study's folder holds another one.
+    UserError if none is, or if the study's folder holds another one, or more finished runs of it.
     """
     console = console or Console(highlight=False)
     out = Path(study.out)
@@ -126,7 +126,7 @@ def redraw(
     if not out.is_dir():
         raise UserError(f"no study has begun in {out}: leave out {REPORT} to begin it")
     with plan.exclusive(out, console):
-        study = _settled(study)
+        study = _settled(study, dropping=False)
         cells, finished = study.cells(), _finished(study)
         if not finished:
             raise UserError(f"none of the {len(cells)} runs of the study in {out} is finished yet")
@@ -162,8 +162,9 @@ def _show(out: Path, found: dict[str, Any], console: Console) -> None:
     console.print(f"\nreport  {out / 'report.html'}\nresults {out / 'results.json'}")
 
 
-def _settled(study: Study) -> Study:
-    """The study with the size that its folder already has; UserError if the folder's is another."""
+def _settled(study: Study, *, dropping: bool = True) -> Study:
+    """The study with the size that its folder already has; UserError if the folder's is another, or
+    has finished runs that this one is not of, unless they may be dropped."""
     path = Path(study.out) / STUDY_FILE
     if not path.exists():
         return study
@@ -199,6 +200,11 @@ def _settled(study: Study) -> Study:
     planned = {cell.folder for cell in study.cells()}
     if dropped := [c.folder for c in stored.cells() if c.folder not in planned]:
         runs = f"{len(dropped)} runs, such as {dropped[0]}" if len(dropped) > 1 else dropped[0]
+        if not dropping and any(RunFolder(path.parent / name).result.exists() for name in dropped):
+            raise UserError(
+                f"the study in {study.out} is of {runs} too, and its report would be without: for "
+                f"all of it `simreg compare {path} --out {study.out} {REPORT}`"
+            )
         warn(f"the study in {study.out} has been of {runs} too: its results are without now")
     return study
 

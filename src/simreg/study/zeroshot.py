@@ -49,12 +49,27 @@ def main(options: EvalOptions) -> None:
         default = unused(default, command)
     out = expanded(options.out or default)
     run.prepare(out)
+    _check_fuller(out, options, found)
     results = run.evaluate(found, options, console, command=command)
     run.write(results, out, console)
     if options.out is None and (folder / "results.json").is_file():
         with plan.exclusive(folder, console):
             _redraw(study)
         console.print(f"report  {folder / 'report.html'}", soft_wrap=True)
+
+
+def _check_fuller(out: Path, options: EvalOptions, found: list[Subject]) -> None:
+    """UserError before scores of few items replace those of many, of the same models."""
+    earlier, models = _read(out / "results.json"), {(s.name, s.fingerprint()) for s in found}
+    if earlier is None or options.limit is None or _models(earlier) != models:
+        return
+    of_all = offline.ITEMS if earlier["suite"] == "offline" else None
+    had = earlier["limit"] or of_all
+    if had is None or had > options.limit:
+        raise UserError(
+            f"{out} has scores of the same models on {'all' if had is None else had} items of a "
+            f"task, which --limit {options.limit} would replace: raise it, or give --out"
+        )
 
 
 def _suite(options: EvalOptions) -> str:
