@@ -195,19 +195,22 @@ def test_the_result_is_of_the_last_step(make: Make) -> None:
 
 
 def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
-    with pytest.raises(UserError, match="no preset"):
-        train(make(model={"preset": "llama-tny"}))
+    with pytest.raises(UserError, match="there is no file"):
+        train(make(data={"source": "missing.txt"}))
     assert [path.name for path in Path(make().out).iterdir()] == [".lock"]
     config = Path(make().out) / "config.yaml"
     config.write_text(run_config.to_yaml(make()))  # by hand: it is not ours to remove
-    with pytest.raises(UserError, match="no preset"):
-        train(make(model={"preset": "llama-tny"}))
+    with pytest.raises(UserError, match="there is no file"):
+        train(make(data={"source": "missing.txt"}))
     assert config.exists()
     (Path(make().out) / "metrics.jsonl").touch()  # as where the device was full in step 1
     assert train(make())["steps"] == tiny.STEPS
 
 
 def test_a_model_that_cannot_be_is_said_before_another_run_is_found(make: Make) -> None:
+    with pytest.raises(UserError, match="no preset 'llama-3b'"):
+        train(make(model={"preset": "llama-3b"}))
+    assert not Path(make().out).exists()
     train(make())
     with pytest.raises(UserError, match="no preset 'llama-3b'"):
         train(make(model={"preset": "llama-3b"}))
