@@ -259,6 +259,10 @@ def test_scores_of_few_items_do_not_replace_those_of_many(trained, tmp_path, cap
     assert json.loads(path.read_text())["limit"] == 4
     path.write_text(json.dumps(json.loads(before) | {"limit": None}))
     assert cli.main(["eval", str(out), *flags, "999"]) == 2
+    other = json.loads(before)
+    other["models"][0]["fingerprint"] = "of other weights"
+    path.write_text(json.dumps(other))
+    assert cli.main(["eval", str(out), *flags, "4"]) == 0
 
 
 def test_other_text_does_not_pass_for_the_corpus(trained, tmp_path):
