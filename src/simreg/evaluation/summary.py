@@ -183,22 +183,19 @@ def sentences(results: dict[str, Any]) -> list[str]:
     found = []
     for arm, gaps in results["differences"].items():
         own = results["arms"][arm]
-        first = next(iter(own["tasks"])) if own[AVERAGE] is None else AVERAGE
-        gap = gaps[first]
+        said, metric, where = AVERAGE, "acc", "on average over tasks"
+        if own[AVERAGE] is None:
+            said, first = next(iter(own["tasks"].items()))
+            metric, where = first["metric"], f"on {said}"
+        elif own[AVERAGE]["tasks"] == 1:
+            only = (task for task, each in own["tasks"].items() if each["metric"] in ACCURACIES)
+            where = f"on {next(only)}"
+        gap = gaps[said]
         if gap["score"] is None:
             found.append(f"{arm} shares no seed with {results['reference']}: not compared.")
             continue
-        if own[AVERAGE] is None:
-            metric = own["tasks"][first]["metric"]
-            text = f"{metric.replace('_', ' ')} {_interval(gap['score'], metric)}"
-            sentence = f"{arm} on {first}: {text} against {results['reference']}"
-            found.append(f"{sentence}. {_seeds_and_items(gap['score'])}.{_diverged(results, arm)}")
-            continue
-        where = "on average over tasks"
-        if own[AVERAGE]["tasks"] == 1:
-            only = (task for task, each in own["tasks"].items() if each["metric"] in ACCURACIES)
-            where = f"on {next(only)}"
-        text = f"accuracy {_interval(gap['score'], 'acc')}"
+        name = "accuracy" if metric == "acc" else metric.replace("_", " ")
+        text = f"{name} {_interval(gap['score'], metric)}"
         sentence = f"{arm} {where}: {text} against {results['reference']}"
         if gap["normalised"] is not None:
             sentence += f"; normalised, {_interval(gap['normalised'], 'acc')}"

@@ -85,8 +85,6 @@ def _check_no_others(chosen: PlanOptions) -> None:
 
 def _report(chosen: PlanOptions, rate: dict[str, float]) -> Iterator[str]:
     job = _job(chosen)
-    if chosen.chunk == 1:
-        raise UserError("--chunk: expected 2 or more, a token alone is not compared")
     setting = Setting(chosen.variant, chosen.chunk)
     yield from _situation(job)
     yield ""
@@ -105,6 +103,8 @@ def _check_positive(chosen: PlanOptions, *names: str) -> None:
 
 def _job(chosen: PlanOptions) -> Job:
     _check_positive(chosen, "seq", "rows", "document", "gpus", "tp", "cp", "pp", "chunk")
+    if chosen.chunk == 1:
+        raise UserError("--chunk: expected 2 or more, a token alone is not compared")
     if chosen.gpus % (ranks := chosen.tp * chosen.cp * chosen.pp):
         raise UserError(f"--gpus: {chosen.gpus} is not a multiple of tp × cp × pp = {ranks}")
     if chosen.seq % chosen.cp:

@@ -240,7 +240,7 @@ class SimRegConfig:
     which counts once for each; without a value nowhere, as in a model of one layer."""
     depths_offset: Annotated[Whole, Field(ge=0)] = OFFSET
     """The label they are compared by there: 0, the next token, as in the final hidden states; 1,
-    the one after it, of a position in the same row (`scope: document`: document), and so on."""
+    that of the next position, if it is in the row (`scope: document`: document), and so on."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE
