@@ -65,7 +65,7 @@ def test_advice_is_the_widest_span_within_the_bound(variant: str, tp: int) -> No
 def test_the_variant_asked_for_is_advised_where_it_is_within_the_bound(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = "--model llama-8b --variant decoupled --tp 2 --gpus 2"
+    asked = "--model llama-8b --variant decoupled --tp 2 --gpus 2 --depths 0"
     advice = "of the step's time: decoupled, whole rows, shared by TP\n"
     assert advice in printed(asked, capsys)
     between = printed(f"{asked} --bound 0.0042", capsys)  # of 0.39 % and 0.45 %
@@ -73,7 +73,7 @@ def test_the_variant_asked_for_is_advised_where_it_is_within_the_bound(
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed("--model llama-8b --seq 32768 --gpus 64 --cp 4", capsys)
+    text = printed("--model llama-8b --seq 32768 --gpus 64 --cp 4 --depths 0", capsys)
     assert "64 GPUs = data 16 × tp 1 × cp 4 × pp 1" in text
     flops = re.search(r"FLOPs +(\S+) T +(\S+) T +(\S+) %", text)
     assert flops is not None
@@ -93,14 +93,16 @@ def test_one_is_not_many(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_report_where_nothing_is_within_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed("--model llama-8b --bound 1e-7", capsys)
+    text = printed("--model llama-8b --bound 1e-7 --depths 0", capsys)
     assert "no setting is within < 0.01 %" in text
     assert "out, chunks of 256: 0.01 %" in text
     assert not re.findall(r"^\*", text, re.M)
 
 
 def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed("--params 47e9 --active-params 13e9 --hidden 4096 --layers 32", capsys)
+    text = printed(
+        "--params 47e9 --active-params 13e9 --hidden 4096 --layers 32 --depths 0", capsys
+    )
     assert "47 G parameters, 13 G multiplied" in text
     share = float(re.search(r"FLOPs.* (\S+) %", text)[1])  # type: ignore[index]
     model = 6 * 13e9 + 6 * 32 * 4096 * 8192
@@ -108,7 +110,12 @@ def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
-    alone, both = (printed(f"--model llama-130m{more}", capsys) for more in ("", " --depths 1"))
+    model = "--model llama-130m"
+    alone, both = (printed(f"{model} --depths {number}", capsys) for number in (0, 1))
+    assert printed(model, capsys) == both  # as `simreg train` has it
+    assert "within the model" not in printed(f"{model} --gpus 2 --pp 2", capsys)
+    one = printed("--params 1e9 --hidden 4096 --layers 1", capsys)
+    assert "within the model" not in one
     assert "SimReg: out, whole rows; receives" in alone
     assert "SimReg: out, whole rows, and in 1 layer within the model; receives" in both
     times = [float(re.search(r"^time.* (\S+) %", text, re.M)[1]) for text in (alone, both)]  # type: ignore[index]

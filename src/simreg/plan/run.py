@@ -46,8 +46,9 @@ class PlanOptions:
     """Context parallelism."""
     pp: int = 1
     """Pipeline parallelism."""
-    depths: int = 0
-    """How many layers within the model have the loss too; not with pp."""
+    depths: int | None = None
+    """How many layers within the model have the loss too; default: one, as `simreg train` has it,
+    and none with pp, which cannot have it."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Of the loss."""
     chunk: int | None = None
@@ -110,9 +111,12 @@ def _job(chosen: PlanOptions) -> Job:
     if chosen.seq % chosen.cp:
         raise UserError(f"--seq: {chosen.seq} is not a multiple of --cp {chosen.cp}")
     model = _model(chosen)
-    if chosen.depths and chosen.pp > 1:
+    depths = chosen.depths
+    if depths is None:
+        depths = 1 if chosen.pp == 1 and model.layers > 1 else 0
+    if depths and chosen.pp > 1:
         raise UserError("--depths: layers within the model have the loss only without pp")
-    if not 0 <= chosen.depths < model.layers:
+    if not 0 <= depths < model.layers:
         raise UserError(f"--depths: expected 0 to {model.layers - 1} of the {model.layers} layers")
     if chosen.pp > model.layers:
         raise UserError(f"--pp: {chosen.pp} stages are more than the {model.layers} layers")
@@ -125,7 +129,7 @@ def _job(chosen: PlanOptions) -> Job:
         cp=chosen.cp,
         pp=chosen.pp,
         document=chosen.document,
-        within=chosen.depths,
+        within=depths,
     )
 
 
