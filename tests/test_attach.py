@@ -78,7 +78,7 @@ def test_layers_of_ones_own_model(checkpointing, wrapped):
     # What is called is the model, whatever it is part of (a LightningModule, say).
     reg = attach(
         nn.Sequential(model) if wrapped else model,
-        AtDepths(simreg, [0.5]),
+        AtDepths(simreg, [0.5], offset=0),
         module=norm,
         layers=blocks,
     )

@@ -8,13 +8,14 @@ from simreg import AtDepths, SimRegLoss, attach
 from simreg.capture import shift_left
 from simreg.objectives import Reads, Sum, labels_at, reads
 from simreg.parallel import ShardedSimRegLoss
+from simreg.recipe.config import SimRegConfig
 from tests.test_capture import batch, build
 from tests.test_reads import Keeps
 
 
 def test_losses_at_depths_add():
     own = SimRegLoss(weight=0.3)
-    at = AtDepths(own, [0.5, 0.25])
+    at = AtDepths(own, [0.5, 0.25], offset=0)
     assert reads(at) == Reads(depths=(0.5, 0.25))
     assert repr(at).startswith("AtDepths(\n  depths=[0.5, 0.25], offset=0\n")
     labels = torch.tensor([[1, 2, 1, 2, 3, -100]])
@@ -33,6 +34,11 @@ def test_losses_at_depths_add():
             ValueError, match=r"^earlier: expected hidden states at depths \[0.5, 0.25\], got \d "
         ):
             at(states[0], labels, earlier=wrong)
+
+
+def test_by_default_it_is_what_the_recipe_trains_with():
+    at, recipe = AtDepths(SimRegLoss()), SimRegConfig()
+    assert (list(at.reads.depths), at.offset) == (recipe.depths, recipe.depths_offset)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 2])
@@ -116,7 +122,7 @@ def test_of_a_model_the_middle_layer_is_regularized_too(beside, segments):
     model, own, other = build(), SimRegLoss(), Keeps(depths=(1.0,))
     ids, labels = batch()[:2]
     segments = segments and (torch.arange(ids.shape[1]) // 5).expand_as(ids)
-    at = AtDepths(own, [0.5])
+    at = AtDepths(own, [0.5], offset=0)
     reg = attach(model, Sum(at, other) if beside else at)
     model(input_ids=ids)
     loss = reg(labels, segments=segments)

@@ -10,9 +10,9 @@ from simreg.loss import SimRegLoss, is_number
 from simreg.objectives import Reads, labelled, labels_at, layer_at, moved
 
 DEPTHS = (0.5,)
-"""Where the recipe has it: in the middle (docs/results.md, "Which defaults, and why?")."""
+"""Where by default: in the middle (docs/results.md, "Which defaults, and why?")."""
 OFFSET = 1
-"""The label that the recipe compares tokens by there: of the token after the next."""
+"""By which label by default: of the token after the next."""
 
 
 def layers_within(depths: Sequence[float], layers: int) -> list[int]:
@@ -38,10 +38,10 @@ class AtDepths(nn.Module):
     Args:
         simreg: a `SimRegLoss`, or that compiled; not one whose sequences are spread over processes.
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
-            each of another layer.
+            each of another layer. Default: in the middle.
         offset: which label they are compared by: 0, that of the final hidden states, the next
-            token; 1, that of the position after it in the row and segment, the token after the
-            next, and so on.
+            token; 1, the default, that of the position after it in the row and segment, the
+            token after the next, and so on.
 
     The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere,
     over the same number of labels: those that have no later one count 0.
@@ -50,7 +50,9 @@ class AtDepths(nn.Module):
         ValueError: for anything else.
     """
 
-    def __init__(self, simreg: nn.Module, depths: Sequence[float], *, offset: int = 0) -> None:
+    def __init__(
+        self, simreg: nn.Module, depths: Sequence[float] = DEPTHS, *, offset: int = OFFSET
+    ) -> None:
         super().__init__()
         inner = getattr(simreg, "_orig_mod", simreg)
         if not isinstance(inner, SimRegLoss) or hasattr(inner, "group"):
