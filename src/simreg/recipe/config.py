@@ -202,7 +202,7 @@ class OptimConfig:
     """Peak learning rate."""
     warmup: Fraction = 0.3
     """Warm-up as a fraction of all steps. The default is long, since a short one handicaps plain
-    cross-entropy in short runs and flatters SimReg (docs/log.md)."""
+    cross-entropy in short runs and flatters SimReg (docs/results-no-bias.md)."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Cosine decay, or warm-up, stable, decay over the last fifth."""
     min_lr_ratio: Fraction = 0.1
