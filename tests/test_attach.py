@@ -113,6 +113,15 @@ def test_layers_that_are_none_are_refused():
         reg(torch.ones(1, 3, dtype=torch.long))
 
 
+def test_a_module_that_is_not_of_the_model_or_never_called_is_refused():
+    model = Deep(False)
+    for foreign in (nn.LayerNorm(8), "norm"):
+        with pytest.raises(ValueError, match="module: expected a submodule of the model, got"):
+            attach(model, SimRegLoss(), module=foreign)
+    with pytest.raises(ValueError, match="module: ModuleList is never called"):
+        attach(model, SimRegLoss(), module=model.parts["blocks"])
+
+
 @pytest.mark.parametrize("bad", [lambda x: {"x": x}, lambda x: x[0]])
 def test_output_that_is_no_hidden_state(bad):
     norm = nn.Module()

@@ -88,8 +88,10 @@ def attach(
             f"module: {type(objective).__name__} reads logits or the head, which are found only in "
             "a model with a get_decoder(); leave module out"
         )
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or all(module is not part for part in model.modules()):
         raise ValueError(f"module: expected a submodule of the model, got {module!r}")
+    if getattr(module.forward, "__func__", None) is nn.Module.forward:  # a ModuleList, say
+        raise ValueError(f"module: {type(module).__name__} is never called, name one that is")
     if module is find_head(unwrap(model)):
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
     if not wanted.depths:

@@ -60,13 +60,14 @@ def simreg_loss(
         labels: ``[B, L]`` or ``[T]`` int64, already shifted: the token that follows each position.
             ``ignore_index`` and negative labels are ignored. Kept for the backward pass, like
             ``hidden``: change neither in place before it.
-        temperature: τ, at least 1e-30.
+        temperature: τ, from 1e-30 to 1e30.
         variant: ``"out"``, ``"in"`` or ``"decoupled"``.
         push: ≥ 0, weight of the push beside the loss of the variant.
         push_above: cosine above which pairs are pushed apart, from -1 to 1.
         segments: shape of ``labels``, integer: tokens interact only within equal ids of a row
             (documents packed into it). Equal ids need not be contiguous.
-        chunk_size: tokens also interact only within chunks of so many positions of the row.
+        chunk_size: tokens also interact only within chunks of so many positions of the row, 2 or
+            more.
         ignore_index: the label that means "no label".
         reduction: ``"mean"`` divides the sum by the number of valid labels (as cross-entropy
             does, so tokens without a positive count as 0); ``"sum"``; ``"none"`` is per token.
@@ -265,10 +266,12 @@ def check_items(num_items: Tensor | float | None) -> None:
     if isinstance(num_items, Tensor):
         good = num_items.numel() == 1
     else:
-        good = num_items is None or (is_number(num_items) and num_items >= 0)
+        good = num_items is None or (is_number(num_items) and 0 <= num_items < math.inf)
     if not good:  # only then: a number that changes has no repr under torch.compile
         got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
-        raise ValueError(f"num_items: expected a number ≥ 0, or a tensor that holds one, got {got}")
+        raise ValueError(
+            f"num_items: expected a finite number ≥ 0, or a tensor with one, got {got}"
+        )
 
 
 def per_token(
@@ -338,8 +341,11 @@ def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
         raise ValueError(f"push: expected a finite number ≥ 0, got {push!r}")
     if not (is_number(push_above) and -1 <= push_above <= 1):
         raise ValueError(f"push_above: expected a number from -1 to 1, got {push_above!r}")
-    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-        raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 2):
+        raise ValueError(
+            "chunk_size: expected None or an int from 2, since a token alone is compared with "
+            f"nothing; got {chunk_size!r}"
+        )
     _check_backend(backend)
 
 

@@ -16,7 +16,7 @@ class Schedule:
     Args:
         name: "constant"; "warmup", up from 0 over the first `fraction` of the steps; "decay", down
             to 0 over the last; "stop", 0 after it.
-        fraction: in [0, 1]; None: 1 for "decay", else 0.5.
+        fraction: in (0, 1]; None: 1 for "decay", else 0.5.
 
     Raises:
         ValueError: another name or fraction.
@@ -31,8 +31,8 @@ class Schedule:
             raise ValueError(f"schedule: expected one of {names}, got {self.name!r}")
         fraction: Any = self.fraction
         number = isinstance(fraction, Real) and not isinstance(fraction, bool)
-        if not (fraction is None or (number and 0 <= fraction <= 1)):
-            raise ValueError(f"fraction: expected a number from 0 to 1, got {self.fraction!r}")
+        if not (fraction is None or (number and 0 < fraction <= 1)):
+            raise ValueError(f"fraction: expected a number above 0, up to 1; got {self.fraction!r}")
 
     @property
     def share(self) -> float:
@@ -45,7 +45,7 @@ class Schedule:
         """The share of λ, 0 to 1, when `done` (0 to 1) of the steps are done."""
         if self.name == "stop":
             return float(done < self.share)
-        if self.name == "constant" or self.share == 0:
+        if self.name == "constant":
             return 1.0
         passed = done if self.name == "warmup" else 1 - done
         return min(1.0, max(0.0, passed) / self.share)

@@ -57,10 +57,18 @@ PRINT = Theme(
 )
 
 
-def save(figure: "Figure", folder: Path, name: str) -> None:
-    """NAME.png and NAME.svg in `folder`, the same bytes whenever the figure is the same."""
+def save(figure: "Figure | None", folder: Path, name: str) -> bool:
+    """NAME.png and NAME.svg in `folder`, the same bytes whenever the figure is the same.
+
+    Without a figure those of an earlier one are removed. Returns whether there is one.
+    """
+    if figure is None:
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        return False
     from matplotlib import rc_context
 
     figure.savefig(folder / f"{name}.png", dpi=160)
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return True

@@ -125,7 +125,7 @@ def test_a_study_named_as_an_arm_is_that_study(study, monkeypatch, tmp_path):
     assert targets.study_of(str(study / "simreg" / "1" / "seed-2")) is None
     monkeypatch.setenv("HOME", str(study.parent))
     assert targets.study_of(f"~/{study.name}") == study
-    assert run._default_out(["x", f"mine=~/{study.name}"], "") == study / "geometry"
+    assert run._in_study(["x", f"mine=~/{study.name}"]) == study / "geometry"
     plan = tmp_path / "study.yaml"
     plan.write_text("reference: simreg")
     options = run.AnalyzeOptions([f"mine={tmp_path}"])

@@ -236,7 +236,7 @@ def test_whole_cache_need_not_be_writable(config, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
-    monkeypatch.setattr(cache, "_locked", forbidden)
+    monkeypatch.setattr(cache, "locked", forbidden)
     prepared(config)
 
 

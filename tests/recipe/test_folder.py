@@ -1,22 +1,26 @@
 """A run's folder: what is recalled, refused, kept, and said of a disk that does not take it."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import resource
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from simreg.recipe import checkpoints, models
+from simreg.recipe import checkpoints, models, outputs
 from simreg.recipe import config as run_config
-from simreg.recipe.config import with_overrides
+from simreg.recipe.config import RunConfig, with_overrides
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import Locked, UserError
-from simreg.recipe.folder import RunFolder, native_errors, storage_errors, unused
+from simreg.recipe.folder import RunFolder, native_errors, storage_errors
+from simreg.recipe.outputs import unused
 from simreg.recipe.train import train
 from tests.recipe import tiny
 from tests.recipe.tiny import Make
@@ -31,6 +35,22 @@ def test_finished_run_is_recalled_without_training(
     assert train(config) == result
     with pytest.raises(UserError, match=r"another config \(train\.seed is 0 there and 1 now\)"):
         train(with_overrides(config, {"train": {"seed": 1}}))
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_recalled(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    result = train(config)
+    seen, finished = [], RunFolder.finished
+
+    def unseen_at_first(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
+        seen.append(folder)
+        return None if len(seen) == 1 else finished(folder, config)
+
+    monkeypatch.setattr(RunFolder, "finished", unseen_at_first)
+    monkeypatch.setattr(models, "build", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert train(config) == result
 
 
 def test_second_process_is_refused(make: Make) -> None:
@@ -265,13 +285,34 @@ def test_without_weight_the_rest_of_simreg_may_differ(make: Make) -> None:
 def test_results_of_another_command_line_have_a_folder_of_their_own(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "eval"
     for command, name in (("a", "eval"), ("b", "eval-2"), ("c", "eval-3"), ("b", "eval-2")):
-        found = unused(folder, command)
-        assert found == folder.with_name(name)
-        found.mkdir(parents=True, exist_ok=True)
-        (found / "results.json").write_text(json.dumps({"command": command}))
+        with unused(folder, command) as found:
+            assert found == folder.with_name(name)
+            (found / "results.json").write_text(json.dumps({"command": command}))
     for text in ("[1]", "{", "{}", ""):
         (folder / "results.json").write_text(text)
-        assert unused(folder, "a").name == "eval-4"
+        with unused(folder, "a") as found:
+            assert found.name == "eval-4"
+
+
+def test_commands_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    with unused(tmp_path / "eval", "a") as first, unused(tmp_path / "eval", "b") as second:
+        assert [first.name, second.name] == ["eval", "eval-2"]
+    with unused(tmp_path / "eval", "b") as found:  # what failed has kept nothing
+        assert found.name == "eval"
+
+
+def test_results_that_come_while_a_folder_is_taken_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def late(path: Path) -> Iterator[bool]:
+        if path.parent.name == "eval":
+            (path.parent / "results.json").write_text('{"command": "a"}')
+        yield True
+
+    monkeypatch.setattr(outputs, "locked", late)
+    with unused(tmp_path / "eval", "b") as found:
+        assert found.name == "eval-2"
 
 
 def test_a_long_list_is_told_by_its_length(make: Make) -> None:

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,8 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, check_results, storage_errors, unused, warn
+from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
+from simreg.recipe.outputs import check_results, unused
 from simreg.recipe.progress import read_metrics
 
 
@@ -72,13 +74,16 @@ def main(options: AnalyzeOptions) -> None:
     """Run the command; UserError for what cannot be read or compared."""
     console = Console(highlight=False)
     command = shlex.join(["simreg", *sys.argv[1:]])
-    out = expanded(options.out) if options.out else _default_out(options.models, command)
-    check_results(out, "positive_rate", "simreg analyze")
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    results = analyze(options, console, command=command)
-    with storage_errors(out):
-        write(results, out)
+    with ExitStack() as until_done:
+        out = expanded(options.out) if options.out else _in_study(options.models)
+        if out is None:
+            out = until_done.enter_context(unused(Path("runs", "geometry"), command))
+        check_results(out, "positive_rate", "simreg analyze")
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        results = analyze(options, console, command=command)
+        with storage_errors(out):
+            write(results, out)
     summary.show(results, console)
     console.print(f"\nresults {out / 'results.json'}", soft_wrap=True)
 
@@ -183,10 +188,8 @@ def write(results: dict[str, Any], out: Path) -> None:
     write_atomically(out / "results.json", _lines(results))
     described = []
     for picture in figures.PICTURES:
-        if (figure := picture.draw(results)) is None:
-            continue
-        theme.save(figure, out, picture.name)
-        described.append(f"{picture.name}: {picture.title}. {picture.describe(results)}\n")
+        if theme.save(picture.draw(results), out, picture.name):
+            described.append(f"{picture.name}: {picture.title}. {picture.describe(results)}\n")
     write_atomically(out / "pictures.txt", "\n".join(described))
 
 
@@ -201,9 +204,9 @@ def _lines(results: dict[str, Any]) -> str:
     return "{" + ",\n".join([*fields, f'"models":[\n{models}\n]']) + "}\n"
 
 
-def _default_out(models: list[str], command: str) -> Path:
+def _in_study(models: list[str]) -> Path | None:
     studies = [study for name in models if (study := targets.study_of(name))]
-    return studies[0] / "geometry" if studies else unused(Path("runs", "geometry"), command)
+    return studies[0] / "geometry" if studies else None
 
 
 def _reference(options: AnalyzeOptions, found: list[Target]) -> str:

@@ -200,10 +200,7 @@ def _is_bench(path: Path) -> bool:
 def write(results: dict[str, Any], out: Path) -> bool:
     """The JSON file and, beside it, the figure; whether there is anything to draw."""
     _save(results, out)
-    figure = plots.figure(results["records"])
-    if figure is not None:
-        theme.save(figure, out.parent, out.stem)
-    return figure is not None
+    return theme.save(plots.figure(results["records"]), out.parent, out.stem)
 
 
 def _save(results: dict[str, Any], out: Path) -> None:

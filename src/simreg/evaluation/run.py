@@ -21,7 +21,8 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import check_results, storage_errors, unused
+from simreg.recipe.folder import storage_errors
+from simreg.recipe.outputs import check_results, unused
 
 SUITES = {"paper": harness.PAPER, "small": harness.SMALL, "offline": offline.OFFLINE}
 SCHEMA = 2
@@ -47,11 +48,15 @@ def main(options: EvalOptions) -> None:
     """Run the command; UserError for what cannot be evaluated."""
     console = Console(highlight=False)
     command = shlex.join(["simreg", *sys.argv[1:]])
-    out = expanded(options.out) if options.out else unused(Path("runs", "eval"), command)
-    prepare(out)
-    found = subjects.find(options.models)
-    results = evaluate(found, options, console, command=command)
-    write(results, out, console)
+    with contextlib.ExitStack() as until_done:
+        if options.out:
+            out = expanded(options.out)
+        else:
+            out = until_done.enter_context(unused(Path("runs", "eval"), command))
+        prepare(out)
+        found = subjects.find(options.models)
+        results = evaluate(found, options, console, command=command)
+        write(results, out, console)
 
 
 def prepare(out: Path) -> None:

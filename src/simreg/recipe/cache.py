@@ -1,17 +1,16 @@
 """Cache entries that are either whole or absent: crash-safe, and shared between processes."""
 
-import errno
-import fcntl
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from simreg.recipe.checkpoints import new_folder
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import NO_ROOM, UserError
+from simreg.recipe.locks import locked
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "entry.json"
@@ -37,7 +36,10 @@ def entry(
         return facts
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+        say = functools.partial(
+            _log.warning, "waiting for another process that is writing %s", folder
+        )
+        with locked(folder.with_suffix(".lock"), say):
             facts = stored(folder)  # another process may have made it meanwhile
             if facts is None:
                 if folder.exists():
@@ -50,7 +52,7 @@ def entry(
                     confirm()
             return facts
     except OSError as error:  # what the sources raise is a UserError already
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in NO_ROOM
         raise UserError(
             f"cannot write the cache in {folder.parent}: {error.strerror or error}; "
             f"{'free some space or ' if full else ''}set {setting} to another folder"
@@ -77,14 +79,3 @@ def stored(folder: Path) -> dict[str, Any] | None:
 def _measure(path: Path) -> list[Any]:
     size = path.stat().st_size
     return [size, hashlib.blake2b(path.read_bytes()).hexdigest()[:32] if size <= _HASHED else ""]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.warning("waiting for another process that is writing %s", path.with_suffix(""))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,12 +1,17 @@
 """What the user can fix: the command line prints the message in one line and exits with 2."""
 
 import difflib
+import errno
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:  # not needed for the loss
     from pydantic import ValidationError
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Error numbers of a full disk or quota."""
 
 
 class UserError(Exception):

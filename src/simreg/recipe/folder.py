@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import re
 import sys
@@ -15,8 +14,9 @@ from safetensors import SafetensorError
 from simreg.recipe import checkpoints
 from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig
-from simreg.recipe.errors import Diverged, Locked, UserError
+from simreg.recipe.errors import NO_ROOM, Diverged, Locked, UserError
 from simreg.recipe.files import expanded
+from simreg.recipe.locks import locked
 from simreg.recipe.processes import is_main_process
 
 STUDY_FILE = "study.yaml"  # in the folder of a study, which is none of a run
@@ -37,9 +37,8 @@ FREE_FIELDS = (
     "train.report_to",
     "train.timeout",
 )
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_STORAGE_ERRORS = NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_STORAGE_ERRORS |= {errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class RunFolder:
@@ -114,14 +113,12 @@ class RunFolder:
             yield
             return
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with locked(self.root / ".lock") as held:
+            if not held:
                 raise Locked(
                     f"another process is training in {self.root}: wait for it, or choose another "
                     "`out`"
-                ) from None
+                )
             self.check(config)
             self._keep_what_is_not_ours()
             checkpoints.sweep(self.checkpoints)
@@ -190,7 +187,7 @@ def storage_errors(root: Path) -> Iterator[None]:
         inside = path.is_relative_to(root) or (root.is_relative_to(path) and not path.exists())
         if error.errno not in _STORAGE_ERRORS and not (error.errno == errno.ENOENT and inside):
             raise
-        advice = "make room or choose" if error.errno in _NO_ROOM else "choose"
+        advice = "make room or choose" if error.errno in NO_ROOM else "choose"
         saved = "; the same command continues from the last checkpoint"
         raise UserError(
             f"cannot write {error.filename or f'in {root}'}: {error.strerror}; {advice} another "
@@ -220,38 +217,6 @@ def _has_checkpoints(root: Path) -> bool:
     with contextlib.suppress(OSError):
         return bool(checkpoints.found(RunFolder(root).checkpoints))
     return False
-
-
-def check_results(out: Path, key: str, writer: str) -> None:
-    """UserError before work whose `results.json` would replace one that another command wrote.
-
-    Args:
-        out: the folder.
-        key: what `results.json` of this command has and no other's.
-        writer: the command's name.
-    """
-    path = out / "results.json"
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, IsADirectoryError):
-            values = None
-        if not isinstance(values, dict) or key not in values:
-            raise UserError(
-                f"there is a {path} that `{writer}` did not write and would replace: give another "
-                "--out"
-            )
-
-
-def unused(default: Path, command: str) -> Path:
-    """`default`, or where another command line's `results.json` is in it, one with a number."""
-    folder, number = default, 2
-    while (folder / "results.json").exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((folder / "results.json").read_text("utf-8"))["command"] == command:
-                break
-        folder, number = default.with_name(f"{default.name}-{number}"), number + 1
-    return folder
 
 
 def warn(message: str) -> None:

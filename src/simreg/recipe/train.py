@@ -54,9 +54,11 @@ def train(
         result = from_main(lambda: folder.finished(config))
         if result is None:
             with folder.claimed(config):
-                corpus = corpus or prepare(config.data, progress=is_main_process())
-                result = _run(config, folder, arguments, corpus, on_step)
-        elif on_step is None and is_main_process():
+                result = from_main(lambda: folder.finished(config))  # by another, just now?
+                if result is None:
+                    corpus = corpus or prepare(config.data, progress=is_main_process())
+                    return _run(config, folder, arguments, corpus, on_step)
+        if on_step is None and is_main_process():
             print(f"{folder.root} holds the finished run of this config")
         return result
 

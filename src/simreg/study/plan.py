@@ -1,10 +1,10 @@
 """The plan of a study: arms × token budgets × seeds, as typed data from YAML or from flags."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import Positive, RunConfig, Whole, default_of
 from simreg.recipe.errors import UserError, describe
 from simreg.recipe.folder import STUDY_FILE
+from simreg.recipe.locks import locked
 from simreg.study import checks
 
 REFERENCE = "baseline"
@@ -198,17 +199,13 @@ def save(study: Study, path: str | Path) -> None:
 @contextlib.contextmanager
 def exclusive(out: Path, console: Console) -> Iterator[None]:
     """One process at a time settles the size of a study, times its steps, and ends it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write in the study folder {out}: {error.strerror}") from None
-    with file:
+    waiting = partial(console.print, "waiting for another process that measures or evaluates ...")
+    with contextlib.ExitStack() as until_done:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print("waiting for another process that measures or evaluates ...")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            out.mkdir(parents=True, exist_ok=True)
+            until_done.enter_context(locked(out / ".lock", waiting))
+        except OSError as error:
+            raise UserError(f"cannot write in the study folder {out}: {error.strerror}") from None
         yield
 
 

@@ -72,11 +72,7 @@ def write(out: Path, runs: list[Run], results: dict[str, Any]) -> None:
     write_atomically(out / "report.html", html(runs, results, geometry.load(out)))
     picture = Picture(runs, results)
     for name, draw in _FILES:
-        if (figure := draw(picture)) is not None:
-            theme.save(figure, out, name)
-            continue
-        for kind in ("png", "svg"):  # of an earlier plan
-            (out / f"{name}.{kind}").unlink(missing_ok=True)
+        theme.save(draw(picture), out, name)
 
 
 def html(runs: list[Run], results: dict[str, Any], analysis: dict[str, Any] | None = None) -> str:

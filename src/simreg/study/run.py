@@ -24,10 +24,10 @@ from simreg.recipe.folder import (
     FREE_FIELDS,
     STUDY_FILE,
     RunFolder,
-    check_results,
     storage_errors,
     warn,
 )
+from simreg.recipe.outputs import check_results
 from simreg.recipe.processes import world_size
 from simreg.recipe.progress import duration, log_line
 from simreg.study import plan, records, report, sizing, summary, zeroshot

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, unused, warn
+from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
+from simreg.recipe.outputs import unused
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.results import seeds_diverged
@@ -44,14 +46,14 @@ def main(options: EvalOptions) -> None:
     study, found = _study(folder)
     console = Console(highlight=False)
     command = shlex.join(["simreg", *sys.argv[1:]])
-    default = folder / FOLDER / _suite(options)
-    if options.tasks:  # a suite takes its own place, other tasks do not take that of the first
-        default = unused(default, command)
-    out = expanded(options.out or default)
-    run.prepare(out)
-    _check_fuller(out, options, found)
-    results = run.evaluate(found, options, console, command=command)
-    run.write(results, out, console)
+    with ExitStack() as until_done:
+        out = expanded(options.out or folder / FOLDER / _suite(options))
+        if options.tasks and options.out is None:  # those of others do not make way, as a suite's
+            out = until_done.enter_context(unused(out, command))
+        run.prepare(out)
+        _check_fuller(out, options, found)
+        results = run.evaluate(found, options, console, command=command)
+        run.write(results, out, console)
     if options.out is None and (folder / "results.json").is_file():
         with plan.exclusive(folder, console):
             _redraw(study)

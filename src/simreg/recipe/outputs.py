@@ -1,0 +1,61 @@
+"""The folder of what a command finds: no other command's results are replaced."""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import storage_errors
+from simreg.recipe.locks import locked
+
+
+def check_results(out: Path, key: str, writer: str) -> None:
+    """UserError before work whose `results.json` would replace one that another command wrote.
+
+    Args:
+        out: the folder.
+        key: what `results.json` of this command has and no other's.
+        writer: the command's name.
+    """
+    path = out / "results.json"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, IsADirectoryError):
+            values = None
+        if not isinstance(values, dict) or key not in values:
+            raise UserError(
+                f"there is a {path} that `{writer}` did not write and would replace: give another "
+                "--out"
+            )
+
+
+@contextlib.contextmanager
+def unused(default: Path, command: str) -> Iterator[Path]:
+    """`default`, made and held until the end; or one with a number, where it is another's.
+
+    Another's is a folder with `results.json` of another command line, or one that a command is
+    about to write its own into.
+    """
+    for number in itertools.count(1):
+        folder = default if number == 1 else default.with_name(f"{default.name}-{number}")
+        if _of_another(folder, command):
+            continue
+        with contextlib.ExitStack() as until_done:
+            with storage_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                held = until_done.enter_context(locked(folder / ".lock"))
+            if held and not _of_another(folder, command):  # nor has it become one meanwhile
+                yield folder
+                return
+
+
+def _of_another(folder: Path, command: str) -> bool:
+    if not (folder / "results.json").exists():
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        written = json.loads((folder / "results.json").read_text(encoding="utf-8"))["command"]
+        return bool(written != command)
+    return True
