@@ -89,7 +89,7 @@ def random_problem(seed: int, tile: int, device: str = "cpu") -> Problem:
     weights = torch.randn(shape, generator=generator) * 10.0 ** pick(-6, 0, 3)
     hidden = hidden.to(pick(torch.float32, torch.bfloat16, torch.float16))
     temperature, variant = pick(0.01, 0.05, 0.1, 1.0), VARIANTS[seed % len(VARIANTS)]
-    chunk_size = pick(None, None, None, max(1, length // 3), tile, tile + 3)
+    chunk_size = pick(None, None, None, max(2, length // 3), tile, tile + 3)
     form = Form(temperature, variant, pick(0.0, 3.0), clear_of_pairs(hidden))
     return Problem(
         hidden.to(device),

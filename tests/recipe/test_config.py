@@ -1,5 +1,7 @@
 """The run's config: validation, files, overrides."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import yaml
 from simreg import SimRegLoss
 from simreg.parallel import ShardedSimRegLoss
 from simreg.recipe import config
+from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
 from simreg.study import plan
 
@@ -24,6 +27,14 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(made), encoding="utf-8")
     assert config.load(path) == made
+
+
+@pytest.mark.parametrize("read", [config.load, config.recorded])
+def test_a_file_that_is_wrong_is_named(tmp_path: Path, read: Callable[[Path], RunConfig]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(RunConfig()).replace("beta1:", "beta_one:"))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: optim\.beta_one: there is no"):
+        read(path)
 
 
 @pytest.mark.parametrize(

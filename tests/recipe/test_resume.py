@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
-from simreg.recipe import checkpoints, loop
+from simreg.recipe import checkpoints, loop, progress
 from simreg.recipe.config import RunConfig, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder
+from simreg.recipe.loop import RunTrainer
+from simreg.recipe.probe import Probe
 from simreg.recipe.train import train
 from tests.processes import popen
 from tests.recipe import tiny
@@ -207,6 +210,32 @@ def test_training_seconds_are_carried_over(tmp_path: Path, text: Path) -> None:
     times = [line["seconds"] for line in lines]
     assert times == sorted(times)
     assert min(line["seconds"] for line in lines if line["step"] > 9) > seconds
+
+
+def test_training_seconds_are_those_of_training(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour passes in each evaluation, checkpoint and analysis, a second from one step on."""
+    passed, hours = [0.0], set[str]()
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: passed[0])
+
+    def slow(owner: type, name: str, seconds: float) -> None:
+        original = getattr(owner, name)
+
+        def later(*args: Any, **kwargs: Any) -> Any:
+            passed[0] += seconds
+            hours.add(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, later)
+
+    slow(Trainer, "_evaluate", 3600)
+    slow(RunTrainer, "_save_whole", 3600)
+    slow(Probe, "__call__", 3600)
+    slow(RunTrainer, "training_step", 1)
+    config = tiny.config(tmp_path, text, {"train": {"analyze_every": 5}})
+    assert train(config)["seconds"] == config.steps
+    assert len(hours) == 4
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, text: Path) -> None:

@@ -71,6 +71,20 @@ def test_a_changed_record_makes_a_document_of_this_repository_stale(tmp_path, ca
     assert "README.md" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_what_is_no_table_stays_to_the_byte(page, newline):
+    path = page("")
+    for end in ("", "\n\n"):
+        text = f"one\u2028two\x0cthree\x85\n{MARKED}last{end}".replace("\n", newline)
+        path.write_bytes(text.encode())
+        drawn = document.redraw(path).text
+        assert ROW in drawn.split(newline)
+        start, rest = drawn.split("<!-- table")
+        kept = [start, rest.split("/table -->")[1]]
+        assert kept == [text.split("<!-- table")[0], text.split("/table -->")[1]]
+        assert drawn.count("\n") == drawn.count(newline)
+
+
 def test_tables_are_drawn_between_markers_and_nothing_else_is_touched(page):
     path = page(f"# Head\nbefore\n{MARKED}\nbetween | words\n{MARKED}after\n")
     assert command.main([str(path)]) == 0

@@ -12,9 +12,8 @@ from simreg.recipe import cache, data
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import LocalFile
 from simreg.recipe.folder import warn
-from simreg.recipe.sources import Source, files_of, in_pieces, interleave, resolve
+from simreg.recipe.sources import Source, files_of, in_pieces, interleave, resolve, shared
 
 CLOZE, BITS = "heldout-cloze", "heldout-bits"
 OFFLINE = (CLOZE, BITS)
@@ -155,19 +154,13 @@ def _from_text(text: Sequence[str], subjects: Sequence[Subject] = ()) -> tuple[l
 
 def _check_unseen(sources: Sequence[Source], subjects: Sequence[Subject]) -> None:
     """UserError for a file that a run was trained on, wherever it lies and whatever its name."""
-    files: dict[int, list[LocalFile]] = {}
-    for source in sources:
-        if isinstance(source, LocalFile):
-            files.setdefault(source.path.stat().st_size, []).append(source)
     runs = [(s.name, s.config.data.source) for s in subjects if s.config is not None]
     for name, spec in {str(spec): (name, spec) for name, spec in runs}.values():
-        for seen in files_of(spec):
-            alike = files.get(seen.path.stat().st_size, ())  # others need not be read
-            if found := next((file for file in alike if file.key == seen.key), None):
-                raise UserError(
-                    f"--text: {name} was trained on {found.path}: name text that no model has seen "
-                    "(without --text it is what the run itself held out)"
-                )
+        if found := shared(sources, files_of(spec)):
+            raise UserError(
+                f"--text: {name} was trained on {found.path}: name text that no model has seen "
+                "(without --text it is what the run itself held out)"
+            )
 
 
 def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list[str], str]:

@@ -417,15 +417,19 @@ def load(path: str | Path) -> RunConfig:
     values = read_yaml(path)
     if {"base", "arms"} & values.keys():
         raise UserError(f"{path} is a study, of several runs: simreg compare {path}")
-    try:
-        return from_dict(values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return _of_file(path, values)
 
 
 def recorded(path: str | Path) -> RunConfig:
     """Read the YAML file of all fields that a run of this version or an older one wrote."""
-    return from_dict(merge(BEFORE, read_yaml(path)))
+    return _of_file(path, merge(BEFORE, read_yaml(path)))
+
+
+def _of_file(path: str | Path, values: dict[str, Any]) -> RunConfig:
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,7 +19,7 @@ from simreg.recipe import cache
 from simreg.recipe.config import DataConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import DOCUMENT, LocalFile, expanded
-from simreg.recipe.sources import Source, in_pieces, interleave, resolve
+from simreg.recipe.sources import Source, in_pieces, interleave, resolve, shared
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
 _LAYOUT = 4  # of the cache; a new number makes old entries invisible
@@ -144,7 +144,7 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
         validation = resolve(
             config.validation, config.text_field, split="validation", setting="data.validation"
         )
-        if {s.key for s in source} & {s.key for s in validation}:
+        if {s.key for s in source} & {s.key for s in validation} or shared(validation, source):
             raise UserError("data.validation and data.source share a file: the loss would be wrong")
     held_out = (
         _held_out(config.validation_fraction, seed_of_split)

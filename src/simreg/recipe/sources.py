@@ -6,12 +6,13 @@ which streams its documents. `interleave` mixes sources so that every prefix is 
 
 import contextlib
 import dataclasses
+import filecmp
 import glob
 import heapq
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -88,6 +89,21 @@ def files_of(spec: str | list[str]) -> list[LocalFile]:
             elif not item.startswith("hf:"):
                 found += [LocalFile(path) for path in _paths(item, "data.source")]
     return found
+
+
+def shared(sources: Iterable[Source], others: Iterable[Source]) -> LocalFile | None:
+    """A file of `sources` that is also, under whatever name, one of `others`."""
+    by_size: dict[int, list[Path]] = {}
+    for other in others:
+        if isinstance(other, LocalFile):
+            by_size.setdefault(other.path.stat().st_size, []).append(other.path)
+    for file in sources:
+        if not isinstance(file, LocalFile):
+            continue
+        alike = by_size.get(file.path.stat().st_size, ())  # others need not be read
+        if any(filecmp.cmp(file.path, path, shallow=False) for path in alike):
+            return file
+    return None
 
 
 def in_pieces(sources: list[Source]) -> list[Source]:

@@ -28,11 +28,12 @@ class Page:
 def redraw(path: Path) -> Page:
     """The page as it should be; UserError, in one line, for a marker that cannot be followed."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        page = path.read_bytes().decode()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    newline = "\r\n" if "\r\n" in page else "\n"
     root, kept, stale = _root(path), list[str](), list[str]()
-    rest = iter(enumerate(lines, 1))
+    rest = iter(enumerate(page.split(newline), 1))
     for number, line in rest:
         where = f"{path}:{number}"
         kept.append(line)
@@ -47,7 +48,7 @@ def redraw(path: Path) -> Page:
                 f"{where}: expected `<!-- table: KIND PATH ... -->`, or `<!-- /table -->` after "
                 "it, alone on the line"
             )
-    return Page("\n".join(kept) + "\n", stale)
+    return Page(newline.join(kept), stale)
 
 
 def _until_closed(rest: Iterable[tuple[int, str]], where: str) -> tuple[list[str], str]:
