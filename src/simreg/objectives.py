@@ -101,9 +101,9 @@ class Objective(Protocol):
     shifted (the label of a position is the token that follows it), -100 where ignored.
     ``segments`` is ``[B, L]`` int or None. The loss is *summed* over tokens and divided by
     ``num_items`` (a number or a scalar tensor; None: the valid labels of this call), the divisor of
-    cross-entropy, so that gradient accumulation and data parallelism stay exact (design: per-token
-    and additive). Returns the weighted scalar loss and a dict of detached scalar metrics: ``loss``,
-    the mean without the weight, and whatever else.
+    cross-entropy, so that gradient accumulation and data parallelism stay exact. Returns the
+    weighted scalar loss and a dict of detached scalar metrics: ``loss``, the mean without the
+    weight, and whatever else.
 
     An objective that needs more declares it in an attribute ``reads`` (a `Reads`) and gets it as
     keywords. One that owns parameters or buffers is an `nn.Module`. One whose loss of a row depends

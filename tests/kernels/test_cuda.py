@@ -30,7 +30,7 @@ def test_a_long_sequence_keeps_to_its_memory():
     before = torch.cuda.memory_allocated()
     simreg_loss(hidden, labels, backend="triton").backward()
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= 2 * hidden.numel() * 2 + 64 * 2**20  # design: twice hidden, and 64 MiB
+    assert extra <= 2 * hidden.numel() * 2 + 64 * 2**20  # twice hidden, and 64 MiB
 
 
 def test_captured_in_a_graph():

@@ -242,7 +242,7 @@ def test_extra_memory_is_within_budget(monkeypatch, variant, push, shape):
     hidden = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     labels = torch.empty(shape[:2], dtype=torch.int64, device="meta")
     form = Form(0.1, variant, push)
-    budget = 2 * hidden.numel() * 2 + 64 * 2**20  # design: twice hidden, and 64 MiB
+    budget = 2 * hidden.numel() * 2 + 64 * 2**20  # twice hidden, and 64 MiB
     with Peak() as forward:
         loss, _, _, *saved = triton.forward(hidden, labels, None, form)
     assert loss.shape == labels.shape

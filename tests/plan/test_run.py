@@ -65,7 +65,7 @@ def test_advice_is_the_widest_span_within_the_bound(variant: str, tp: int) -> No
 def test_the_variant_asked_for_is_advised_where_it_is_within_the_bound(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = "--model llama-8b --variant decoupled --tp 2 --gpus 2 --depths 0"
+    asked = "--model llama-8b --variant decoupled --tp 2 --gpus 2 --depths"
     advice = "of the step's time: decoupled, whole rows, shared by TP\n"
     assert advice in printed(asked, capsys)
     between = printed(f"{asked} --bound 0.0042", capsys)  # of 0.39 % and 0.45 %
@@ -73,7 +73,7 @@ def test_the_variant_asked_for_is_advised_where_it_is_within_the_bound(
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed("--model llama-8b --seq 32768 --gpus 64 --cp 4 --depths 0", capsys)
+    text = printed("--model llama-8b --seq 32768 --gpus 64 --cp 4 --depths", capsys)
     assert "64 GPUs = data 16 × tp 1 × cp 4 × pp 1" in text
     flops = re.search(r"FLOPs +(\S+) T +(\S+) T +(\S+) %", text)
     assert flops is not None
@@ -93,16 +93,14 @@ def test_one_is_not_many(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_report_where_nothing_is_within_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed("--model llama-8b --bound 1e-7 --depths 0", capsys)
+    text = printed("--model llama-8b --bound 1e-7 --depths", capsys)
     assert "no setting is within < 0.01 %" in text
     assert "out, chunks of 256: 0.01 %" in text
     assert not re.findall(r"^\*", text, re.M)
 
 
 def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(
-        "--params 47e9 --active-params 13e9 --hidden 4096 --layers 32 --depths 0", capsys
-    )
+    text = printed("--params 47e9 --active-params 13e9 --hidden 4096 --layers 32 --depths", capsys)
     assert "47 G parameters, 13 G multiplied" in text
     share = float(re.search(r"FLOPs.* (\S+) %", text)[1])  # type: ignore[index]
     model = 6 * 13e9 + 6 * 32 * 4096 * 8192
@@ -111,8 +109,9 @@ def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     model = "--model llama-130m"
-    alone, both = (printed(f"{model} --depths {number}", capsys) for number in (0, 1))
+    alone, both = (printed(f"{model} --depths {where}", capsys) for where in ("", "0.5"))
     assert printed(model, capsys) == both  # as `simreg train` has it
+    assert "in 2 layers within" in printed(f"{model} --depths 0.25 0.5", capsys)
     assert "within the model" not in printed(f"{model} --gpus 2 --pp 2", capsys)
     one = printed("--params 1e9 --hidden 4096 --layers 1", capsys)
     assert "within the model" not in one
@@ -126,9 +125,10 @@ def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         ("", "give --model"),
-        ("--model llama-8b --depths 1 --gpus 2 --pp 2", "--depths: layers within the model have"),
-        ("--model llama-8b --depths 32", "--depths: expected 0 to 31 of the 32 layers"),
-        ("--model llama-8b --depths -1", "--depths: expected 0 to 31 of the 32 layers"),
+        ("--model llama-8b --depths 0.5 --gpus 2 --pp 2", "--depths: layers within the model have"),
+        ("--model llama-8b --depths 1", "--depths: expected fractions between 0 and 1, got [1.0]"),
+        ("--model llama-8b --depths nan", "--depths: expected fractions between 0 and 1"),
+        ("--model llama-8b --depths 0.5 0.5", "--depths: [0.5, 0.5] are layers [16, 16] of 32"),
         ("--params 1e9 --hidden 64", "give --model"),
         ("--model gpt-9", "--model: no model 'gpt-9'; there are llama-tiny"),
         ("--model llama-8b --layers 3", "--model: give a preset, or"),

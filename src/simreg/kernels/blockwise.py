@@ -216,7 +216,7 @@ def backward(
     saved: tuple[Tensor, ...],
     form: Form,
 ) -> Tensor:
-    """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
+    """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]``."""
     index, _, lse, statistic = saved
     rows = Rows.of(hidden, describe(index, labels, segments))
     return rows.restore(_gradient(grad, rows, lse, statistic, form).to(hidden.dtype))

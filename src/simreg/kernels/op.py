@@ -131,7 +131,7 @@ def loss_backward(
     push_above: float,
     backend: str,
 ) -> Tensor:
-    """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
+    """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]``."""
     kernel = _kernel(choose(hidden, backend)[0])
     saved = (index, norm, lse, statistic)
     with plainly(hidden):

@@ -168,7 +168,7 @@ class Ends(NamedTuple):
 
 
 def ends(grad: Tensor, order: Order, lse: Tensor, statistic: Tensor, form: Form) -> Ends:
-    """From dL/dloss ``[B, L]`` in the order of the row (design §2)."""
+    """From dL/dloss ``[B, L]`` in the order of the row."""
     grad = grad.gather(1, order.position)
     weight = (grad / form.temperature).masked_fill(order.positives == 0, 0)
     hinge = form.push * grad / order.candidates.clamp_min(1) if form.push else None

@@ -206,7 +206,7 @@ def fold(ends: Ends, form: Form) -> Ends:
 def gradient(
     s: Tensor, tile: Tile, left: Ends, right: Ends, form: Form, e: Tensor | None = None
 ) -> Tensor:
-    """G = D + Dᵀ of design §2: the derivative by s_ij, through both of its ends.
+    """G = D + Dᵀ of `reference`: the derivative by s_ij, through both of its ends.
 
     Args:
         s: ``[B', rows, cols]``, which is changed.

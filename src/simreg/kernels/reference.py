@@ -1,4 +1,22 @@
-"""The definition of the loss as an L×L matrix: slow, hungry, and the truth for tests."""
+"""The definition of the loss as an L×L matrix: slow, hungry, and the truth for tests.
+
+All backends compute the gradient in closed form. In a row, with e_i = h_i / max(‖h_i‖, ε),
+s_ij = e_i·e_j / τ and w_i the gradient of the result by ℓ_i, that of w_i·ℓ_i by e_i·e_j is
+
+    out        D_ij = w_i/τ · (softmax_A(s_i)_j − [j ∈ P(i)] / |P(i)|)
+    in         D_ij = w_i/τ · (softmax_A(s_i)_j − softmax_P(s_i)_j)
+    decoupled  D_ij = w_i/τ · mean_P(σ_i) · softmax_N(s_i)_j    for j in N(i)
+               D_ij = −w_i/τ · σ_ij / |P(i)|                    for j in P(i)
+               where σ_ij = sigmoid(log Σ_N exp(s_in) − s_ij)
+    push       adds push · w_i · [e_i·e_j > push_above] / |A(i)|
+
+and 0, but for the push, where P(i) is empty. Each product is of two tokens, so with G = D + Dᵀ
+
+    dL/de_i = Σ_j G_ij e_j
+    dL/dh_i = (dL/de_i − (e_i·dL/de_i) e_i) / ‖h_i‖, below ε: dL/de_i / ε
+
+G is symmetric: one tile of S that is computed again serves both of its ends.
+"""
 
 from typing import NamedTuple
 
@@ -23,7 +41,7 @@ class Pairs(NamedTuple):
 
 
 def pairs(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Pairs:
-    """All pairs of a row's tokens (design §2)."""
+    """All pairs of a row's tokens."""
     valid = labels >= 0
     h = hidden.masked_fill(~valid[..., None], 0)
     h = h if h.dtype == torch.float64 else h.float()
@@ -97,7 +115,7 @@ def backward(
     saved: tuple[Tensor, ...],
     form: Form,
 ) -> Tensor:
-    """dL/dhidden from dL/dloss ``[B, L]``: the closed form of design §2, D pair by pair."""
+    """dL/dhidden from dL/dloss ``[B, L]``: the closed form, D pair by pair."""
     e, norm, cos, candidate, positive, negative = pairs(hidden, labels, segments)
     s = cos / form.temperature
     count = positive.sum(-1, keepdim=True)

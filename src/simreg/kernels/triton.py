@@ -2,12 +2,12 @@
 
 - Forward: tiles on and above the diagonal of S, each for its rows and its columns. What a tile adds
   to a token goes into a slot of its own; slots are merged in order.
-- Backward: tiles of G = D + Dᵀ (design §2), rounded to the dtype of hidden as M; then dH = M·H.
+- Backward: tiles of G = D + Dᵀ (`reference`), rounded to the dtype of hidden as M; then dH = M·H.
   Where the M of a whole row fits, a tile serves both sides here too; else it comes in panels.
 
 Tiles that hold no pair of one segment are neither computed nor multiplied. Extra memory besides the
 gradient: per-token statistics, slots (at most SLOTS), and M, for which with all that comes with it
-there are the size of `hidden` and SCRATCH (design §5).
+there are the size of `hidden` and SCRATCH.
 """
 
 from collections.abc import Iterator
@@ -254,7 +254,7 @@ def backward(
     saved: tuple[Tensor, ...],
     form: Form,
 ) -> Tensor:
-    """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]`` (design §2)."""
+    """dL/dhidden ``[B, L, d]`` in the dtype of hidden, from dL/dloss ``[B, L]``."""
     index, inverse, lse, statistic = saved
     problem = Problem(hidden, labels, segments, index, inverse)
     stacked = problem.per_token(5 if form.push else 4)

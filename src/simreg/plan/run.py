@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from simreg.depths import DEPTHS, layers_within
 from simreg.plan import costs, models
 from simreg.plan.advice import Option, options, within
 from simreg.plan.costs import Job, Setting
@@ -46,9 +47,9 @@ class PlanOptions:
     """Context parallelism."""
     pp: int = 1
     """Pipeline parallelism."""
-    depths: int | None = None
-    """How many layers within the model have the loss too; default: one, as `simreg train` has it,
-    and none with pp, which cannot have it."""
+    depths: list[float] | None = None
+    """Where else in the model the loss is, as fractions of its depth; without a value
+    nowhere. Default: in the middle, as `simreg train` has it, but with pp, which cannot."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Of the loss."""
     chunk: int | None = None
@@ -113,11 +114,15 @@ def _job(chosen: PlanOptions) -> Job:
     model = _model(chosen)
     depths = chosen.depths
     if depths is None:
-        depths = 1 if chosen.pp == 1 and model.layers > 1 else 0
+        depths = list(DEPTHS) if chosen.pp == 1 and model.layers > 1 else []
     if depths and chosen.pp > 1:
         raise UserError("--depths: layers within the model have the loss only without pp")
-    if not 0 <= depths < model.layers:
-        raise UserError(f"--depths: expected 0 to {model.layers - 1} of the {model.layers} layers")
+    if not all(0 < depth < 1 for depth in depths):
+        raise UserError(f"--depths: expected fractions between 0 and 1, got {depths}")
+    try:
+        layers_within(depths, model.layers)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     if chosen.pp > model.layers:
         raise UserError(f"--pp: {chosen.pp} stages are more than the {model.layers} layers")
     return Job(
@@ -129,7 +134,7 @@ def _job(chosen: PlanOptions) -> Job:
         cp=chosen.cp,
         pp=chosen.pp,
         document=chosen.document,
-        within=depths,
+        within=len(depths),
     )
 
 
