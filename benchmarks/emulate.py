@@ -122,11 +122,8 @@ def main() -> None:
     results = {
         "what": "ratio of the error of mean cosines, on the GPU and emulated, where one is above 2",
         "problems": problems,
-        "command": " ".join(sys.argv),
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
     }
-    OUT.write_text(json.dumps(results, indent=1) + "\n")
+    provenance.write(OUT, results)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Gradients are multiplied by ‖h‖, so that no token counts more for being shor
 """
 
 import argparse
-import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -192,6 +191,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.backend == "summed" and device != "cpu":
         parser.error("summed: on the CPU only")
+    name = f"fuzz-{options.backend}-{device}.json"
+    out = provenance.check_writable(options.out or RESULTS / name)
     tile = SMALL if device == "cpu" else 128
     seeds = range(options.first, options.first + options.count)
 
@@ -219,12 +220,8 @@ def main() -> None:
         "worst": {name: {"ratio": value, "problem": text} for name, (value, text) in worst.items()},
         "failed": failed,
         "seconds": time.time() - began,
-        "command": " ".join(sys.argv),
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
     }
-    out = options.out or RESULTS / f"fuzz-{options.backend}-{device}.json"
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    provenance.write(out, results)
     print(f"{len(failed)} of {checked} failed; written to {out}")
     sys.exit(bool(failed))
 

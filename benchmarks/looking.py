@@ -7,10 +7,7 @@ documents, the weights are random: neither changes the work.
 """
 
 import contextlib
-import json
-import shlex
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +43,8 @@ class Options:
 
 def main(options: Options) -> None:
     run = config.from_dict(parse_assignments(options.set, "--set") if options.set else {})
+    preset, device = run.model.preset, assemble.device().type
+    out = provenance.check_writable(options.out or RESULTS / f"looking-{preset}-{device}.json")
     corpus = data.prepare(run.data)
     stepper = Stepper(run, corpus, WARM_UP + options.rounds)
     look = looker(stepper, Probe(corpus.validation))
@@ -65,13 +64,8 @@ def main(options: Options) -> None:
         "rounds": options.rounds,
         "threads": torch.get_num_threads(),
         "config": config.to_dict(run),
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
     }
-    preset, device = run.model.preset, assemble.device().type
-    out = options.out or RESULTS / f"looking-{preset}-{device}.json"
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    provenance.write(out, results)
     share = look_s / (EVERY * step_s)
     print(
         f"{preset}: step {step_s:.3f} s, look {look_s:.3f} s: {share:.1%} at every {EVERY}th step"

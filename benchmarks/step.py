@@ -6,9 +6,6 @@
 Forward, backward, clipping and AdamW, on the standard library's text.
 """
 
-import json
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,20 +36,17 @@ class Options:
 def main(options: Options) -> None:
     with_loss = config.from_dict(parse_assignments(options.set, "--set") if options.set else {})
     without = config.with_overrides(with_loss, {"simreg": {"weight": 0}})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    preset = with_loss.model.preset
+    out = provenance.check_writable(options.out or RESULTS / f"step-{preset}-{device}.json")
     corpus = data.prepare(with_loss.data)
     measured = step_time_ratio(without, with_loss, corpus, options.pairs, options.seconds)
     results = {
         "what": "time of a training step with SimReg over one without, median over pairs",
         **measured,
         "config": config.to_dict(with_loss),
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    preset = with_loss.model.preset
-    out = options.out or RESULTS / f"step-{preset}-{device}.json"
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    provenance.write(out, results)
     low, high = measured["ratio_quartiles"]
     print(f"{preset}: × {measured['ratio']:.3f} ({low:.3f} to {high:.3f}); written to {out}")
 

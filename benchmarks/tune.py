@@ -9,11 +9,8 @@ what each kernel takes of it; fastest last.
 """
 
 import itertools
-import json
 import os
-import shlex
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -105,6 +102,7 @@ def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
 
 
 def main(options: Options) -> None:
+    provenance.check_writable(options.out)
     default = triton.blocks(getattr(torch, options.dtype), CUDA)
     shapes = problem.shapes(options.shapes, options.tokens, [options.dtype], [None])
     choices = list(dict.fromkeys(candidates(default)))
@@ -125,14 +123,7 @@ def main(options: Options) -> None:
             print(f"  {1e3 * medians[name]:8.2f} ms  {name}  {', '.join(parts)}")
         record = {"shape": str(shape), "median_s": medians, "kernel_s": kernels}
         records.append(record | {"failed": times.failed | failed})
-    results = {
-        "default": default._asdict(),
-        "records": records,
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": provenance.machine(),
-        "versions": provenance.versions(),
-    }
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+        provenance.write(options.out, {"default": default._asdict(), "records": records})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def pairing(seed: int | None) -> int:
     return NO_SEED if seed is None else seed
 
 
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def t_interval(values: Sequence[float]) -> Interval:
     """Mean and two-sided Student-t interval; no limits from fewer than two values."""
     x = np.asarray(values, dtype=float)
     n = len(x)
@@ -36,7 +36,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     mean = float(x.mean())
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 

@@ -208,7 +208,7 @@ def _correlation(models: list[Model], group: str, metric: str) -> dict[str, Any]
     if len(points) < 4 or margins.std() == 0 or losses.std() == 0:
         return empty
     pearson = stats.pearsonr(margins, losses)
-    limits = pearson.confidence_interval(0.95)
+    limits = pearson.confidence_interval(CONFIDENCE)
     rho = float(stats.spearmanr(margins, losses).statistic)
     low: float | None = float(limits.low)
     high: float | None = float(limits.high)

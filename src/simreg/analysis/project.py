@@ -14,13 +14,13 @@ EACH = 60
 """Tokens of a label, at most."""
 
 
-def choose(labels: Tensor, decile: Tensor, name: Callable[[int], str], count: int = 6) -> list[int]:
-    """Labels to show: of evenly spread deciles, the most frequent of each in the sample.
+def choose(labels: Tensor, decile: Tensor, name: Callable[[int], str]) -> list[int]:
+    """Six labels to show: of evenly spread deciles, the most frequent of each in the sample.
 
     Only those whose `name` can be printed: a byte of a longer character says nothing.
     """
     chosen: list[int] = []
-    for i in torch.linspace(0, 9, count).round().long().tolist():
+    for i in torch.linspace(0, 9, 6).round().long().tolist():
         own = labels[decile == i]
         ids, counts = torch.unique(own, return_counts=True)
         order = ids[counts.argsort(descending=True, stable=True)].tolist()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from simreg.baselines import terms
 from simreg.baselines.rival import Rival
 from simreg.kernels.order import Form
-from simreg.loss import check_options, simreg_loss
+from simreg.loss import TEMPERATURE, WEIGHT, check_options, simreg_loss
 from simreg.objectives import Reads, labels_at
 
 CENTRES = ("none", "row", "batch")
@@ -42,8 +42,8 @@ class SimRegVariant(Rival):
 
     def __init__(
         self,
-        weight: float = 0.3,
-        temperature: float = 0.1,
+        weight: float = WEIGHT,
+        temperature: float = TEMPERATURE,
         variant: str = "out",
         chunk_size: int | None = None,
         *,

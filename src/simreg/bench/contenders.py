@@ -14,7 +14,7 @@ from simreg.bench.problem import Shape, rows
 from simreg.bench.recompute import chunked_recompute, pairs_at_a_time
 from simreg.kernels.order import Form
 from simreg.kernels.reference import reference
-from simreg.loss import BACKENDS
+from simreg.loss import BACKENDS, TEMPERATURE
 from simreg.parallel.loss import Found
 from simreg.parallel.loss import per_token as sharded
 
@@ -54,7 +54,12 @@ class Contender:
     @property
     def title(self) -> str:
         """Name and, unless it is the default, variant."""
-        return self.name if self.variant in (None, "out") else f"{self.name} ({self.variant})"
+        return titled(self.name, self.variant)
+
+
+def titled(name: str, variant: str | None) -> str:
+    """Of a contender: its name and, unless it is the default, the variant."""
+    return name if variant in (None, "out") else f"{name} ({variant})"
 
 
 def contenders(device: torch.device, variants: Sequence[str] = ("out",)) -> list[Contender]:
@@ -159,7 +164,7 @@ def _captured(variant: str) -> Prepare:
 
 def _sharded(variant: str) -> Prepare:
     def prepare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
-        form = Form(0.1, variant)
+        form = Form(TEMPERATURE, variant)
 
         def loss() -> Tensor:
             found: Found = sharded(
@@ -174,7 +179,7 @@ def _sharded(variant: str) -> Prepare:
 
 def _textbook(hidden: Tensor, labels: Tensor, variant: str) -> Tensor:
     """The L×L definition under autograd, as one would first write it."""
-    loss, _, _ = reference(hidden, labels, None, Form(0.1, variant))
+    loss, _, _ = reference(hidden, labels, None, Form(TEMPERATURE, variant))
     return loss.sum() / (labels >= 0).sum().clamp_min(1)
 
 
@@ -204,7 +209,7 @@ def _metric_learning(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
     from pytorch_metric_learning.losses import SupConLoss
     from pytorch_metric_learning.reducers import SumReducer
 
-    supcon = SupConLoss(temperature=0.1, reducer=SumReducer())
+    supcon = SupConLoss(temperature=TEMPERATURE, reducer=SumReducer())
     count = (labels >= 0).sum().clamp_min(1)
     ignored = bool((labels < 0).any())
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from simreg.kernels.reference import EPS
+from simreg.loss import TEMPERATURE
 
 CPU_PAIRS, ACCELERATOR_PAIRS = 2**20, 2**25
 """Similarities held at a time: on the CPU what was fastest of 2^16 to 2^22."""
@@ -16,9 +17,7 @@ def pairs_at_a_time(device: torch.device) -> int:
     return CPU_PAIRS if device.type == "cpu" else ACCELERATOR_PAIRS
 
 
-def chunked_recompute(
-    hidden: Tensor, labels: Tensor, temperature: float = 0.1, pairs: int | None = None
-) -> Tensor:
+def chunked_recompute(hidden: Tensor, labels: Tensor, pairs: int | None = None) -> Tensor:
     """The "out" loss, a chunk of the rows of S at a time; backward computes each chunk again.
 
     Products are in the dtype of `hidden`, as under autocast (in bfloat16 that rounds s, which the
@@ -27,7 +26,6 @@ def chunked_recompute(
     Args:
         hidden: ``[B, L, d]``.
         labels: ``[B, L]``, negative where ignored.
-        temperature: τ > 0.
         pairs: similarities held at a time; None: what suits the device.
 
     Returns:
@@ -51,7 +49,7 @@ def chunked_recompute(
                 e_group,
                 y_group,
                 k * step,
-                temperature,
+                TEMPERATURE,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )

@@ -6,6 +6,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from simreg.bench.contenders import titled
+
 DASH = "–"
 
 
@@ -30,8 +32,7 @@ def table(title: str, records: Sequence[dict[str, Any]]) -> Table:
 
 def name(record: dict[str, Any]) -> str:
     """Of the contender, and of its variant unless that is the default."""
-    plain = record["variant"] in (None, "out")
-    return record["name"] if plain else f"{record['name']} ({record['variant']})"
+    return titled(record["name"], record["variant"])
 
 
 def _cells(record: dict[str, Any]) -> list[str]:

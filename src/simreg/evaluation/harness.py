@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simreg.evaluation.local import Local
-from simreg.evaluation.outcome import Outcome
+from simreg.evaluation.outcome import ACCURACIES, Outcome
 from simreg.evaluation.scoring import Scorer
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded, one_line
@@ -34,7 +34,6 @@ _FOLDERS = {
     "lambada_openai": "lambada",
 }
 _FEWSHOT_SEED = 1234  # the harness's default
-_PRIMARY = ("acc", "exact_match")
 
 
 @dataclass
@@ -97,7 +96,7 @@ def _outcome(name: str, found: dict[str, Any]) -> Outcome:
     }
     if not metrics:
         raise UserError(f"the harness gives no number for each item of {name}: leave the task out")
-    primary = next((metric for metric in _PRIMARY if metric in metrics), next(iter(metrics)))
+    primary = next((metric for metric in ACCURACIES if metric in metrics), next(iter(metrics)))
     normalised = metrics.get("acc_norm") if primary == "acc" else None
     extra = {}
     if len(found["results"]) == 1:  # of a whole task only, such as perplexity

@@ -7,6 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+ACCURACIES = ("acc", "exact_match")
+"""Metrics that are shares of items, said in per cent."""
+
+
+def unit(metric: str) -> str:
+    """What stands behind a task's name in a table: nothing for plain accuracy."""
+    return "" if metric == "acc" else f" ({metric.replace('_', ' ')})"
+
 
 @dataclass(frozen=True)
 class Outcome:

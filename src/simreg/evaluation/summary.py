@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from simreg.evaluation import paired
-from simreg.evaluation.outcome import Outcome
+from simreg.evaluation.outcome import ACCURACIES, Outcome, unit
 from simreg.evaluation.subjects import Subject
 from simreg.intervals import NO_SEED, pairing
 
 Outcomes = dict[tuple[str, str], Outcome]
 """(name of the model, task) -> outcome"""
-ACCURACIES = ("acc", "exact_match")
 AVERAGE = "average"
 
 
@@ -165,9 +164,8 @@ def _row(
     spread = cell.get("sd") if len(cell.get("seeds", ())) > 1 else cell.get("stderr")
     if spread is not None:
         score += f" ± {value(metric, spread)}"
-    unit = "" if metric == "acc" else f" ({metric.replace('_', ' ')})"
     return [
-        task + unit if first else "",
+        task + unit(metric) if first else "",
         f"{cell['n']:,}" if first and "n" in cell else "",
         arm,
         score,

@@ -3,9 +3,13 @@
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 
 import simreg
+from simreg.recipe.checkpoints import write_atomically
 
 _MODEL_FILES = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
 
@@ -76,3 +81,17 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def check_writable(out: Path) -> Path:
+    """`out`, whose folder is made; OSError before a measurement that could not be written there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):
+        return out
+
+
+def write(out: Path, measured: dict[str, Any]) -> None:
+    """A benchmark's record: what a script measured, its command line, machine and versions."""
+    command = shlex.join(["python", *sys.argv])
+    record = {**measured, "command": command, "machine": machine(), "versions": versions()}
+    write_atomically(out, json.dumps(record, indent=1) + "\n")

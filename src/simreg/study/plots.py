@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from simreg.evaluation.outcome import ACCURACIES
 from simreg.study.picture import Picture
 from simreg.study.records import Run
 from simreg.study.summary import bound, count, fewer, saving_cell
@@ -332,4 +333,4 @@ def _accuracy_gap(gaps: dict[str, Any], task: str, kind: str) -> dict[str, Any] 
 
 
 def _is_accuracy(arm: dict[str, Any], task: str) -> bool:
-    return bool(arm["tasks"][task]["metric"] in ("acc", "exact_match"))
+    return bool(arm["tasks"][task]["metric"] in ACCURACIES)

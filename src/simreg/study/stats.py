@@ -93,9 +93,7 @@ def interpolate(tokens: Sequence[float], ce: Sequence[float], at: float) -> floa
     return float(np.interp(np.log(at), np.log(x), y))
 
 
-def bootstrap_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, resamples: int = 9999
-) -> tuple[float, float] | None:
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Percentile bootstrap limits of the mean (seeded); None from fewer than two values.
 
     With few seeds it is narrower than it should be: read it beside the t interval, not instead.
@@ -106,8 +104,7 @@ def bootstrap_interval(
     limits = stats.bootstrap(
         (x,),
         np.mean,
-        n_resamples=resamples,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval

@@ -5,6 +5,7 @@ from typing import Any
 from simreg.analysis import summary as described
 from simreg.evaluation import run as evaluation
 from simreg.evaluation import summary as scores
+from simreg.evaluation.outcome import unit
 from simreg.recipe.errors import UserError
 from simreg.study import geometry as analysed
 from simreg.study.tables import markdown
@@ -33,11 +34,10 @@ def _task(found: dict[str, Any], task: str) -> list[str] | None:
     cells = [own[task] if whole else own["tasks"][task] for own in found["arms"].values()]
     if whole and (cells[0] is None or cells[0]["tasks"] < 2):
         return None
-    metric = cells[0].get("metric", scores.ACCURACIES[0])
-    unit = "" if metric in scores.ACCURACIES else f" ({metric.replace('_', ' ')})"
+    metric = cells[0].get("metric", "acc")
     gaps = [scores.difference(metric, own[task]["score"]) for own in found["differences"].values()]
     return [
-        f"{task}{unit}",
+        task + unit(metric),
         f"{cells[0]['n']:,}" if "n" in cells[0] else "",
         *(scores.value(metric, cell["score"]) for cell in cells),
         *(markdown.minus(gap) for gap in gaps),
