@@ -111,6 +111,8 @@ def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     model = "--model llama-130m"
     alone, both = (printed(f"{model} --depths {where}", capsys) for where in ("", "0.5"))
     assert printed(model, capsys) == both  # as `simreg train` has it
+    other_names = printed(f"{model} --seq-len 4096 --chunk-size 512", capsys)
+    assert other_names == printed(f"{model} --seq 4096 --chunk 512", capsys)
     assert "in 2 layers within" in printed(f"{model} --depths 0.25 0.5", capsys)
     assert "within the model" not in printed(f"{model} --gpus 2 --pp 2", capsys)
     one = printed("--params 1e9 --hidden 4096 --layers 1", capsys)

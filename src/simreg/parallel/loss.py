@@ -101,6 +101,8 @@ def sharded_simreg_loss(
 class ShardedSimRegLoss(SimRegLoss):
     """`simreg.SimRegLoss` of rows whose tokens, or the work on them, are spread over processes.
 
+    There is no backend to choose: its attribute `backend` is not read.
+
     Args:
         weight, temperature, variant, chunk_size, ignore_index, push, push_above: as in
             `SimRegLoss`.

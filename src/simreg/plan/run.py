@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from simreg.depths import DEPTHS, layers_within
 from simreg.plan import costs, models
@@ -33,7 +35,7 @@ class PlanOptions:
     """The width d of the hidden states."""
     layers: int | None = None
     """Transformer layers."""
-    seq: int = 8192
+    seq: Annotated[int, tyro.conf.arg(aliases=("--seq-len",))] = 8192
     """Tokens of a row."""
     rows: int = 1
     """Rows of each data-parallel rank in a pass (the micro-batch)."""
@@ -52,7 +54,7 @@ class PlanOptions:
     nowhere. Default: in the middle, as `simreg train` has it, but with pp, which cannot."""
     variant: Literal["out", "in", "decoupled"] = "out"
     """Of the loss."""
-    chunk: int | None = None
+    chunk: Annotated[int | None, tyro.conf.arg(aliases=("--chunk-size",))] = None
     """Compare tokens within chunks of so many; default: whole rows."""
     bound: float = 0.01
     """Advise the widest setting that adds at most this fraction of the step's time."""
