@@ -279,7 +279,8 @@ def test_text_that_a_run_was_trained_on_is_refused(runs, evaluate, tmp_path):
     status, _, _, error = evaluate(runs / "plain" / "seed-1", "--text", copied, "--limit", 2)
     assert status == 2
     assert f"seed-1 was trained on {copied}: name text that no model has seen" in error
-    copied.write_bytes(Path(source).read_bytes().replace(b"a", b"b"))  # of the same size
+    copied.write_bytes(Path(source).read_bytes().replace(b"a", b"b"))  # of the same size and time
+    shutil.copystat(source, copied)
     assert evaluate(runs / "plain" / "seed-1", "--text", copied, "--limit", 2)[0] == 0
 
 

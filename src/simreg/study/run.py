@@ -24,6 +24,7 @@ from simreg.recipe.folder import (
     FREE_FIELDS,
     STUDY_FILE,
     RunFolder,
+    flat,
     storage_errors,
     warn,
 )
@@ -209,16 +210,14 @@ def _settled(study: Study, *, dropping: bool = True) -> Study:
     return study
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> str:
-    """`optim.lr: 0.003 -> 0.001`, for every value that differs; one that is a mapping is one."""
-    found = []
-    for key, old in before.items():
-        new = after[key]
-        if isinstance(old, dict) and not prefix:
-            found.append(_changes(old, new, f"{prefix}{key}."))
-        elif old != new and f"{prefix}{key}" not in (*FREE_FIELDS, "train.seed"):
-            found.append(f"{prefix}{key}: {old} -> {new}")
-    return "; ".join(filter(None, found))
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """`optim.lr: 0.003 -> 0.001`, for every value that differs."""
+    new = flat(after)
+    return "; ".join(
+        f"{name}: {old} -> {new[name]}"
+        for name, old in flat(before).items()
+        if old != new[name] and name not in (*FREE_FIELDS, "train.seed")
+    )
 
 
 def _check_unbegun(study: Study) -> None:
