@@ -343,8 +343,8 @@ def check_options(form: Form, chunk_size: int | None, backend: str) -> None:
         raise ValueError(f"push_above: expected a number from -1 to 1, got {push_above!r}")
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 2):
         raise ValueError(
-            "chunk_size: expected None or an int from 2, since a token alone is compared with "
-            f"nothing; got {chunk_size!r}"
+            "chunk_size: expected None or an int from 2 (a token alone is compared with nothing), "
+            f"got {chunk_size!r}"
         )
     _check_backend(backend)
 

@@ -125,7 +125,7 @@ def test_machines_must_have_the_same_text(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny.config(tmp_path, text)
-    of_main = iter([None, (None, {}, "another fingerprint", module._common(config))])
+    of_main = iter([None, None, (None, {}, "another fingerprint", module._common(config))])
     monkeypatch.setattr(module, "from_main", lambda make: next(of_main))
     with pytest.raises(UserError, match=r"data\.source or data\.tokenizer is not the same on all"):
         train(config)
@@ -136,7 +136,7 @@ def test_machines_must_compute_alike(
 ) -> None:
     config = tiny.config(tmp_path, text)
     theirs = module._common(config) | {"the precision": "bf16"}
-    of_main = iter([None, (None, {}, "", theirs)])
+    of_main = iter([None, None, (None, {}, "", theirs)])
     monkeypatch.setattr(module, "from_main", lambda make: next(of_main))
     with pytest.raises(
         UserError, match=r"the precision is fp32 here and bf16 in the first process"
