@@ -195,6 +195,19 @@ def test_every_picture_is_drawn_and_told(analysed, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(analysed))
 
 
+def test_a_picture_of_an_earlier_analysis_goes_and_another_file_stays(analysed, tmp_path):
+    without = json.loads(json.dumps(analysed))
+    without["map"]["arms"] = {}
+    (tmp_path / "map.png").write_text("a map of mine")
+    run.write(without, tmp_path)
+    assert (tmp_path / "map.png").read_text() == "a map of mine"
+    run.write(json.loads(json.dumps(analysed)), tmp_path)
+    assert "\nmap: " in (tmp_path / "pictures.txt").read_text()
+    run.write(without, tmp_path)
+    assert not list(tmp_path.glob("map.*"))
+    assert "\nmap: " not in (tmp_path / "pictures.txt").read_text()
+
+
 @pytest.mark.parametrize("arms", [["simreg"], ["baseline", "simreg"]])
 def test_arms_that_have_but_checkpoints_are_in_some_pictures(study, tmp_path, arms):
     other = shutil.copytree(study, tmp_path / "study")

@@ -186,11 +186,16 @@ def _comparisons(
 def write(results: dict[str, Any], out: Path) -> None:
     """results.json and, for each picture that there is something for, .png, .svg and its text."""
     write_atomically(out / "results.json", _lines(results))
-    described = []
+    described, told = [], out / "pictures.txt"
+    earlier = told.read_text(encoding="utf-8", errors="replace") if told.is_file() else ""
+    ours = {line.partition(":")[0] for line in earlier.splitlines()}
     for picture in figures.PICTURES:
-        if theme.save(picture.draw(results), out, picture.name):
+        if (figure := picture.draw(results)) is not None:
             described.append(f"{picture.name}: {picture.title}. {picture.describe(results)}\n")
-    write_atomically(out / "pictures.txt", "\n".join(described))
+        elif picture.name not in ours:
+            continue  # what is called so is no picture of an earlier analysis
+        theme.save(figure, out, picture.name)
+    write_atomically(told, "\n".join(described))
 
 
 def _lines(results: dict[str, Any]) -> str:

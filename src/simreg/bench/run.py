@@ -200,7 +200,8 @@ def _is_bench(path: Path) -> bool:
 def write(results: dict[str, Any], out: Path) -> bool:
     """The JSON file and, beside it, the figure; whether there is anything to draw."""
     _save(results, out)
-    return theme.save(plots.figure(results["records"]), out.parent, out.stem)
+    figure = plots.figure(results["records"])
+    return figure is not None and theme.save(figure, out.parent, out.stem)
 
 
 def _save(results: dict[str, Any], out: Path) -> None:
