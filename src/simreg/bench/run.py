@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -173,13 +172,11 @@ def find_device(name: str) -> torch.device:
 def check_writable(out: Path) -> None:
     """Find out before the measurements whether the results can be written."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise UserError(f"--out {out}: expected a file name, this is a folder")
         if out.suffix in (".png", ".svg"):
             raise UserError(f"--out {out}: expected the name of the JSON file, not of the figure")
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        provenance.check_writable(out)
         if out.exists() and not _is_bench(out):
             raise UserError(
                 f"there is a {out} that `simreg bench` did not write and would replace: give "
