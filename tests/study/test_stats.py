@@ -58,6 +58,13 @@ def test_crossing_refuses_what_is_not_a_curve(tokens, ce):
         stats.crossing(tokens, ce, 1.0)
 
 
+@pytest.mark.parametrize("find", [stats.crossing, stats.first_passing])
+@pytest.mark.parametrize("target", [math.nan, math.inf, -math.inf])
+def test_a_target_that_is_no_number_saves_nothing(find, target):
+    with pytest.raises(ValueError, match="target"):
+        find([10, 20], [2.0, 1.0], target)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     speed=st.floats(1.02, 1.6),

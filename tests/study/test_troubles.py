@@ -328,6 +328,15 @@ def test_runs_without_their_curves_can_be_drawn(lab, study):
     assert (Path(study.out) / "curves.png").exists()
 
 
+@pytest.mark.parametrize("change", [{"final_ce": float("nan")}, {"tokens": None}, {"tokens": 0}])
+def test_a_result_that_is_no_number_is_named_and_compared_with_nothing(lab, study, change):
+    compare(study)
+    path = Path(study.out) / study.cells()[0].folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=f"cannot read the run in {path.parent}.*delete the folder"):
+        compare(study)
+
+
 def test_pictures_of_an_earlier_plan_are_removed(lab, study):
     lab.report = lab.draw
     compare(study)

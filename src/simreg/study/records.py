@@ -1,6 +1,7 @@
 """Reading finished runs from their folders (`result.json`, `metrics.jsonl`)."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,21 @@ def read(folder: Path, cell: Cell) -> Run | None:
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         lines = read_metrics(folder / "metrics.jsonl")
+        run = Run(
+            cell,
+            result,
+            [line for line in lines if line["kind"] == "train"],
+            [line for line in lines if line["kind"] == "eval"],
+        )
+        if not (math.isfinite(run.final_ce) and run.tokens > 0):  # no run ends so
+            raise ValueError("result.json: tokens and final_ce must be finite numbers")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read the run in {folder} ({error}): delete the folder to repeat it"
         ) from None
-    return Run(
-        cell,
-        result,
-        [line for line in lines if line["kind"] == "train"],
-        [line for line in lines if line["kind"] == "eval"],
-    )
+    return run
 
 
 def collect(study: Study) -> list[Run]:
