@@ -120,6 +120,18 @@ def test_a_module_that_is_not_of_the_model_or_never_called_is_refused():
             attach(model, SimRegLoss(), module=foreign)
     with pytest.raises(ValueError, match="module: ModuleList is never called"):
         attach(model, SimRegLoss(), module=model.parts["blocks"])
+    with pytest.raises(ValueError, match="module: this is an embedding"):
+        attach(model, SimRegLoss(), module=model.parts["embed"])
+
+
+def test_hidden_states_with_the_batch_second_are_told():
+    model = Own(FORMS["tensor"])
+    reg = attach(model, SimRegLoss(), module=model.norm)
+    model(torch.zeros(5, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"shape \[5, 2\].*got \[2, 5\]: .* the batch first"):
+        reg(torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"got \[2, 4\]$"):
+        reg(torch.zeros(2, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("bad", [lambda x: {"x": x}, lambda x: x[0]])

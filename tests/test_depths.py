@@ -202,6 +202,22 @@ def test_layers_in_a_loop_are_refused():
     model(ids)
 
 
+def test_after_a_pass_that_failed_a_layer_alone_is_in_none():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("out of memory")
+
+    model = Own([nn.Linear(8, 8), Fails()])
+    at = attach(model, AtDepths(SimRegLoss(), [0.5]), module=model.norm, layers=model.blocks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(torch.tensor([[1, 2, 1, 2]]))
+    assert at._earlier  # and with it the graph, whoever caught the error
+    at.forget()
+    for _ in range(2):
+        model.blocks[0](torch.ones(1, 4, 8))
+    assert not at._earlier
+
+
 @pytest.mark.parametrize("layers", [5, [], "layers", [None]])
 def test_what_is_no_list_of_layers_is_refused(layers):
     model = Own([nn.Linear(8, 8) for _ in range(2)])

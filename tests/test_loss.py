@@ -433,6 +433,11 @@ def test_bad_weight(weight):
         SimRegLoss(weight)
 
 
+def test_a_weight_in_a_tensor_is_told_how_to_leave_it():
+    with pytest.raises(ValueError, match=r"^weight: .*got tensor\(0.3000\) \(.*item\(\)"):
+        SimRegLoss(torch.tensor(0.3))
+
+
 @pytest.mark.parametrize("items", [[100, 101, 102], [100.5, 101.5, 102.5]], ids=["int", "float"])
 def test_a_divisor_that_changes_compiles_without_a_break(items):
     """Tokens of the whole batch, under gradient accumulation."""

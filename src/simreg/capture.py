@@ -92,6 +92,8 @@ def attach(
         raise ValueError(f"module: expected a submodule of the model, got {module!r}")
     if getattr(module.forward, "__func__", None) is nn.Module.forward:  # a ModuleList, say
         raise ValueError(f"module: {type(module).__name__} is never called, name one that is")
+    if isinstance(module, nn.Embedding):
+        raise ValueError("module: this is an embedding, name what feeds the LM head")
     if module is find_head(unwrap(model)):
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
     if not wanted.depths:
@@ -211,6 +213,7 @@ class Attached:
         """Let go of what the last forward pass left, instead of a call: after it failed, say."""
         self._hidden = self._logits = None
         self._earlier = {}
+        self._running = False
 
     def detach(self) -> None:
         """Remove the hooks and let go of what they hold; twice is harmless."""
@@ -243,12 +246,13 @@ class Attached:
         return {**vars(self), **empty, "_attached": False}
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._running = self._capturing()
+        running = self._capturing()
         if self.listening:
             self._passed_by = not torch.is_grad_enabled()
-        if self._running:  # what an abandoned step left would hold its graph through this one
+        if running:  # what an abandoned step left would hold its graph through this one
             self._unused = not torch.compiler.is_compiling() and self._hidden is not None
             self.forget()
+        self._running = running
 
     def _capture_layer(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
         # A layer that activation checkpointing runs again is not in a pass of the decoder's.
@@ -398,9 +402,11 @@ def _check(name: str, value: Tensor, hidden: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.shape != hidden.shape[:2]:
+        turned = value.shape == hidden.shape[1::-1]
         raise ValueError(
             f"{name}: expected shape {list(hidden.shape[:2])}, as the hidden states of the last "
             f"forward pass, got {list(value.shape)}"
+            + (": hidden states are [B, L, d], the batch first" if turned else "")
         )
     if value.device != hidden.device:
         raise ValueError(

@@ -357,7 +357,8 @@ def is_number(value: object) -> bool:
 def check_weight(weight: float) -> None:
     """Refuse a λ that is none."""
     if not (is_number(weight) and 0 <= weight < math.inf):
-        raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}")
+        hint = " (of a tensor, its item())" if isinstance(weight, torch.Tensor) else ""
+        raise ValueError(f"weight: expected a finite number ≥ 0, got {weight!r}{hint}")
 
 
 def check_ignore_index(ignore_index: int) -> None:

@@ -17,11 +17,8 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from simreg.integrations.transformers import (  # noqa: E402
-    SimRegTrainer,
-    _documents,
-    _router_loss,
-)
+from simreg.integrations.documents import documents  # noqa: E402
+from simreg.integrations.transformers import SimRegTrainer, _router_loss  # noqa: E402
 
 SMALL = {
     "vocab_size": 24,
@@ -303,18 +300,18 @@ def test_packed_without_padding_is_as_in_rows_of_their_own(tmp_path, returned):
 
 def test_documents_of_one_token_and_positions_for_every_row():
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    for positions, documents in (
+    for positions, expected in (
         ([5, 6, 0, 0, 1], [0, 0, 1, 2, 2]),  # a row that begins within a document
         ([0, 1, 0, 0, 1], [0, 0, 1, 2, 2]),
         ([1, 1, 0, 1, 2], [0, 1, 2, 2, 2]),  # padded on the left
         ([0, 1, 1, 1, 2], [0, 0, 0, 0, 0]),  # a picture of three tokens
     ):
-        found = _documents({"input_ids": ids, "position_ids": torch.tensor([positions])})
-        assert torch.equal(found, torch.tensor([documents] * 2))
-    plain = _documents({"input_ids": ids, "position_ids": torch.arange(5)[None]})
+        found = documents({"input_ids": ids, "position_ids": torch.tensor([positions])})
+        assert torch.equal(found, torch.tensor([expected] * 2))
+    plain = documents({"input_ids": ids, "position_ids": torch.arange(5)[None]})
     assert torch.equal(plain, torch.zeros_like(ids))
     for other in ({}, {"position_ids": torch.zeros(3, 2, 5)}, {"cu_seq_lens_q": ids[0]}):
-        assert _documents({"input_ids": ids, **other}) is None
+        assert documents({"input_ids": ids, **other}) is None
 
 
 def test_batches_without_labels_are_refused(tmp_path):

@@ -17,8 +17,10 @@ from tests.integrations.test_transformers import (  # noqa: E402
     arguments,
     build,
     records,
+    relative,
     rows,
     train,
+    weights,
 )
 
 
@@ -95,6 +97,45 @@ def test_weight_is_constant_if_asked_to_be(tmp_path):
         assert record["loss"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="schedule: expected one of"):
         SimRegTrainer(build(), arguments(tmp_path), schedule="linear")
+
+
+class Own(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(inputs["input_ids"])
+        loss = outputs.logits.sum() * 0
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"), reason="an older transformers"
+)
+@pytest.mark.parametrize("divided", [None, False, True])
+@pytest.mark.parametrize("takes", [False, True], ids=["plain model", "model with a divisor"])
+def test_the_objective_is_divided_once_whatever_a_trainer_says_of_its_loss(
+    tmp_path, divided, takes
+):
+    class Regularized(SimRegTrainer, Own):
+        loss_is_scaled_for_ga = divided
+
+    class Model(transformers.LlamaForCausalLM):
+        accepts_loss_kwargs = takes
+
+    data = [row | {"labels": row["input_ids"]} for row in rows()]  # as many labels in each
+    moved = []
+    for size, steps in ((16, 1), (4, 4)):
+        model = Model(build().config)
+        model.load_state_dict(build().state_dict())
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        run = Regularized(
+            model,
+            arguments(tmp_path, **settings),
+            train_dataset=data,
+            objective=SimRegLoss(**SIMREG),
+        )
+        assert run.model_accepts_loss_kwargs == takes
+        run.train()
+        moved.append(weights(model) - weights(build()))
+    assert relative(moved[1], moved[0]) < 1e-5
 
 
 class Forgets(SimRegTrainer):

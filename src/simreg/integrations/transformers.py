@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from simreg.capture import IGNORE_INDEX, Attached, logits_of, shift_left
 from simreg.decoders import aligns_labels
+from simreg.integrations.documents import documents
 from simreg.integrations.following import Following, as_schedule, regularizer
 from simreg.integrations.place import Layers, Module, attach_at, kept
 from simreg.integrations.window import Window, wide
@@ -234,7 +235,7 @@ class SimRegTrainer(Trainer):
         inputs = dict(inputs)
         segments = inputs.pop(SEGMENTS, None)
         if segments is None and model.training and not _idle(self._objective):
-            segments = _documents(inputs)
+            segments = documents(inputs)
         inputs.pop("skip_logits", None)  # fused heads: evaluation needs the logits of each row
         targets = self._targets(inputs)
         if self._reg is None and model.training and not _idle(self._objective):
@@ -330,7 +331,7 @@ class SimRegTrainer(Trainer):
             device = self._reg.device
             labels, ids, items = (moved(v, device) for v in (targets, segments, num_items))
             added = self._reg(labels, ids, num_items=items, shift=False)
-            loss = loss + scale * added.to(loss.device)
+            loss = loss + scale * self._undivided(num_items) * added.to(loss.device)
             metrics = {name: v.to(tokens.device) for name, v in self._reg.metrics.items()}
             for name, value in metrics.items():
                 # A cosine is a mean over the tokens that have one, the others over all tokens.
@@ -352,6 +353,19 @@ class SimRegTrainer(Trainer):
         if num_items is None or not divides or not self.args.average_tokens_across_devices:
             return 1
         return int(self.accelerator.num_processes // self.get_tp_size())
+
+    def _undivided(self, num_items: Tensor | int | None) -> float:
+        """What makes up for `training_step`, which divides a loss by the number of micro-batches
+        unless it counts as divided already: SimReg's is, if `num_items` is given."""
+        count: int = getattr(self, "current_gradient_accumulation_steps", 1)
+        known = hasattr(Trainer, "loss_is_scaled_for_ga")  # older ones do not look at it
+        divided = self.loss_is_scaled_for_ga if known else None
+        if divided is None:
+            of_model = self.model_accepts_loss_kwargs and num_items is not None
+            divided = of_model or self.compute_loss_func is not None
+        if num_items is None:
+            return 1 / count if divided else 1
+        return 1 if divided else count
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
@@ -433,26 +447,6 @@ class SimRegTrainer(Trainer):
 
 def _idle(objective: object) -> bool:
     return objective is None or switched_off(objective)
-
-
-def _documents(inputs: dict[str, Any]) -> Tensor | None:
-    """Ids of documents `[B, L]`, of what padding-free collators say of them."""
-    ids = inputs.get("input_ids")
-    known, positions, ends = (inputs.get(k) for k in ("seq_idx", "position_ids", "cu_seq_lens_q"))
-    if not isinstance(ids, Tensor):
-        return None
-    if isinstance(known, Tensor) and known.shape == ids.shape:
-        return known
-    if isinstance(positions, Tensor) and positions.shape in (ids.shape, (1, *ids.shape[1:])):
-        # Models with pictures give several tokens one position: a document begins at a lower one,
-        # or after a document of one token (rows may begin within one: then at 0).
-        first = (positions[:, 1:] == positions[:, :1]) | (positions[:, 1:] == 0)
-        step = positions.diff()
-        return F.pad((step < 0) | ((step == 0) & first), (1, 0)).cumsum(-1).expand_as(ids)
-    if isinstance(ends, Tensor) and len(ids) == 1:
-        places = torch.arange(ids.shape[1], device=ids.device)
-        return torch.bucketize(places, ends[1:].to(ids.device), right=True)[None]
-    return None
 
 
 def _router_loss(model: nn.Module, outputs: Any) -> tuple[float, Tensor] | None:
