@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from simreg import simreg_loss
 from simreg.kernels import op
@@ -73,6 +73,52 @@ def _grid(rank, shape, turn):
 @pytest.mark.parametrize(("shape", "turn"), [((2, 2), 1), ((2, 1), 2), ((1, 3), 1)])
 def test_each_rank_computes_its_rows_and_gets_everybodys_results(shape, turn):
     worlds.run(_grid, shape[0] * shape[1], shape, turn)
+
+
+def _disordered(rank, mesh, batch):
+    """A mesh whose groups, each sorted by torch, do not have their ranks in the same order."""
+    mesh = DeviceMesh("cpu", torch.tensor(mesh), mesh_dim_names=("tp", "cp"))
+    groups = {"group": mesh.get_group("cp"), "replicas": mesh.get_group("tp")}
+    hidden, labels, ids = problem(batch, ROW, 8, 5, segments=3)
+    part = torch.arange(ROW).tensor_split(mesh.size(1))[mesh.get_coordinate()[1]]
+    whole, mine = hidden.clone().requires_grad_(), hidden[:, part].clone().requires_grad_()
+    options = {"reduction": "none", "push": 2.0}
+    sums = torch.arange(1.0, ROW + 1, dtype=torch.float64)
+    expected = simreg_loss(whole, labels, segments=ids, **options)
+    loss = sharded_simreg_loss(mine, labels[:, part], segments=ids[:, part], **options, **groups)
+    (expected * sums).sum().backward()
+    (loss * sums[part]).sum().backward()
+    torch.testing.assert_close(loss, expected[:, part], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine.grad, whole.grad[:, part], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [4, 9])
+@pytest.mark.parametrize("mesh", [[[0, 3], [1, 2]], [[0, 1], [3, 2]], [[0], [1], [2]]])
+def test_groups_of_a_mesh_that_order_their_ranks_otherwise(mesh, batch):
+    worlds.run(_disordered, sum(map(len, mesh)), mesh, batch)
+
+
+def _three_by_two(rank):
+    _disordered(rank, [[0, 5], [2, 1], [4, 3]], 7)
+
+
+def test_some_groups_of_a_mesh_in_order_and_some_not():
+    worlds.run(_three_by_two, 6)
+
+
+def _places_unknown(rank):
+    mesh = DeviceMesh("cpu", torch.tensor([[0, 1], [3, 2]]), mesh_dim_names=("tp", "cp"))
+    groups = {"group": mesh.get_group("cp"), "replicas": mesh.get_group("tp")}
+    hidden, labels = torch.randn(4, 6, 8), torch.zeros(4, 6, dtype=torch.long)
+    sharded_simreg_loss(hidden, labels, **groups)
+    positions = torch.arange(6) + 6 * mesh.get_coordinate()[1]
+    sharded_simreg_loss(hidden, labels, positions=positions, chunk_size=4, **groups)
+    with pytest.raises(ValueError, match="replicas: expected the same labels, segments and posi"):
+        sharded_simreg_loss(hidden, labels, chunk_size=4, **groups)
+
+
+def test_copies_that_differ_in_their_place_in_the_group_must_give_positions():
+    worlds.run(_places_unknown, 4)
 
 
 def _wire(rank, ranks, kind):

@@ -219,7 +219,7 @@ def per_token(
             raise how.error
         labels, segments, positions = parts
         copied = how.copies.group is not None
-        own = _checked(local, labels, segments, positions, settings, copied)
+        own = _checked(local, labels, segments, positions, settings, copied, how.peers.rank)
         own = own._replace(rest=f"group {how.peers.size}, replicas {how.copies.size}, {own.rest}")
     except Exception as refused:  # of any kind: the others must hear of it
         error = refused
@@ -270,6 +270,7 @@ def _checked(
     positions: Tensor | None,
     settings: tuple[Form, int | None, int, str, Tensor | float | None, float | None],
     copied: bool,
+    rank: int,
 ) -> Header:
     """What the other ranks must know of arguments that make sense here."""
     form, chunk_size, ignore_index, reduction, num_items, weight = settings
@@ -298,10 +299,13 @@ def _checked(
         "num_items": _told(num_items),
         "weight": weight if weight is None else float(weight),
     }
+    places = positions
+    if positions is None and chunk_size is not None:  # they follow from the place in `group`
+        places = torch.tensor([rank], device=labels.device)
     return Header(
         good=True,
         length=labels.shape[-1],
-        tokens=_checksum(labels, segments, positions) if copied else 0,
+        tokens=_checksum(labels, segments, places) if copied else 0,
         rest=", ".join(f"{name} {value}" for name, value in common.items()),
     )
 

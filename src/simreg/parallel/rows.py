@@ -30,6 +30,8 @@ class WholeRows:
         self.width = max(lengths)  # ignored tokens fill up what is missing
         self.share = -(-len(labels) // (peers.size * copies.size))  # rows of a rank, at most
         self.count = peers.gather((labels >= 0).sum()).sum()
+        self.order = _order(peers, copies, labels.device)
+        self.copy = self.order.index(copies.rank)
 
     @staticmethod
     def suffice(batch: int, peers: Peers, copies: Peers) -> bool:
@@ -83,7 +85,7 @@ class WholeRows:
         size, count = self.peers.size, turn.stop - turn.start
         parts = values.new_full((size, count, self.width, *values.shape[2:]), fill)
         for peer in range(size):
-            rows = values[self._rows(peer, self.copies.rank, turn, len(values))]
+            rows = values[self._rows(peer, self.copy, turn, len(values))]
             parts[peer, : len(rows), : values.shape[1]] = rows
         return self.peers.exchange(parts).transpose(0, 1).flatten(1, 2)
 
@@ -91,7 +93,20 @@ class WholeRows:
         """Writes ``[n, P·width, ...]`` of every rank's turn into ``[B, l, ...]`` of each."""
         size = len(found), self.peers.size, self.width
         parts = found.reshape(*size, *found.shape[2:]).transpose(0, 1).contiguous()
-        for copy, given in enumerate(self.copies.gather(self.peers.exchange(parts))):
-            for peer, values in enumerate(given):
+        found_by = self.copies.gather(self.peers.exchange(parts))
+        for copy, place in enumerate(self.order):
+            for peer, values in enumerate(found_by[place]):
                 rows = out[self._rows(peer, copy, turn, len(out))]
                 rows.copy_(values[: len(rows), : out.shape[1]])
+
+
+def _order(peers: Peers, copies: Peers, device: torch.device) -> list[int]:
+    """Places in `copies` in an order that is the same for all ranks of `peers`.
+
+    A rank's own place need not be the same as theirs, since torch sorts the ranks of each group of
+    a mesh. So copies are counted by the first rank of the group of peers that each is in.
+    """
+    if peers.group is None or copies.group is None:
+        return list(range(copies.size))
+    first = torch.tensor(min(peers.members), device=device)
+    return copies.gather(first).argsort().tolist()
