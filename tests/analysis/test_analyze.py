@@ -17,6 +17,7 @@ from simreg.geometry import collapse
 from simreg.geometry.classes import classes, token_cosines
 from simreg.geometry.groups import mean_se
 from simreg.geometry.margins import margins
+from simreg.recipe import config as recipe
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import UserError
 from simreg.theme import PRINT
@@ -447,3 +448,35 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
     monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(UserError, match="cannot load the tokenizer of"):
         text.check_tokenizers(both, corpus)
+
+
+def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
+    def edit(run, **data):
+        config = run / "config.yaml"
+        changed = recipe.with_overrides(recipe.load(config), {"data": data})
+        config.write_text(recipe.to_yaml(changed))
+        return str(run)
+
+    def analyze(*names, **options):
+        cache = str(study.parent / "cache")
+        chosen = run.AnalyzeOptions([*names], tokens=200, least=2, cache_dir=cache, **options)
+        return run.analyze(chosen, Console(quiet=True), command="")
+
+    first = study / "baseline" / "1" / "seed-1"
+    other = shutil.copytree(study / "simreg" / "1" / "seed-1", tmp_path / "other")
+    result = json.loads((other / "result.json").read_text())
+    result["corpus"]["fingerprint"] = "0" * 32
+    (other / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"were trained on different text: analyze them one by"):
+        analyze(str(first), str(other))
+    with pytest.raises(UserError, match=r"of other, seed 1 has changed since it"):
+        analyze(str(other))
+    given = tmp_path / "given.jsonl"
+    lines = (study.parent / "text.jsonl").read_text().splitlines(keepends=True)
+    given.write_text("".join(lines[:60]))
+    analyze(str(first), str(other), source=str(given))
+    short = edit(shutil.copytree(first, tmp_path / "short"), seq_len=16)
+    analyze(str(first), short)  # the same text in other rows
+    elsewhere = edit(shutil.copytree(first, tmp_path / "elsewhere"), source=str(given), seq_len=16)
+    with pytest.raises(UserError, match="were trained on different text"):
+        analyze(str(first), elsewhere)

@@ -284,6 +284,16 @@ def test_text_that_a_run_was_trained_on_is_refused(runs, evaluate, tmp_path):
     assert evaluate(runs / "plain" / "seed-1", "--text", copied, "--limit", 2)[0] == 0
 
 
+def test_text_of_a_run_that_is_not_here_cannot_be_told(runs, evaluate, tmp_path):
+    (tmp_path / "t.txt").write_text(tiny.text(0, 20))
+    run = change(runs / "plain" / "seed-1", tmp_path, data={"source": "gone/*.jsonl"})
+    status, _, _, error = evaluate(run, "--text", tmp_path / "t.txt", "--limit", 2)
+    assert status == 0
+    assert re.search(r"'gone/\*.jsonl' names no file here, so \S+ may have been trained", error)
+    hub = change(runs / "plain" / "seed-1", tmp_path / "b", data={"source": "hf:a/b"})
+    assert "names no file" not in evaluate(hub, "--text", tmp_path / "t.txt", "--limit", 2)[3]
+
+
 def test_text_that_is_too_little_for_cloze_items_has_bits(runs, evaluate, tmp_path):
     (tmp_path / "t.txt").write_text(tiny.text(0, 20))
     arguments = runs / "plain" / "seed-1", "--text", tmp_path / "t.txt"

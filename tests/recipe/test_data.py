@@ -102,7 +102,7 @@ def test_given_validation_holds_nothing_out(tmp_path):
     assert text_of(corpus, corpus.validation) == ["validation text " * 5, "more of it " * 9]
 
 
-def test_training_text_that_is_validated_on_is_left_out(tmp_path, monkeypatch):
+def test_training_text_that_is_validated_on_is_left_out(tmp_path, monkeypatch, capfd):
     seen = []
     load = data.load_tokenizer
     monkeypatch.setattr(
@@ -110,11 +110,13 @@ def test_training_text_that_is_validated_on_is_left_out(tmp_path, monkeypatch):
     )
     packed = tmp_path / "val.jsonl.gz"  # another file, so only its content gives it away
     with gzip.open(packed, "wt") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[::10])
+        file.writelines(json.dumps({"text": f"{text}\n"}) + "\n" for text in DOCUMENTS[::10])
     corpus = prepared(make(tmp_path, validation=str(packed)))
     rest = [text for i, text in enumerate(DOCUMENTS) if i % 10]
     assert text_of(corpus, corpus.train) == seen == rest
-    assert text_of(corpus, corpus.validation) == DOCUMENTS[::10]
+    assert text_of(corpus, corpus.validation) == [f"{text}\n" for text in DOCUMENTS[::10]]
+    dropped = len(DOCUMENTS[::10])
+    assert f"warning: {dropped} documents of the training text stand in" in capfd.readouterr().err
 
 
 def test_a_file_of_text_that_is_validated_on_is_left_out_whole(tmp_path):

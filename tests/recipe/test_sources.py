@@ -223,6 +223,14 @@ def test_what_names_no_file_is_an_error(tmp_path):
         resolve("absent", "text", setting="--text")
 
 
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    with pytest.raises(UserError, match=r"loop.txt"):
+        resolve(str(tmp_path / "loop.txt"), "text")
+    with pytest.raises(UserError, match=r"cannot read .*loop.txt"):
+        resolve(str(tmp_path / "*.txt"), "text")
+
+
 def test_sources_depend_on_content_not_on_names_or_order(tmp_path):
     (tmp_path / "deep").mkdir()
     a = write(tmp_path / "a.jsonl", jsonl(["a"]))

@@ -1,15 +1,28 @@
 import logging
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from simreg.recipe import tokenizer as module
+from simreg.recipe.data import prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.tokenizer import EOS, Encoder, bounded, identity, load_tokenizer, train_bpe
+from simreg.recipe.files import LocalFile
+from simreg.recipe.tokenizer import (
+    EOS,
+    Encoder,
+    as_trained,
+    bounded,
+    identity,
+    load_tokenizer,
+    train_bpe,
+)
+from simreg.recipe.train import train
+from tests.recipe import tiny
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 3, "the cat and the other cat, and the hat " * 5]
 BPE = train_bpe(TEXTS, 280)
@@ -129,6 +142,36 @@ def test_tokenizer_in_pure_python(tmp_path):
     assert identity(tokenizer) == identity(
         load_tokenizer(str(tmp_path), list, key="", cache_dir=tmp_path)
     )
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    assert identity(load_tokenizer(str(moved), list, key="", cache_dir=tmp_path)) == identity(
+        tokenizer
+    )
+    corpus = prepare(tiny.config(tmp_path, tiny.write_text(tmp_path), bytes_of(tmp_path)).data)
+    assert corpus.tokenizer.decode(corpus.validation.tokens[:3].tolist())
+    assert as_trained(tokenizer) is tokenizer
+
+
+def bytes_of(folder):
+    return {"data": {"tokenizer": str(folder)}}
+
+
+def test_what_stands_around_a_text_is_not_exported_for_no_document_had_it(tmp_path):
+    source = tiny.write_text(tmp_path)
+    plain = train_bpe(LocalFile(source).read(), 300)
+    assert as_trained(plain)("a river").input_ids == plain("a river").input_ids
+    plain.add_special_tokens({"bos_token": "<s>"})
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", plain.bos_token_id)]
+    )
+    assert plain("a river").input_ids[0] == plain.bos_token_id
+    plain.save_pretrained(tmp_path / "own")
+    changes = {"out": str(tmp_path / "run"), **bytes_of(tmp_path / "own")}
+    train(tiny.config(tmp_path, source, changes), on_step=lambda record: None)
+    found = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert found.get_vocab() == plain.get_vocab()
+    assert (found.bos_token, found.eos_token) == (None, EOS)
+    assert found("a river").input_ids == plain("a river", add_special_tokens=False).input_ids
+    assert plain.bos_token == "<s>"
 
 
 def saved(folder, **special: str) -> str:

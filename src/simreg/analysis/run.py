@@ -101,6 +101,7 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
         if (value := getattr(options, key)) is not None
     }
     read = text.read(text.data_of(found, changes), options.tokens, options.split)
+    text.check_held_out(found, read, changes)
     text.check_tokenizers(found, read.corpus)
     wanted = None if options.labels is None else _ids(options.labels, read.corpus.tokenizer)
     settings = Settings(options.least, options.pairs)

@@ -24,6 +24,8 @@ class Target:
     final: bool = True
     run: Path | None = None
     config: RunConfig | None = None
+    corpus: str | None = None
+    """Fingerprint of the data that the run was trained on, once it is finished."""
 
     @property
     def name(self) -> str:
@@ -110,9 +112,11 @@ def _of_run(path: Path, arm: str, series: bool) -> list[Target]:
     """The models of a run, in the order of their steps."""
     folder, run = RunFolder(path), config.recorded(path / "config.yaml")
     a_step = run.train.batch_rows * run.data.seq_len
+    corpus = folder.corpus()
 
     def target(model: Path, step: int, final: bool) -> Target:
-        return Target(arm, str(model), run.train.seed, step, step * a_step, final, path, run)
+        seed, tokens = run.train.seed, step * a_step
+        return Target(arm, str(model), seed, step, tokens, final, path, run, corpus)
 
     finished = (folder.model / "config.json").is_file()
     kept = checkpoints.found(folder.checkpoints)[::-1] if series else []

@@ -16,8 +16,10 @@ from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import one_line
+from simreg.recipe.trained import require_one_text, require_unchanged, rows_of
 
 _TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
+_OTHERWISE = "restore it, or name other text with --source"
 _STREAM = 1 << 18  # tokens that positive rates are counted in
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -32,6 +34,7 @@ class Text:
     ids: Tensor
     frequency: Tensor
     stream: Tensor
+    rows: tuple[str, int]
 
 
 def read(data: DataConfig, tokens: int, split: str) -> Text:
@@ -46,7 +49,7 @@ def read(data: DataConfig, tokens: int, split: str) -> Text:
         part = corpus.train.tokens[start : start + (1 << 24)]
         counts += np.bincount(part, minlength=corpus.vocab_size)
     stream = torch.from_numpy(rows.tokens[:_STREAM].astype(np.int64))
-    return Text(corpus, ids, torch.from_numpy(counts), stream)
+    return Text(corpus, ids, torch.from_numpy(counts), stream, rows_of(data))
 
 
 def data_of(targets: Sequence[Target], changes: dict[str, Any]) -> DataConfig:
@@ -64,6 +67,17 @@ def data_of(targets: Sequence[Target], changes: dict[str, Any]) -> DataConfig:
     if changes.keys() & {"source", "validation"}:
         changes = {"tokenizer": own} | changes
     return replace(run.config.data, **changes)
+
+
+def check_held_out(targets: Sequence[Target], text: Text, changes: dict[str, Any]) -> None:
+    """UserError if runs were trained on different text, or on other text than what is read now."""
+    runs = [t for t in targets if t.corpus is not None]
+    if changes.keys() & {"source", "validation"}:
+        return
+    require_one_text(runs, "analyze them one by one, or name other text with --source")
+    for run in runs:
+        if run.config is not None and rows_of(run.config.data) == text.rows:
+            require_unchanged(run, text.corpus.fingerprint, _OTHERWISE)
 
 
 def check_tokenizers(targets: Sequence[Target], corpus: Corpus) -> None:

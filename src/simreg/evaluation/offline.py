@@ -9,11 +9,19 @@ from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer, encode_pair, prefix_token
 from simreg.evaluation.subjects import Subject
 from simreg.recipe import cache, data
-from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import warn
-from simreg.recipe.sources import Source, files_of, in_pieces, interleave, resolve, shared
+from simreg.recipe.sources import (
+    Source,
+    files_of,
+    in_pieces,
+    interleave,
+    listed,
+    resolve,
+    shared,
+)
+from simreg.recipe.trained import require_one_text, require_unchanged
 
 CLOZE, BITS = "heldout-cloze", "heldout-bits"
 OFFLINE = (CLOZE, BITS)
@@ -156,7 +164,10 @@ def _check_unseen(sources: Sequence[Source], subjects: Sequence[Subject]) -> Non
     """UserError for a file that a run was trained on, wherever it lies and whatever its name."""
     runs = [(s.name, s.config.data.source) for s in subjects if s.config is not None]
     for name, spec in {str(spec): (name, spec) for name, spec in runs}.values():
-        if found := shared(sources, files_of(spec)):
+        files = files_of(spec)
+        if not files and any(not source.startswith("hf:") for source in listed(spec)):
+            warn(f"--text: {spec!r} names no file here, so {name} may have been trained on it")
+        if found := shared(sources, files):
             raise UserError(
                 f"--text: {name} was trained on {found.path}: name text that no model has seen "
                 "(without --text it is what the run itself held out)"
@@ -171,47 +182,20 @@ def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list
             f"{subjects[0].name} is no run of `simreg train`, so its held-out text is not known: "
             "name some with --text FILES, or choose --suite small or paper"
         )
+    require_one_text(
+        runs, "evaluate them one by one, or name text that neither has seen with --text FILES"
+    )
     first = runs[0]
     assert first.config is not None
-    for other in runs[1:]:
-        assert other.config is not None
-        # A fingerprint is of rows of tokens: it tells nothing of a run with other ones.
-        if _rows(other.config.data) == _rows(first.config.data):
-            same = other.corpus == first.corpus  # whatever the files are called
-        else:
-            same = _text(other.config.data) == _text(first.config.data)
-        if not same:
-            raise UserError(
-                f"{first.name} and {other.name} were trained on different text: evaluate them one "
-                "by one, or name text that neither has seen with --text FILES"
-            )
     advice = "restore it, or name text that the model has not seen with --text FILES"
     if corpus is None:
         try:
             corpus = data.prepare(first.config.data)
         except UserError as error:
             raise UserError(f"the text of {first.name} is not there ({error}): {advice}") from None
-    if corpus.fingerprint != first.corpus:
-        raise UserError(
-            f"the text of {first.name} has changed since it was trained (or is cut otherwise by "
-            "this version, if it is several files of text), so held-out documents may be among "
-            f"those it has seen: {advice}"
-        )
+    require_unchanged(first, corpus.fingerprint, advice)
     kept = [text for text in documents(corpus) if text.strip()]
     return kept, f"validation split of corpus {corpus.fingerprint[:12]}"
-
-
-def _text(config: DataConfig) -> tuple[Any, ...]:
-    """What decides which documents are held out."""
-    return (
-        *(config.source, config.validation, config.validation_fraction),
-        *(config.text_field, config.max_tokens),
-    )
-
-
-def _rows(config: DataConfig) -> tuple[str, int]:
-    """What rows of tokens depend on besides the text."""
-    return config.tokenizer, config.seq_len
 
 
 def documents(corpus: Corpus) -> Iterator[str]:

@@ -122,13 +122,9 @@ def run(path: Path) -> Subject:
     """The finished run in a folder; UserError if it holds no model."""
     folder = RunFolder(path)
     config = recipe.recorded(folder.config)
-    try:
-        result = json.loads(folder.result.read_text(encoding="utf-8"))
-        corpus = result["corpus"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        result = None
-    if result is None or not (folder.model / "config.json").is_file():
-        way = "finish it" if result is None else f"remove {folder.result} and finish it again"
+    corpus = folder.corpus()
+    if corpus is None or not (folder.model / "config.json").is_file():
+        way = "finish it" if corpus is None else f"remove {folder.result} and finish it again"
         raise UserError(
             f"the run in {path} has no trained model: {way} by the command that began it"
         )

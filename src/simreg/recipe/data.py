@@ -19,6 +19,7 @@ from simreg.recipe import cache
 from simreg.recipe.config import DataConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import DOCUMENT, LocalFile, expanded
+from simreg.recipe.folder import warn
 from simreg.recipe.sources import Source, in_pieces, interleave, resolve, shared
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
@@ -253,18 +254,22 @@ class _Builder:
         self.bar.say("tokenising")
         with _Writer(folder / "train") as train, _Writer(folder / "validation") as validation:
             total = sum(source.weight for source in self.source)
-            taken = 0
+            taken = copies = 0
             for text, ids in self._encoded(interleave(self.source)):
                 if not self.held_out(text):
                     train.add(ids)
                 elif self.validation is None:
                     validation.add(ids)
+                else:
+                    copies += 1
                 taken += len(text.encode())
                 self.bar.at(max(taken / max(total, 1), train.size / self.max_tokens))
                 if train.size >= self.max_tokens:
                     break
             for _, ids in self._encoded(interleave(self.validation or [])):
                 validation.add(ids)
+        if copies:
+            warn(f"{copies} documents of the training text stand in the validation text: left out")
         return {
             "dtype": self.encoder.dtype.name,
             "vocab_size": self.encoder.vocab_size,
@@ -281,7 +286,8 @@ class _Builder:
             if size >= _BATCH_BYTES:
                 yield from zip(batch, self.encoder(batch), strict=True)
                 batch, size = [], 0
-        yield from zip(batch, self.encoder(batch), strict=True)
+        if batch:  # some tokenizers refuse none
+            yield from zip(batch, self.encoder(batch), strict=True)
 
 
 class _Writer:
@@ -350,10 +356,13 @@ def _held_out(fraction: float, seed: int) -> Callable[[str], bool]:
 
 
 def _copies(validation: list[Source]) -> Callable[[str], bool]:
-    """Whether a document is also one of the validation text, which is read when first asked."""
+    """Whether a document is also one of the validation text, which is read when first asked.
+
+    White space around it does not count.
+    """
 
     def content(text: str) -> bytes:
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
 
     known = functools.cache(lambda: frozenset(map(content, interleave(validation))))
     return lambda text: content(text) in known()

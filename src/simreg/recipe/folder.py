@@ -57,6 +57,13 @@ class RunFolder:
         self.result = self.root / "result.json"
         self.failure = self.root / "diverged.json"
 
+    def corpus(self) -> str | None:
+        """Fingerprint of the data of the finished run; None without a readable result."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            result = json.loads(self.result.read_text(encoding="utf-8"))
+            return str(result["corpus"]["fingerprint"])
+        return None
+
     def finished(self, config: RunConfig) -> dict[str, Any] | None:
         """The recorded result, if the run of this config is finished here."""
         if not self.result.exists():

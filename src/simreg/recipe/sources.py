@@ -63,7 +63,7 @@ def resolve(
     UserError, which names the `setting` that `spec` comes from, where there is none.
     """
     sources: dict[str, Source] = {}
-    for item in [spec] if isinstance(spec, str) else spec:
+    for item in listed(spec):
         if item == STDLIB:
             found: list[Source] = list(standard_library())
         elif item.startswith("hf:"):
@@ -71,18 +71,22 @@ def resolve(
         else:
             found = [LocalFile(path, field) for path in _paths(item, setting)]
         for source in found:  # a file that two patterns match counts once
-            name = str(source.path.resolve()) if isinstance(source, LocalFile) else source.key
+            name = os.path.realpath(source.path) if isinstance(source, LocalFile) else source.key
             sources.setdefault(name, source)
     if not sources:
         raise UserError(f"{setting} names nothing: give python-stdlib, files, or hf:owner/name")
     return sorted(sources.values(), key=lambda source: source.key)
 
 
+def listed(spec: str | list[str]) -> list[str]:
+    """The items of a `data.source`."""
+    return [spec] if isinstance(spec, str) else spec
+
+
 def files_of(spec: str | list[str]) -> list[LocalFile]:
     """The files among the sources that `spec` names, none of them read; none if they are gone."""
-    items = [spec] if isinstance(spec, str) else spec
     found: list[LocalFile] = []
-    for item in items:
+    for item in listed(spec):
         with contextlib.suppress(UserError):
             if item == STDLIB:
                 found += standard_library()

@@ -1,5 +1,6 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or any from a local folder or the Hub."""
 
+import copy
 import hashlib
 import logging
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from simreg.recipe import cache
@@ -125,12 +126,29 @@ class Encoder:
         return [np.array([*document, self.eos], dtype=self.dtype) for document in ids]
 
 
+def as_trained(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer to go with a trained model: it puts nothing around a text, as in training.
+
+    Many put a begin token before it, which no document had. Tokenizers in pure Python are left.
+    """
+    around = tokenizer.num_special_tokens_to_add()
+    if not tokenizer.is_fast or not (around or tokenizer.bos_token_id is not None):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    if around:
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        tokenizer.bos_token = None
+    return tokenizer
+
+
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides the ids of a text."""
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
     else:
-        content = f"{type(tokenizer)} {sorted(tokenizer.get_vocab().items())} {tokenizer}"
+        rest = repr(tokenizer).replace(repr(tokenizer.name_or_path), "")  # wherever it lies
+        content = f"{type(tokenizer)} {sorted(tokenizer.get_vocab().items())} {rest}"
     return hashlib.blake2b(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()[:32]
 
 

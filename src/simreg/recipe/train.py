@@ -23,6 +23,7 @@ from simreg.recipe.hub import quiet
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
 from simreg.recipe.processes import from_main, is_main_process, lost_contact, share, world_size
+from simreg.recipe.tokenizer import as_trained
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -280,7 +281,7 @@ def _export(
         model.config.use_cache = model.generation_config.use_cache = True
         with published(model):
             model.save_pretrained(aside)
-        corpus.tokenizer.save_pretrained(aside)
+        as_trained(corpus.tokenizer).save_pretrained(aside)
     checkpoints.write_atomically(folder.result, json.dumps(result, indent=2) + "\n")
 
 
