@@ -247,15 +247,29 @@ def test_pipelines_put_the_loss_on_the_last_stage() -> None:
     assert costs.model_flops(piped) == costs.model_flops(job) / 4
 
 
-def test_time_is_the_larger_of_work_and_transfer() -> None:
+def test_time_of_shared_pairs_is_the_larger_of_work_and_transfer() -> None:
     job, setting = Job(L8B, length=65_536, gpus=8, cp=8), Setting()
     at = costs.shares(job, setting, tflops=400, link=1e9)
-    assert at.time == at.flops
+    assert at.time == pytest.approx(costs.PAIRS * at.flops)
     slow = costs.shares(job, setting, tflops=400, link=1)
     seconds = costs.loss_traffic(job, setting).total / 1e9
     assert slow.time == pytest.approx(seconds / (costs.model_flops(job) / 400e12))
     assert slow.time > at.time
     assert slow.received == costs.loss_traffic(job, setting).total / sum(costs.model_traffic(job))
+
+
+def test_time_is_the_sum_where_ranks_of_tp_share_the_pairs() -> None:
+    job = Job(L8B, length=65_536, gpus=8, tp=2, cp=4)
+    rates = {"tflops": 400, "link": 50}
+    shared, repeated = (costs.shares(job, Setting(split=s), **rates) for s in (True, False))
+    waiting = [
+        costs.loss_traffic(job, Setting(split=s)).total / 50e9 / (costs.model_flops(job) / 400e12)
+        for s in (True, False)
+    ]
+    assert shared.time == pytest.approx(costs.PAIRS * shared.flops + waiting[0])
+    assert repeated.time == pytest.approx(max(costs.PAIRS * repeated.flops, waiting[1]))
+    alone = costs.shares(replace(job, cp=1, gpus=2), Setting(split=False), **rates)
+    assert alone.time == alone.flops  # whole rows, by the kernels of `simreg_loss`
 
 
 @pytest.mark.parametrize("layers", [12, 80])

@@ -66,10 +66,10 @@ def test_the_variant_asked_for_is_advised_where_it_is_within_the_bound(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked = "--model llama-8b --variant decoupled --tp 2 --gpus 2 --depths"
-    advice = "of the step's time: decoupled, whole rows, shared by TP\n"
+    advice = "of the step's time: decoupled, whole rows, repeated by TP\n"
     assert advice in printed(asked, capsys)
-    between = printed(f"{asked} --bound 0.0042", capsys)  # of 0.39 % and 0.45 %
-    assert "time: out, whole rows, shared by TP; decoupled is not at that span\n" in between
+    between = printed(f"{asked} --bound 0.00655", capsys)  # of 0.65 % and 0.66 %
+    assert "time: out, whole rows, repeated by TP; decoupled is not at that span\n" in between
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +80,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     loss, model, share = map(float, flops.groups())
     assert loss == pytest.approx(6 * 8192 * 32_768 * 4096 / 1e12, rel=0.01)
     assert share == pytest.approx(100 * loss / model, rel=0.06)
-    assert "within 1.0 % of the step's time: out, chunks of 16,384" in text
+    assert "within 1.0 % of the step's time: out, chunks of 8,192" in text
     assert len(re.findall(r"^\*", text, re.M)) == 1
     assert "out, whole rows" in printed("--model llama-8b --bound 0.02 --seq 32768", capsys)
 

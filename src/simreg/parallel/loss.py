@@ -154,7 +154,9 @@ class ShardedSimRegLoss(SimRegLoss):
 
         Args:
             hidden, labels, segments, positions: as in `sharded_simreg_loss`.
-            num_items: the divisor of the summed loss; None: the valid labels of all ranks.
+            num_items: the divisor of the summed loss; None: the valid labels of all ranks of
+                `group`. Where gradients are averaged over ranks, the labels of all of these by
+                their number.
 
         Returns:
             As `SimRegLoss`; the parts of the ranks of `group` add up to its loss.

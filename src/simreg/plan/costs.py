@@ -327,6 +327,12 @@ def model_traffic(job: Job) -> ModelTraffic:
     return ModelTraffic(data, tensor, 3 * layers * (job.cp - 1) * pairs)
 
 
+PAIRS = 3.6
+"""How many times as long products of shared pairs take as those of `simreg_loss`, on one H200 at
+L = 8192 and d = 4096 in bfloat16: 5.4 times the time for 6sd FLOPs instead of 4sd
+(benchmarks/results/loss-cuda.json); narrower or shorter rows take longer still."""
+
+
 class Shares(NamedTuple):
     """What the loss adds, as a fraction of what the model takes."""
 
@@ -334,9 +340,10 @@ class Shares(NamedTuple):
     memory: float
     received: float
     time: float
-    """The larger of the loss's FLOPs at the rate given and its bytes over the link given, or with
-    whole rows their sum, as a fraction of the time of the model's FLOPs at that rate: all traffic
-    of the model is free."""
+    """The loss's FLOPs at the rate given (`PAIRS` as long where ranks share pairs of rows) and its
+    bytes over the link given, as a fraction of the time of the model's FLOPs at that rate: all
+    traffic of the model is free. Only the embeddings of shared pairs travel meanwhile, so that
+    without sharers over TP the larger of the two counts; else their sum."""
 
 
 def shares(job: Job, setting: Setting, *, tflops: float, link: float) -> Shares:
@@ -345,10 +352,13 @@ def shares(job: Job, setting: Setting, *, tflops: float, link: float) -> Shares:
     received, beside = loss_traffic(job, setting).total, sum(model_traffic(job))
     # Both as fractions of the model's time, so that no rate is too high.
     computing, waiting = flops / whole, received / whole * (tflops / link * 1e3)
-    whole_rows = setting.dealt(job) is not None
+    pairs = setting.sharded(job) and setting.dealt(job) is None
+    if pairs:
+        computing *= PAIRS
+    meanwhile = pairs and setting.sharers(job) == 1
     return Shares(
         flops=flops / whole,
         memory=loss_memory(job, setting) / model_memory(job),
         received=received / beside if received else 0.0,
-        time=computing + waiting if whole_rows else max(computing, waiting),
+        time=max(computing, waiting) if meanwhile else computing + waiting,
     )
