@@ -463,10 +463,14 @@ def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
         return run.analyze(chosen, Console(quiet=True), command="")
 
     first = study / "baseline" / "1" / "seed-1"
-    other = shutil.copytree(study / "simreg" / "1" / "seed-1", tmp_path / "other")
-    result = json.loads((other / "result.json").read_text())
-    result["corpus"]["fingerprint"] = "0" * 32
-    (other / "result.json").write_text(json.dumps(result))
+
+    def of_another_corpus(run):
+        result = json.loads((run / "result.json").read_text())
+        result["corpus"]["fingerprint"] = "0" * 32
+        (run / "result.json").write_text(json.dumps(result))
+        return run
+
+    other = of_another_corpus(shutil.copytree(study / "simreg/1/seed-1", tmp_path / "other"))
     with pytest.raises(UserError, match=r"were trained on different text: analyze them one by"):
         analyze(str(first), str(other))
     with pytest.raises(UserError, match=r"of other, seed 1 has changed since it"):
@@ -475,7 +479,7 @@ def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
     lines = (study.parent / "text.jsonl").read_text().splitlines(keepends=True)
     given.write_text("".join(lines[:60]))
     analyze(str(first), str(other), source=str(given))
-    short = edit(shutil.copytree(first, tmp_path / "short"), seq_len=16)
+    short = edit(of_another_corpus(shutil.copytree(first, tmp_path / "short")), seq_len=16)
     analyze(str(first), short)  # the same text in other rows
     elsewhere = edit(shutil.copytree(first, tmp_path / "elsewhere"), source=str(given), seq_len=16)
     with pytest.raises(UserError, match="were trained on different text"):
