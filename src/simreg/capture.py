@@ -171,17 +171,17 @@ class Attached:
             ValueError: `labels` or `segments` do not fit the hidden states, which are kept then; or
                 labels of rows that are spread over processes are to be shifted here.
         """
-        hidden, read = self._captured()
-        _check("labels", labels, hidden)
-        if segments is not None:
-            _check("segments", segments, hidden)
+        if not hasattr(self.objective, "refuse"):
+            hidden, read = self._arguments(labels, segments, shift)
+        else:
+            try:
+                hidden, read = self._arguments(labels, segments, shift)
+            except Exception:  # of any kind: other processes wait for this one
+                known = [self._hidden, labels]
+                devices = [value.device for value in known if isinstance(value, Tensor)]
+                self.objective.refuse(*devices[:1])
+                raise
         if shift:
-            if getattr(self.objective, "group", None) is not None:
-                raise ValueError(
-                    "shift: the tokens of a row are spread over processes, and each would lose the "
-                    "label of its last one: shift labels before they are spread, and say "
-                    "shift=False"
-                )
             labels = shift_left(labels, getattr(self.objective, "ignore_index", IGNORE_INDEX))
         loss, metrics = self.objective(
             hidden, labels, segments, num_items=num_items, **read, **options
@@ -203,6 +203,21 @@ class Attached:
         self.forget()  # taken, not read: labels never meet the hidden states of another batch
         self.metrics = {name: value.detach() for name, value in metrics.items()}
         return loss
+
+    def _arguments(
+        self, labels: Tensor, segments: Tensor | None, shift: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What waits for a call with these, as `_captured`."""
+        hidden, read = self._captured()
+        _check("labels", labels, hidden)
+        if segments is not None:
+            _check("segments", segments, hidden)
+        if shift and getattr(self.objective, "group", None) is not None:
+            raise ValueError(
+                "shift: the tokens of a row are spread over processes, and each would lose the "
+                "label of its last one: shift labels before they are spread, and say shift=False"
+            )
+        return hidden, read
 
     @property
     def device(self) -> torch.device | None:

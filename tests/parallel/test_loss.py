@@ -250,6 +250,20 @@ def _refusals(rank):
     with attach(model, ShardedSimRegLoss(**whole), module=model[0]):
         twin = copy.deepcopy(model)  # process groups can't be copied
         assert twin(hidden).shape == hidden.shape
+    with attach(model, ShardedSimRegLoss(**whole), module=model[0]) as reg:
+        for wrong in ("labels", "shift", "pass"):  # on one rank, before the loss has them
+            if rank and wrong == "pass":
+                with pytest.raises(RuntimeError, match="no hidden states to regularize"):
+                    reg(labels, shift=False)
+                continue
+            model(hidden)
+            given = labels[:, :3] if rank and wrong == "labels" else labels
+            told = "refused on rank 1" if not rank else f"{wrong}: "
+            with pytest.raises(ValueError, match=told):
+                reg(given, shift=bool(rank) and wrong == "shift")
+            reg.forget()
+        model(hidden)
+        reg(labels, shift=False)
     objective = nn.Sequential(ShardedSimRegLoss(0.7, **whole))
     twin = copy.deepcopy(objective)[0]
     assert (twin.weight, twin.group, twin.replicas) == (0.7, dist.group.WORLD, None)

@@ -1,5 +1,6 @@
 """`simreg_loss` and `SimRegLoss` for tokens, or work, that are spread over processes."""
 
+import contextlib
 import copy
 from typing import Any, NamedTuple
 
@@ -140,6 +141,14 @@ class ShardedSimRegLoss(SimRegLoss):
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+    def refuse(self, device: torch.device | str = "cpu") -> None:
+        """Instead of a call: tell the ranks that wait in theirs, which raise a ValueError.
+
+        `device` is one that the ranks can communicate on.
+        """
+        with contextlib.suppress(ValueError):
+            agree(Peers(self.group), Peers(self.replicas), Header(), torch.device(device))
 
     def forward(
         self,
