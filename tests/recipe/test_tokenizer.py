@@ -163,7 +163,8 @@ def test_what_stands_around_a_text_is_not_exported_for_no_document_had_it(tmp_pa
     plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", plain.bos_token_id)]
     )
-    assert plain("a river").input_ids[0] == plain.bos_token_id
+    assert as_trained(plain).bos_token is None
+    assert plain("a river").input_ids[0] == plain.bos_token_id  # left as it was
     plain.save_pretrained(tmp_path / "own")
     changes = {"out": str(tmp_path / "run"), **bytes_of(tmp_path / "own")}
     train(tiny.config(tmp_path, source, changes), on_step=lambda record: None)
@@ -171,7 +172,6 @@ def test_what_stands_around_a_text_is_not_exported_for_no_document_had_it(tmp_pa
     assert found.get_vocab() == plain.get_vocab()
     assert (found.bos_token, found.eos_token) == (None, EOS)
     assert found("a river").input_ids == plain("a river", add_special_tokens=False).input_ids
-    assert plain.bos_token == "<s>"
 
 
 def saved(folder, **special: str) -> str:
