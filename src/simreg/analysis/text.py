@@ -28,7 +28,8 @@ _CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
 @dataclass(frozen=True)
 class Text:
     """`ids` `[R, L]` int64: rows spread evenly over the split. `frequency` `[V]` int64: how often
-    each token stands in the training split, whose deciles labels are sorted into."""
+    each token stands in the training split, whose deciles labels are sorted into. `rows`: what
+    rows depend on besides the text (`trained.rows_of`)."""
 
     corpus: Corpus
     ids: Tensor
