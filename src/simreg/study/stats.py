@@ -42,16 +42,17 @@ def _between(tokens: np.ndarray, ce: np.ndarray, i: int, target: float) -> float
     return float(np.exp(x0 + share * (x1 - x0)))
 
 
-def _curve(
-    tokens: Sequence[float], ce: Sequence[float], target: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
+def _check_target(target: float) -> None:
+    if not np.isfinite(target):  # a comparison with it would count as a saving
+        raise ValueError(f"the target must be finite, got {target}")
+
+
+def _curve(tokens: Sequence[float], ce: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(tokens, dtype=float), np.asarray(ce, dtype=float)
     if x.shape != y.shape or x.ndim != 1 or not len(x):
         raise ValueError(f"tokens and ce must be equally long lists, got {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()) or x.min() <= 0:
         raise ValueError("tokens and ce must be finite, tokens positive")
-    if not np.isfinite(target):
-        raise ValueError(f"the target must be finite, got {target}")
     if (np.diff(x) <= 0).any():
         raise ValueError("tokens must increase")
     return x, y
@@ -62,7 +63,8 @@ def crossing(tokens: Sequence[float], ce: Sequence[float], target: float) -> Cro
 
     `tokens` must increase; `ce[i]` is the final loss of the full schedule of `tokens[i]`.
     """
-    x, y = _curve(tokens, ce, target)
+    _check_target(target)
+    x, y = _curve(tokens, ce)
     monotone = bool((np.diff(y) < 0).all())
     above = np.flatnonzero(y > target)
     if not len(above):
@@ -77,7 +79,8 @@ def crossing(tokens: Sequence[float], ce: Sequence[float], target: float) -> Cro
 
 def first_passing(tokens: Sequence[float], ce: Sequence[float], target: float) -> Crossing:
     """Where the mid-run curve of one run first reaches `target` (its learning rate still high)."""
-    x, y = _curve(tokens, ce, target)
+    _check_target(target)
+    x, y = _curve(tokens, ce)
     monotone = bool((np.diff(y) < 0).all())
     below = np.flatnonzero(y <= target)
     if not len(below):
