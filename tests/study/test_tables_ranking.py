@@ -24,12 +24,12 @@ def test_arms_are_ranked_by_their_paired_difference(tmp_path):
     assert found == [
         [
             "best",
-            "auxiliary.name z-loss, auxiliary.options.weight 0.0001",
+            "auxiliary z-loss: weight 0.0001",
             "4.4500",
             "−0.1000 [−0.1000, −0.1000]",
             "2",
-            "1 (same cost)",
             "25.0 %",
+            "1 (same cost)",
         ],
         [
             "good",
@@ -37,18 +37,18 @@ def test_arms_are_ranked_by_their_paired_difference(tmp_path):
             "4.5200",
             f"−0.0300 [−{-low:.4f}, +{high:.4f}]",
             "2",
-            "1.050 [1.020, 1.080]",
             "25.0 %",
+            "1.050 [1.020, 1.080]",
         ],
-        ["baseline", "simreg.weight 0, optim.warmup 0.5", "4.5500", "0", "2", "1", "25.0 %"],
+        ["baseline", "simreg.weight 0; optim.warmup 0.5", "4.5500", "0", "2", "25.0 %", "1"],
         [
             "tied †",
             "model.tie_embeddings true",
             "4.6000",
             "+0.0500 [+0.0500, +0.0500]",
             "2",
-            "–",
             "25.0 %",
+            "–",
         ],
         ["fails", "optim.lr 0.1", "–", "–", "0 of 2, 2 diverged", "–", "–"],
     ]
@@ -67,7 +67,29 @@ def test_any_arm_can_be_the_one_to_compare_with(tmp_path):
         ("tied", "0"),
     ]
     titles = head(tmp_path, "ranking", "against=tied arms=good,baseline")
-    assert (titles[3], titles[5]) == ("minus tied (nats)", "step time over baseline")
+    assert (titles[3], titles[6]) == ("minus tied (nats)", "step time over baseline")
+
+
+def test_changes_are_told_by_section(tmp_path):
+    changed = {
+        "simreg": {"weight": 0.3, "depths": [0.5], "schedule": "decay"},
+        "optim": {"lr": 0.01},
+        "auxiliary": {"name": "simreg-variant", "options": {"weight": 1.0, "shuffle": True}},
+    }
+    arms = {"none": {"auxiliary": {"name": None}}, "changed": changed}
+    record(tmp_path, {"baseline": {1: 4.5}, "none": {1: 4.6}, "changed": {1: 4.4}}, arms)
+    assert [row[1] for row in rows(tmp_path, "ranking")[0]] == [
+        "simreg.weight 0.3, depths [0.5], schedule decay; optim.lr 0.01; "
+        "auxiliary simreg-variant: weight 1.0, shuffle true",
+        "simreg.weight 0",
+        "auxiliary null",
+    ]
+
+
+def test_step_times_are_left_out_where_none_was_measured(tmp_path):
+    record(tmp_path)
+    assert head(tmp_path, "ranking", "arms=good")[-1] == "step time over baseline"
+    assert head(tmp_path, "ranking", "arms=best,tied")[-1] == "clipped steps"
 
 
 def test_other_batches_are_marked_and_the_base_written_out_is_not(tmp_path):

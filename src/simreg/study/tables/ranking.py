@@ -33,7 +33,10 @@ class Standing:
 
 
 def table(request: Request) -> str:
-    """Arms by final loss: difference, what they change, what they cost."""
+    """Arms by final loss: difference, what they change, what they cost.
+
+    The column of step times is left out where none was measured.
+    """
     results = request.source.content
     against, ranked = standings(request)
     shown, top = ranked, request.count("top")
@@ -47,10 +50,13 @@ def table(request: Request) -> str:
         "final CE",
         f"minus {against} (nats)",
         "seeds",
-        f"step time over {reference}",
         "clipped steps",
+        f"step time over {reference}",
     ]
-    drawn = markdown.table(head, [_row(results, against, each) for each in shown], left=2)
+    rows = [_row(results, against, each) for each in shown]
+    if not any(results["step_time"].get(each.arm, {}).get("n") for each in shown):
+        head, rows = head[:-1], [row[:-1] for row in rows]  # nothing was measured
+    drawn = markdown.table(head, rows, left=2)
     notes = [f"The best {top} of {len(ranked) - 1}."] if len(shown) < len(ranked) else []
     return markdown.with_notes(drawn, [*notes, *how_to_read(shown, against)])
 
@@ -79,24 +85,22 @@ def _order(difference: float | None) -> float:
     return float("inf") if difference is None else difference
 
 
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _dotted(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
 def _changes(overrides: dict[str, Any]) -> str:
-    """`optim.lr 0.006, simreg.weight 0`."""
-    words = (
-        f"{key} {value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in _dotted(overrides).items()
-    )
-    return ", ".join(words) or "nothing"
+    """By section: `simreg.weight 0; optim.lr 0.006, warmup 0.3; auxiliary simctg: weight 1.0`."""
+    groups = []
+    for section, values in overrides.items():
+        title = f"{section}."
+        if section == "auxiliary":
+            title = f"{section} {_value(values['name'])}: " if "name" in values else f"{section}: "
+            own = {key: value for key, value in values.items() if key not in ("name", "options")}
+            values = own | values.get("options", {})
+        listed = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
+        groups.append(f"{title}{listed}".removesuffix(": "))
+    return "; ".join(groups) or "nothing"
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _row(results: dict[str, Any], against: str, standing: Standing) -> list[str]:
@@ -111,8 +115,8 @@ def _row(results: dict[str, Any], against: str, standing: Standing) -> list[str]
         markdown.number(float(np.mean(losses)) if losses else None, ".4f"),
         gap_cell(standing, against),
         _seeds(results, standing),
-        "1" if reference else markdown.step_time(results["step_time"].get(arm)),
         markdown.NONE if clipped is None else summary.percent(clipped),
+        "1" if reference else markdown.step_time(results["step_time"].get(arm)),
     ]
 
 
