@@ -11,7 +11,13 @@ from simreg.study.tables import document
 from simreg.study.tables.kinds import KINDS
 
 ROOT = Path(__file__).parents[4]
-PAGES = ("README.md", "docs/results.md", "docs/results-no-bias.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/results.md",
+    "docs/results-no-bias.md",
+    "docs/results-trials.md",
+)
 _HELP = f"""Rewrite what stands between <!-- table: KIND PATH [PATH...] [key=value ...] --> and
 <!-- /table -->, each on a line of its own, from the JSON files named. Paths are relative to the
 folder above the page that has a pyproject.toml. Kinds and their options:
