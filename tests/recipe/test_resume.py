@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from simreg.recipe import checkpoints, loop, progress
+from simreg.recipe import checkpoints, loop, progress, provenance
 from simreg.recipe.config import RunConfig, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder
@@ -264,6 +264,42 @@ def test_free_fields_may_change_on_resume_and_others_not(
     assert result["steps"] == tiny.STEPS
     steps = [line["step"] for line in tiny.metrics(config.out) if line["kind"] == "train"]
     assert steps == [3, 6, 7, 9, 10, 14, 15, 20]
+
+
+def test_what_trained_a_run_is_kept_over_resumes(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path, text)
+    for step, commit in ((5, "old"), (9, "old"), (12, "new"), (15, "old")):
+        monkeypatch.setattr(provenance, "versions", lambda commit=commit: {"commit": commit})
+        interrupt_at(step, config, tmp_path)
+    result = train(config)
+    assert [(each["from_step"], each["versions"]["commit"]) for each in result["earlier"]] == [
+        (0, "old"),
+        (9, "new"),
+    ]
+    assert result["versions"] == {"commit": "old"}
+    assert result["earlier"][0].keys() == {
+        "from_step",
+        "versions",
+        "machine",
+        "precision",
+        "processes",
+    }
+
+
+def test_lines_that_went_missing_are_told(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.config(tmp_path, text)
+    interrupt_at(9, config, tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[1:]))
+    result = train(config)
+    told = capsys.readouterr().err
+    assert f"metrics.jsonl lacks 1 of its {len(lines)} lines up to step 9: curves have gaps" in told
+    assert "earlier" not in result
 
 
 MANIFEST = '{"files": {"weights": %s}, "step": 3, "corpus": "fingerprint"}'

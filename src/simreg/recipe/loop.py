@@ -33,11 +33,20 @@ class RunTrainer(SimRegTrainer):
     """Trainer with this project's checkpoints, its clock, and a guard against NaN."""
 
     def __init__(
-        self, *, config: RunConfig, folder: RunFolder, clock: Clock, corpus: str, **kwargs: Any
+        self,
+        *,
+        config: RunConfig,
+        folder: RunFolder,
+        clock: Clock,
+        corpus: str,
+        origins: list[dict[str, Any]],
+        **kwargs: Any,
     ) -> None:
-        """`corpus` is the fingerprint of the data, kept in every checkpoint."""
+        """Every checkpoint keeps `corpus`, the fingerprint of the data, and `origins`: versions and
+        machines, each from which step on."""
         super().__init__(schedule=config.simreg.over_run, **kwargs)
-        self.config, self.folder, self.clock, self.corpus = config, folder, clock, corpus
+        self.config, self.folder, self.clock = config, folder, clock
+        self.corpus, self.origins = corpus, origins
         self.interrupted = False  # this process was asked to stop
         self.stopping = False  # all of them stop after this step
         self.metrics_file: MetricsFile | None = None
@@ -107,16 +116,18 @@ class RunTrainer(SimRegTrainer):
             for path in saved.iterdir():
                 path.rename(aside / path.name)
             saved.rmdir()
-            if self.metrics_file is not None:
-                self.metrics_file.sync()
-            facts = {
+            facts: dict[str, Any] = {
                 "step": step,
                 "seconds": self.clock.seconds,
                 "corpus": self.corpus,
                 "processes": self.args.world_size,
                 "accumulate": self.config.train.accumulate,
                 "precision": assemble.precision(self.config),
+                "origins": self.origins,
             }
+            if self.metrics_file is not None:
+                self.metrics_file.sync()
+                facts["lines"] = self.metrics_file.lines
             checkpoints.seal(aside, facts)
         checkpoints.prune(self.folder.checkpoints, step, self.config.train.keep_checkpoints)
 

@@ -14,6 +14,7 @@ import torch
 
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
+from simreg.recipe.folder import warn
 
 # Dense bfloat16 FLOP/s (float16 before Ampere) from the data sheets; the first match counts.
 _PEAK_FLOPS = {
@@ -84,17 +85,24 @@ class Clock:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended as the run goes."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Open for a run that continues after `step`: what was written beyond it is dropped."""
+    def __init__(self, path: Path, step: int, expected: int = 0) -> None:
+        """Open for a run that continues after `step`: what was written beyond it is dropped.
+
+        Warns if fewer than `expected` lines are left.
+        """
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(path, lines)
+        if len(kept) < expected:
+            lost = expected - len(kept)
+            warn(f"{path} lacks {lost} of its {expected} lines up to step {step}: curves have gaps")
+        self.lines = len(kept)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line, at once visible to readers."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self.lines += 1
 
     def sync(self) -> None:
         """Force it to disk: a checkpoint must not outlive the lines that led to it."""

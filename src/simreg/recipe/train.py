@@ -78,6 +78,7 @@ def _run(
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "precision": assemble.precision(config),
+        "processes": arguments.world_size,
     }
     checkpoint, manifest = _agreed(config, folder, corpus)
     if manifest.get("corpus", corpus.fingerprint) != corpus.fingerprint:
@@ -104,6 +105,7 @@ def _run(
         eval_dataset=_validation(config, corpus.validation),
         data_collator=assemble.collator(config),
         objective=objective,
+        origins=_origins(manifest, origin),
     )
     flops = models.flops_per_token(model.config, active, config.data.seq_len)
     probe = None
@@ -117,14 +119,16 @@ def _run(
             warn(split)
         if (before := manifest.get("precision", origin["precision"])) != origin["precision"]:
             warn(f"train.precision was {before} so far and is {origin['precision']} from here on")
-    with _metrics(trainer, manifest.get("step", 0)), interruptible(trainer), _out_of_memory():
+    with _metrics(trainer, manifest), interruptible(trainer), _out_of_memory():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def finish() -> dict[str, Any]:
         facts = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds)
         if model.config.num_hidden_layers == 1:
             facts["objective"]["depths"] = []  # it has none within
-        result = facts | {"processes": arguments.world_size} | origin
+        result = facts | origin
+        if len(trainer.origins) > 1:
+            result["earlier"] = trainer.origins[:-1]
         _export(folder, model, corpus, result)
         return result
 
@@ -229,12 +233,22 @@ def _add_callbacks(
             trainer.add_callback(each)
 
 
+def _origins(manifest: dict[str, Any], origin: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the run was trained by, each from which step on; the present is the last."""
+    before: list[dict[str, Any]] = manifest.get("origins", [])
+    if before and before[-1] | {"from_step": 0} == origin | {"from_step": 0}:
+        return before
+    return [*before, {"from_step": manifest.get("step", 0), **origin}]
+
+
 @contextlib.contextmanager
-def _metrics(trainer: RunTrainer, step: int) -> Iterator[None]:
+def _metrics(trainer: RunTrainer, manifest: dict[str, Any]) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    trainer.metrics_file = progress.MetricsFile(trainer.folder.metrics, step)
+    trainer.metrics_file = progress.MetricsFile(
+        trainer.folder.metrics, manifest.get("step", 0), manifest.get("lines", 0)
+    )
     try:
         yield
     finally:
