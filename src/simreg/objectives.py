@@ -109,8 +109,9 @@ class Objective(Protocol):
     keywords. One that owns parameters or buffers is an `nn.Module`. One whose loss of a row depends
     on more than that row has an attribute ``by_rows = False``. One whose attribute ``weight`` is
     the number 0 is off; its ``ignore_index``, if it has one, is what labels are filled with; one
-    whose rows are spread over processes has a ``group``; ``check_layers(n)`` raises ValueError for
-    a model of n layers that will not do.
+    whose rows are spread over processes has a ``group``, and ``refuse(*devices)``, which is called
+    in place of the loss where there are no arguments for it, lest other processes wait;
+    ``check_layers(n)`` raises ValueError for a model of n layers that will not do.
     """
 
     def __call__(

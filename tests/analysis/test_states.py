@@ -52,6 +52,13 @@ def test_a_second_look_costs_no_forward_pass(study, tmp_path):
     assert collect(first, tmp_path, IDS.view(10, 16))[1]  # other rows of the same text
 
 
+def test_a_cache_that_cannot_be_is_named_by_its_option(study, tmp_path):
+    (tmp_path / "file").touch()
+    target = targets.find([str(study)], series=False)[0]
+    with pytest.raises(UserError, match=r"set --cache-dir to another folder"):
+        collect(target, tmp_path / "file" / "cache")
+
+
 def test_a_damaged_cache_is_made_again(study, tmp_path):
     target = targets.find([str(study)], series=False)[0]
     one, _ = collect(target, tmp_path)

@@ -45,6 +45,17 @@ def test_runs_that_a_study_lacks_are_named(study, tmp_path, capsys):
     assert f"3 of the 8 runs planned in {copy} have not begun: {missing}\n" in said
 
 
+def test_arms_that_are_not_trained_to_the_end_are_not_missed(study, tmp_path, capsys):
+    copy = tmp_path / "study"
+    shutil.copytree(study, copy)
+    shutil.rmtree(copy / "simreg" / "1")
+    plan = json.loads((copy / "study.yaml").read_text())
+    plan["budgets"] = {"baseline": [1.0], "simreg": [0.5]}
+    (copy / "study.yaml").write_text(json.dumps(plan))
+    assert {target.arm for target in targets.find([str(copy)], series=False)} == {"baseline"}
+    assert "begun" not in capsys.readouterr().err
+
+
 def test_a_run_with_its_checkpoints_in_order(study):
     run = study / "simreg" / "1" / "seed-2"
     found = targets.find([str(run)], series=True)

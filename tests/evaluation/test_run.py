@@ -13,6 +13,7 @@ from simreg.evaluation import offline, subjects
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import config as recipe
 from simreg.recipe.errors import UserError
+from simreg.recipe.sources import HubDataset
 from simreg.recipe.tokenizer import Encoder
 from tests.evaluation import tiny
 from tests.recipe.tiny import PRESETS  # noqa: F401  the runs' presets
@@ -272,6 +273,16 @@ def test_a_run_of_before_the_depths_had_none(runs, tmp_path):
     assert (simreg.depths, simreg.depths_offset) == ([], 0)
 
 
+def test_brackets_in_names_are_shown(runs, evaluate, tmp_path):
+    folder = tmp_path / "a[b" / "[" / "c]"  # to rich the path would end a style
+    shutil.copytree(runs / "plain" / "seed-1", folder / "old[bold]" / "seed-1")
+    shutil.copytree(runs / "simreg" / "seed-1", folder / "new[bold]" / "seed-1")
+    status, results, printed, _ = evaluate(folder, "--limit", 2)
+    assert status == 0
+    assert list(results["arms"]) == ["c]/new[bold]", "c]/old[bold]"]
+    assert "old[bold]" in printed
+
+
 def test_text_that_a_run_was_trained_on_is_refused(runs, evaluate, tmp_path):
     source = subjects.find([str(runs / "plain" / "seed-1")])[0].config.data.source
     copied = tmp_path / f"copied{Path(source).suffix}"
@@ -290,8 +301,32 @@ def test_text_of_a_run_that_is_not_here_cannot_be_told(runs, evaluate, tmp_path)
     status, _, _, error = evaluate(run, "--text", tmp_path / "t.txt", "--limit", 2)
     assert status == 0
     assert re.search(r"'gone/\*.jsonl' names no file here, so \S+ may have been trained", error)
+    several = ["gone/*.jsonl", str(tmp_path / "other.txt")]
+    (tmp_path / "other.txt").write_text(tiny.text(0, 3))
+    partly = change(runs / "plain" / "seed-1", tmp_path / "c", data={"source": several})
+    assert (
+        "'gone/*.jsonl' names no file here"
+        in evaluate(partly, "--text", tmp_path / "t.txt", "--limit", 2)[3]
+    )
     hub = change(runs / "plain" / "seed-1", tmp_path / "b", data={"source": "hf:a/b"})
     assert "names no file" not in evaluate(hub, "--text", tmp_path / "t.txt", "--limit", 2)[3]
+
+
+def test_a_dataset_of_the_hub_that_a_run_was_trained_on_is_refused(
+    runs, evaluate, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(HubDataset, "revision", "of today")
+    run = change(runs / "plain" / "seed-1", tmp_path, data={"source": ["x.txt", "hf:a/b:en"]})
+    status, _, _, error = evaluate(run, "--text", "hf:a/b:en", "--limit", 2)
+    assert status == 2
+    assert "was trained on hf:a/b:en:train: name text that no model has seen" in error
+    read = []  # another config is other text, which is read
+    monkeypatch.setattr(
+        HubDataset, "read", lambda self: iter(read.append(self.title) or [tiny.text(0, 20)])
+    )
+    monkeypatch.setattr(HubDataset, "weight", 1)
+    assert evaluate(run, "--text", "hf:a/b:de", "--limit", 2)[0] == 0
+    assert read == ["hf:a/b:de:train"]
 
 
 def test_text_that_is_too_little_for_cloze_items_has_bits(runs, evaluate, tmp_path):

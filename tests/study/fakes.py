@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from simreg.recipe import config as recipe
+from simreg.recipe import progress
 from simreg.recipe.config import RunConfig
 from simreg.recipe.folder import RunFolder
 from simreg.study import plan, records, results, run
@@ -73,7 +73,7 @@ def write_run(config: RunConfig, speed: float = 1.0, *, jitter: float = 0.0) -> 
 def compare(study: Study, **kwargs: Any) -> tuple[dict[str, Any], str]:
     """Run `run.compare`; returns its results and what it printed."""
     screen = io.StringIO()
-    results = run.compare(study, console=Console(file=screen, width=120), **kwargs)
+    results = run.compare(study, console=progress.console(file=screen, width=120), **kwargs)
     return results, screen.getvalue()
 
 

@@ -276,10 +276,13 @@ def test_lists_are_values_of_a_flag():
     flags = [
         "data.source=[a.txt, b.txt],optim.lr=1e-3",
         "data.validation={x: [1, 2]},model.preset=p",
+        """data.source='a,b[.txt',data.validation=["c,d", 'e'],data.tokenizer=it's,optim.lr=1""",
     ]
     parsed = [plan.parse_assignments(flag, "--set") for flag in flags]
     assert parsed[0] == {"data": {"source": ["a.txt", "b.txt"]}, "optim": {"lr": "1e-3"}}
     assert parsed[1] == {"data": {"validation": {"x": [1, 2]}}, "model": {"preset": "p"}}
+    quoted = {"source": "a,b[.txt", "validation": ["c,d", "e"], "tokenizer": "it's"}
+    assert parsed[2] == {"data": quoted, "optim": {"lr": 1}}
 
 
 def test_saving_changes_a_file_only_where_it_must(tmp_path):

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from simreg.recipe import progress
 from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.folder import RunFolder
 from simreg.study import plan, run, sizing
@@ -252,7 +252,7 @@ def test_an_unfinished_study_has_a_report_of_what_is_finished(lab, study, tmp_pa
     lab.before = stop
     screen = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        run.compare(study, console=Console(file=screen, width=120))
+        run.compare(study, console=progress.console(file=screen, width=120))
     assert "--report writes the report of the runs that are finished" in screen.getvalue()
     assert not (folder / "results.json").exists()
     trained, timed = list(lab.trained), list(lab.timed)
@@ -309,7 +309,7 @@ def test_a_report_takes_a_study_that_has_finished_runs(lab, study, tmp_path):
 
 def redraw(study):
     screen = io.StringIO()
-    return run.redraw(study, console=Console(file=screen, width=120)), screen.getvalue()
+    return run.redraw(study, console=progress.console(file=screen, width=120)), screen.getvalue()
 
 
 def test_one_process_at_a_time_settles_times_and_ends_a_study(lab, study, monkeypatch):

@@ -124,7 +124,7 @@ def test_a_step_time_belongs_to_its_configs_software_and_machine(tmp_path, monke
     elif changed != "nothing":
         machine[changed] = "b"
     else:
-        base = {"train": {"tokens": 900_000, "eval_tokens": 9}}
+        base = {"train": {"tokens": 900_000, "eval_tokens": 9, "timeout": 60}}
         study = plan.from_dict({"out": str(tmp_path), "base": base})
     sizing.step_times(study, None)
     assert measured == [120.0] * (1 if changed == "nothing" else 2)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from simreg import cli
 from simreg.evaluation.scoring import Scorer
+from simreg.recipe import progress
 from simreg.study import plan, plots, records, report, run, zeroshot
 from simreg.study.picture import Picture
 from tests.recipe import tiny
@@ -22,7 +23,7 @@ def trained(tmp_path_factory):
     text = tiny.write_text(folder)
     study = make(folder / "s", text)
     screen = io.StringIO()
-    found = run.compare(study, console=Console(file=screen, width=120))
+    found = run.compare(study, console=progress.console(file=screen, width=120))
     return folder, text, found, screen.getvalue()
 
 
@@ -217,7 +218,7 @@ def test_missing_text_leaves_it_out(trained, tmp_path):
     study, screen = make(out, text), io.StringIO()
     for cell in study.cells():  # as if it had been trained on text that is gone now
         (out / cell.folder / "config.yaml").write_text(plan.recipe.to_yaml(study.config(cell)))
-    zeroshot.after_training(study, None, {}, Console(file=screen, width=500))
+    zeroshot.after_training(study, None, {}, progress.console(file=screen, width=500))
     assert "left out: the text of baseline/1/seed-1 is not there" in screen.getvalue()
 
 

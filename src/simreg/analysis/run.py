@@ -6,12 +6,15 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from simreg import theme
 from simreg.analysis import compare, figures, project, states, summary, targets, text
@@ -20,14 +23,13 @@ from simreg.analysis.targets import Target
 from simreg.geometry import groups
 from simreg.geometry.sample import Sample
 from simreg.intervals import pairing
-from simreg.recipe import config, provenance
+from simreg.recipe import config, progress, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
 from simreg.recipe.outputs import check_results, unused
-from simreg.recipe.progress import read_metrics
 
 
 @dataclass
@@ -72,7 +74,7 @@ class AnalyzeOptions:
 
 def main(options: AnalyzeOptions) -> None:
     """Run the command; UserError for what cannot be read or compared."""
-    console = Console(highlight=False)
+    console = progress.console()
     command = shlex.join(["simreg", *sys.argv[1:]])
     with ExitStack() as until_done:
         out = expanded(options.out) if options.out else _in_study(options.models)
@@ -85,7 +87,7 @@ def main(options: AnalyzeOptions) -> None:
         with storage_errors(out):
             write(results, out)
     summary.show(results, console)
-    console.print(f"\nresults {out / 'results.json'}", soft_wrap=True)
+    console.print(f"\nresults {out / 'results.json'}")
 
 
 def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[str, Any]:
@@ -111,10 +113,11 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
     sample: Sample | None = None
     for target in found:
         began = time.perf_counter()
-        with console.status(target.name) as status:
-            state = states.collect(target, read.ids, options.cache_dir, status.update)
+        with console.status(Text(target.name)) as status:
+            tell = partial(_tell, status)
+            state = states.collect(target, read.ids, options.cache_dir, tell)
             forward = time.perf_counter() - began
-            status.update(f"{target.name}: measuring")
+            tell(f"{target.name}: measuring")
             record, values = measure(
                 state, read.frequency, read.ids.shape[1], settings, brief=not target.final
             )
@@ -229,6 +232,10 @@ def _reference(options: AnalyzeOptions, found: list[Target]) -> str:
     return "baseline" if "baseline" in arms else arms[0]
 
 
+def _tell(status: Status, what: str) -> None:
+    status.update(Text(what))  # not markup: names may have brackets
+
+
 def _compared(found: list[Target]) -> set[int]:
     """The seeds that enter comparisons; a warning for those that do not."""
     seeds: dict[str, set[int]] = {}
@@ -278,7 +285,7 @@ def _training(found: list[Target]) -> list[dict[str, Any]]:
     runs = {target.run: target for target in found if target.run is not None}
     curves = []
     for run, target in runs.items():
-        lines = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "geometry"]
+        lines = [r for r in progress.read_metrics(run / "metrics.jsonl") if r["kind"] == "geometry"]
         if lines:
             kept = [{k: v for k, v in r.items() if k not in ("kind", "seconds")} for r in lines]
             curves.append({"arm": target.arm, "seed": target.seed, "records": kept})

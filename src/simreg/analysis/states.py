@@ -61,7 +61,8 @@ def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], N
         json.dumps([_LAYOUT, digest, str(model.config), _digest(ids)]).encode(), digest_size=16
     ).hexdigest()
     folder = expanded(cache_dir) / "hidden" / key
-    facts = cache.entry(folder, _Forward(model, target, ids, (weight, bias), tell))
+    make = _Forward(model, target, ids, (weight, bias), tell)
+    facts = cache.entry(folder, make, setting="--cache-dir")
     rows, length = ids.shape
     shape = (rows * (length - 1), facts["width"])
     hidden = torch.from_numpy(np.memmap(folder / "hidden.f32", np.float32, "c", shape=shape))

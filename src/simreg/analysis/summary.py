@@ -90,9 +90,9 @@ def show(results: dict[str, Any], console: Console) -> None:
     for row in rows(results):
         table.add_row(*row)
     console.print()
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for text in sentences(results):
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text)
 
 
 def _title(results: dict[str, Any]) -> str:

@@ -96,7 +96,9 @@ def _planned(study: Path) -> list[Path]:
     """The folders of its runs at the full budget, without those that its plan no longer has."""
     plan = config.read_yaml(study / STUDY_FILE)
     seeds = [f"seed-{seed}" for seed in plan.get("seeds") or []]
-    planned = [study / arm / "1" / seed for arm in plan.get("arms") or {} for seed in seeds]
+    budgets = plan.get("budgets") or {}
+    arms = [arm for arm in plan.get("arms") or {} if 1.0 in budgets.get(arm, [1.0])]
+    planned = [study / arm / "1" / seed for arm in arms for seed in seeds]
     folders = sorted(file.parent for file in study.glob("*/1/seed-*/config.yaml"))
     for folder in folders:
         if folder not in planned:

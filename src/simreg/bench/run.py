@@ -20,7 +20,7 @@ from simreg.bench.problem import Shape
 from simreg.bench.records import measure_shape
 from simreg.bench.table import table
 from simreg.loss import VARIANTS
-from simreg.recipe import provenance
+from simreg.recipe import progress, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import default_of
 from simreg.recipe.errors import UserError
@@ -69,15 +69,15 @@ class BenchOptions:
 
 def main(options: BenchOptions) -> None:
     """Run the command; UserError for options that cannot be met."""
-    console = Console(highlight=False)
+    console = progress.console()
     out = expanded(options.out or _default_out(find_device(options.device)))
     check_writable(out)
     command = shlex.join(["simreg", *sys.argv[1:]])
     results = bench(options, console, command=command, save=lambda found: _save(found, out))
     drawn = write(results, out)
-    console.print(f"results {out}", soft_wrap=True)
+    console.print(f"results {out}")
     if drawn:
-        console.print(f"figure  {out.with_suffix('.png')}", soft_wrap=True)
+        console.print(f"figure  {out.with_suffix('.png')}")
 
 
 def bench(
@@ -113,7 +113,7 @@ def bench(
                 seconds=options.seconds,
                 memory=options.memory,
             )
-        console.print(table(str(shape), found))
+        console.print(table(str(shape), found), soft_wrap=False)
         records += found
         del left[0]
         if save is not None:

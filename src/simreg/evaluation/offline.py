@@ -14,12 +14,12 @@ from simreg.recipe.errors import UserError
 from simreg.recipe.folder import warn
 from simreg.recipe.sources import (
     Source,
-    files_of,
     in_pieces,
     interleave,
     listed,
     resolve,
     shared,
+    still_there,
 )
 from simreg.recipe.trained import require_one_text, require_unchanged
 
@@ -161,15 +161,18 @@ def _from_text(text: Sequence[str], subjects: Sequence[Subject] = ()) -> tuple[l
 
 
 def _check_unseen(sources: Sequence[Source], subjects: Sequence[Subject]) -> None:
-    """UserError for a file that a run was trained on, wherever it lies and whatever its name."""
+    """UserError for what a run was trained on: a file wherever it lies and whatever its name, or a
+    dataset of the Hub."""
     runs = [(s.name, s.config.data.source) for s in subjects if s.config is not None]
     for name, spec in {str(spec): (name, spec) for name, spec in runs}.values():
-        files = files_of(spec)
-        if not files and any(not source.startswith("hf:") for source in listed(spec)):
-            warn(f"--text: {spec!r} names no file here, so {name} may have been trained on it")
-        if found := shared(sources, files):
+        known = []
+        for item in listed(spec):
+            known += (there := still_there(item))
+            if not there:
+                warn(f"--text: {item!r} names no file here, so {name} may have been trained on it")
+        if found := shared(sources, known):
             raise UserError(
-                f"--text: {name} was trained on {found.path}: name text that no model has seen "
+                f"--text: {name} was trained on {found.title}: name text that no model has seen "
                 "(without --text it is what the run itself held out)"
             )
 

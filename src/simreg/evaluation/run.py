@@ -16,7 +16,7 @@ from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer
 from simreg.evaluation.subjects import Subject
-from simreg.recipe import assemble, cache, hub, provenance
+from simreg.recipe import assemble, cache, hub, progress, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
@@ -46,7 +46,7 @@ class Task(Protocol):
 
 def main(options: EvalOptions) -> None:
     """Run the command; UserError for what cannot be evaluated."""
-    console = Console(highlight=False)
+    console = progress.console()
     command = shlex.join(["simreg", *sys.argv[1:]])
     with contextlib.ExitStack() as until_done:
         if options.out:
@@ -77,7 +77,7 @@ def write(results: dict[str, Any], out: Path, console: Console) -> None:
     path = out / "results.json"
     with storage_errors(out):
         write_atomically(path, json.dumps(results, indent=1) + "\n")
-    console.print(f"\nresults {path}", soft_wrap=True)
+    console.print(f"\nresults {path}")
 
 
 def evaluate(
@@ -110,7 +110,7 @@ def evaluate(
                 outcomes[model.subject.name, task.name] = outcome
                 line = summary.line(model.subject, task.name, outcome)
                 with bar.aside():
-                    console.print(line, markup=False, soft_wrap=True)
+                    console.print(line)
             model.unload()
     facts: dict[str, Any] = {
         "schema": SCHEMA,
@@ -204,9 +204,10 @@ class _Bar:
     """Progress on the standard error, if that is a terminal."""
 
     def __init__(self, runs: int) -> None:
-        console = Console(file=sys.stderr)  # this very file: the harness's bars are redirected
+        # This very file: the harness's bars are redirected.
+        console = progress.console(file=sys.stderr)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

@@ -236,9 +236,9 @@ def show(results: dict[str, Any], console: Console) -> None:
     for row in rows(results):
         table.add_row(*(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in row))
     console.print()
-    console.print(table)
+    console.print(table, soft_wrap=False)
     notes = [
         f"{task}: {facts['note']}" for task, facts in results["tasks"].items() if facts["note"]
     ]
     for text in [*sentences(results), *notes]:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text)

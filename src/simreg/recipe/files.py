@@ -52,6 +52,11 @@ class LocalFile:
             )
 
     @property
+    def title(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    @property
     def compression(self) -> str | None:
         """The last suffix if it is a known compression."""
         suffix = self.path.suffix.lower()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
@@ -36,6 +37,11 @@ _PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "V100": 125e12,
 }
+
+
+def console(**options: Any) -> Console:
+    """Where a command prints: names and paths as they are, lines as long as they are."""
+    return Console(highlight=False, markup=False, soft_wrap=True, **options)
 
 
 def silence() -> None:

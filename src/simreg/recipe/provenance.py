@@ -64,10 +64,10 @@ def commit() -> str | None:
 
 def machine() -> dict[str, Any]:
     """Platform, device, CPU and threads."""
-    cuda = torch.cuda.is_available()
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return {
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

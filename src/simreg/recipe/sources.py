@@ -40,6 +40,10 @@ class Source(Protocol):
     """Documents to read."""
 
     @property
+    def title(self) -> str:
+        """Names it for the user, without reading it."""
+
+    @property
     def key(self) -> str:
         """Identity: equal keys hold the same documents."""
 
@@ -83,25 +87,36 @@ def listed(spec: str | list[str]) -> list[str]:
     return [spec] if isinstance(spec, str) else spec
 
 
-def files_of(spec: str | list[str]) -> list[LocalFile]:
-    """The files among the sources that `spec` names, none of them read; none if they are gone."""
-    found: list[LocalFile] = []
+def still_there(spec: str | list[str]) -> list[Source]:
+    """The sources that `spec` named for training, none of them read; without files that are gone.
+
+    No network is asked for those of the Hub.
+    """
+    found: list[Source] = []
     for item in listed(spec):
         with contextlib.suppress(UserError):
             if item == STDLIB:
                 found += standard_library()
-            elif not item.startswith("hf:"):
+            elif item.startswith("hf:"):
+                found.append(HubDataset.parse(item, "text", "train"))
+            else:
                 found += [LocalFile(path) for path in _paths(item, "data.source")]
     return found
 
 
-def shared(sources: Iterable[Source], others: Iterable[Source]) -> LocalFile | None:
-    """A file of `sources` that is also, under whatever name, one of `others`."""
+def shared(sources: Iterable[Source], others: Iterable[Source]) -> Source | None:
+    """One of `sources` that is also one of `others`: a file under whatever name, or a dataset's
+    split at whatever commit."""
     by_size: dict[int, list[Path]] = {}
+    of_hub: set[str] = set()
     for other in others:
         if isinstance(other, LocalFile):
             by_size.setdefault(other.path.stat().st_size, []).append(other.path)
+        elif isinstance(other, HubDataset):
+            of_hub.add(other.title)
     for file in sources:
+        if isinstance(file, HubDataset) and file.title in of_hub:
+            return file
         if not isinstance(file, LocalFile):
             continue
         alike = by_size.get(file.path.stat().st_size, ())  # others need not be read
@@ -202,9 +217,14 @@ class HubDataset:
             raise self._failed(error) from None
 
     @property
+    def title(self) -> str:
+        """Id, config and split."""
+        return f"hf:{self.name}:{self.config}:{self.split}"
+
+    @property
     def key(self) -> str:
-        """Id, config, split and commit."""
-        return f"hf:{self.name}:{self.config}:{self.split}:{self.revision}"
+        """The same and the commit."""
+        return f"{self.title}:{self.revision}"
 
     @cached_property
     def weight(self) -> int:

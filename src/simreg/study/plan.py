@@ -277,11 +277,16 @@ def parse_assignments(text: str, flag: str) -> dict[str, Any]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas, apart from commas inside brackets."""
-    parts, depth = [""], 0
+    """The parts between commas, apart from commas inside brackets or quotes."""
+    parts, depth, quote = [""], 0, ""
     for letter in text:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth <= 0:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and parts[-1][-1:] in set("=[{, "):  # where a value begins
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter

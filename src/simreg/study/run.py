@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from simreg.recipe import assemble, data, models, timing, train
+from simreg.recipe import assemble, data, models, progress, timing, train
 from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig, TrainConfig
 from simreg.recipe.data import Corpus
@@ -30,7 +30,6 @@ from simreg.recipe.folder import (
 )
 from simreg.recipe.outputs import check_results
 from simreg.recipe.processes import world_size
-from simreg.recipe.progress import duration, log_line
 from simreg.study import plan, records, report, sizing, summary, zeroshot
 from simreg.study.plan import Cell, CompareOptions, Study
 
@@ -80,7 +79,7 @@ def compare(
     UserError if the study's folder holds one with another base configuration or other data, or in
     one of several processes of a launcher.
     """
-    console = console or Console(highlight=False)
+    console = console or progress.console()
     if world_size() > 1:
         raise UserError(
             "simreg compare trains each run in one process: start it without torchrun, once for "
@@ -121,7 +120,7 @@ def redraw(
 
     UserError if none is, or if the study's folder holds another one, or more finished runs of it.
     """
-    console = console or Console(highlight=False)
+    console = console or progress.console()
     out = Path(study.out)
     _check_folder(out)
     if not out.is_dir():
@@ -304,9 +303,8 @@ def _sized(
     study = sizing.fit(study, step_s, step_time, seconds, len(corpus.train))
     if (needed := spent + sizing.total(study, step_s, step_time)) > 1.1 * wanted:
         console.print(
-            f"this will take about {duration(needed)} in all, more than the {study.minutes:g} "
-            "minutes asked for",
-            soft_wrap=True,
+            f"this will take about {progress.duration(needed)} in all, more than the "
+            f"{study.minutes:g} minutes asked for"
         )
     return study
 
@@ -323,7 +321,7 @@ def _run_missing(
     if finished:
         console.print(f"{len(finished)} of {len(cells)} runs are finished already")
     if todo and corpus is not None:
-        console.print(_setting(study.arm_config(study.reference), corpus), markup=False)
+        console.print(_setting(study.arm_config(study.reference), corpus))
     failures: dict[str, str] = {}
     announced: set[Cell] = set()
     waiting = False
@@ -335,12 +333,12 @@ def _run_missing(
                 announced.add(cell)
                 number = f"[{cells.index(cell) + 1}/{len(cells)}]"
                 title = f"{number} {_title(study, cell)}{_about(left.of([cell, *rest]))}"
-                console.print(title, style="bold", markup=False, soft_wrap=True)
+                console.print(title, style="bold")
             first = left.slowdown is None
             if before := records.failure(study, cell):
                 failures[cell.folder] = before
                 again = f"delete {Path(study.out) / cell.folder} to try again"
-                console.print(f"diverged before: {before}; {again}", markup=False, soft_wrap=True)
+                console.print(f"diverged before: {before}; {again}")
                 continue
             try:
                 _train(study, cell, corpus, left, console)
@@ -350,10 +348,10 @@ def _run_missing(
                 failures[cell.folder] = str(error)
                 with storage_errors(Path(study.out)):
                     RunFolder(study.config(cell).out).record_divergence(str(error))
-                console.print(f"diverged: {error}", markup=False, soft_wrap=True)
+                console.print(f"diverged: {error}")
             if first and study.minutes is not None and (left.slowdown or 0) > SLOW:
                 slow = f"slower than timed by a factor of {left.slowdown:.1f}"
-                console.print(f"{slow}{_about(left.of(rest))}", markup=False, soft_wrap=True)
+                console.print(f"{slow}{_about(left.of(rest))}")
         if postponed and len(postponed) == len(todo):
             if not waiting:
                 waiting = True
@@ -373,8 +371,8 @@ def _train(
     def tell(record: dict[str, Any]) -> None:
         nonlocal stepped
         stepped = True
-        line = log_line(record, total=record["steps"])
-        console.print(f"{cell.arm} · {cell.budget:g} N  {line}", markup=False, soft_wrap=True)
+        line = progress.log_line(record, total=record["steps"])
+        console.print(f"{cell.arm} · {cell.budget:g} N  {line}")
 
     began = time.monotonic()
     train.train(config, corpus=corpus, on_step=tell)
@@ -405,4 +403,4 @@ def _title(study: Study, cell: Cell) -> str:
 
 
 def _about(seconds: float | None) -> str:
-    return f" · about {duration(seconds)} left in all" if seconds else ""
+    return f" · about {progress.duration(seconds)} left in all" if seconds else ""

@@ -142,6 +142,7 @@ def _cost(study: Study, arm: str) -> dict[str, Any]:
     config["optim"]["clip"] = config["optim"]["clip"] > 0
     config["simreg"]["push"] = config["simreg"]["push"] > 0 or None
     del config["simreg"]["push_above"], config["simreg"]["depths_offset"]
+    config["train"]["timeout"] = TrainConfig().timeout  # costs nothing; kept records have it
     return {
         section: {
             k: v

@@ -283,6 +283,6 @@ def show(results: dict[str, Any], console: Console) -> None:
     for row in table_rows:
         table.add_row(*(row[i] for i in kept))
     console.print()
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for line in headlines(results):
-        console.print(line, markup=False)
+        console.print(line)

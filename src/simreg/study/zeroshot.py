@@ -20,6 +20,7 @@ from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
 from simreg.recipe.outputs import unused
+from simreg.recipe.progress import console as screen
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.results import seeds_diverged
@@ -44,7 +45,7 @@ def main(options: EvalOptions) -> None:
         run.main(replace(options, models=names))
         return
     study, found = _study(folder)
-    console = Console(highlight=False)
+    console = screen()
     command = shlex.join(["simreg", *sys.argv[1:]])
     with ExitStack() as until_done:
         out = expanded(options.out or folder / FOLDER / _suite(options))
@@ -57,7 +58,7 @@ def main(options: EvalOptions) -> None:
     if options.out is None and (folder / "results.json").is_file():
         with plan.exclusive(folder, console):
             _redraw(study)
-        console.print(f"report  {folder / 'report.html'}", soft_wrap=True)
+        console.print(f"report  {folder / 'report.html'}")
 
 
 def _check_fuller(out: Path, options: EvalOptions, found: list[Subject]) -> None:
@@ -132,7 +133,7 @@ def after_training(
     try:
         results = run.evaluate(found, options, console, corpus=corpus)
     except UserError as error:  # a report can be drawn from records alone, without their data
-        console.print(f"left out: {error}", markup=False, soft_wrap=True)
+        console.print(f"left out: {error}")
         return False
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
