@@ -301,7 +301,7 @@ def test_text_of_a_run_that_is_not_here_cannot_be_told(runs, evaluate, tmp_path)
     status, _, _, error = evaluate(run, "--text", tmp_path / "t.txt", "--limit", 2)
     assert status == 0
     assert re.search(r"'gone/\*.jsonl' names no file here, so \S+ may have been trained", error)
-    several = ["gone/*.jsonl", str(tmp_path / "other.txt")]
+    several = [str(tmp_path / "other.txt"), "gone/*.jsonl"]
     (tmp_path / "other.txt").write_text(tiny.text(0, 3))
     partly = change(runs / "plain" / "seed-1", tmp_path / "c", data={"source": several})
     assert (
