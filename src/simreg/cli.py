@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import simreg
 from simreg.recipe.errors import UserError
@@ -22,15 +23,6 @@ simreg train [CONFIG.yaml] [flags]: flags override the file, the file overrides 
 The same command again continues a run that was stopped. `simreg train --list-models` prints the
 presets. After a run, its folder (--out) holds config.yaml, metrics.jsonl, result.json, model/,
 checkpoints/ and tensorboard/."""
-_HELP = {
-    "train": "train a language model, with SimReg or without",
-    "compare": "say how many tokens and how much time SimReg saves",
-    "eval": "say what models can do without training on the task",
-    "analyze": "measure the geometry of trained models' embeddings",
-    "bench": "time the loss and measure its memory, beside its peers",
-    "plan": "compute what the loss costs on a model and a cluster",
-}
-
 _NEEDED = (
     *("accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "psutil", "pyarrow"),
     *("pydantic", "rich", "safetensors", "scipy", "tokenizers", "transformers", "tyro", "yaml"),
@@ -63,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 2 for a user's mistake, 130 if stopped."""
     try:
         verb, rest = _verb(sys.argv[1:] if arguments is None else list(arguments))
-        _VERBS[verb](rest)
+        _call(verb, rest)
         with contextlib.suppress(AttributeError, ValueError):  # it may be closed
             sys.stdout.flush()
     except UserError as error:
@@ -95,10 +87,27 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
     )
     parser.add_argument("--version", action="version", version=f"simreg {simreg.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, text in _HELP.items():
+    for name, (text, _, _) in _VERBS.items():
         verbs.add_parser(name, help=text, add_help=False)
     known = parser.parse_args(arguments[:1])  # the rest belongs to the verb
     return known.verb, arguments[1:]
+
+
+def _call(verb: str, arguments: list[str]) -> None:
+    """Import what the verb needs, and no more."""
+    _, options, function = _VERBS[verb]
+    if options is None or function is None:
+        _train(arguments)
+        return
+    import tyro
+
+    given = tyro.cli(_named(options), prog=f"simreg {verb}", args=arguments)
+    _named(function)(given)
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _train(arguments: list[str]) -> None:
@@ -150,59 +159,33 @@ def _value(arguments: list[str], flag: str) -> str | None:
     return None
 
 
-def _compare(arguments: list[str]) -> None:
-    import tyro
-
-    from simreg.study import plan
-
-    options = tyro.cli(plan.CompareOptions, prog="simreg compare", args=arguments)
-    from simreg.study import run
-
-    run.main(options)
-
-
-def _eval(arguments: list[str]) -> None:
-    import tyro
-
-    from simreg.evaluation.options import EvalOptions
-
-    options = tyro.cli(EvalOptions, prog="simreg eval", args=arguments)
-    from simreg.study import zeroshot
-
-    zeroshot.main(options)
-
-
-def _analyze(arguments: list[str]) -> None:
-    import tyro
-
-    from simreg.analysis import run
-
-    run.main(tyro.cli(run.AnalyzeOptions, prog="simreg analyze", args=arguments))
-
-
-def _bench(arguments: list[str]) -> None:
-    import tyro
-
-    from simreg.bench import run
-
-    run.main(tyro.cli(run.BenchOptions, prog="simreg bench", args=arguments))
-
-
-def _plan(arguments: list[str]) -> None:
-    import tyro
-
-    from simreg.plan import run
-
-    run.main(tyro.cli(run.PlanOptions, prog="simreg plan", args=arguments))
-
-
-_VERBS = {
-    "train": _train,
-    "compare": _compare,
-    "eval": _eval,
-    "analyze": _analyze,
-    "bench": _bench,
-    "plan": _plan,
+_VERBS = {  # help, options, what runs with them
+    "train": ("train a language model, with SimReg or without", None, None),
+    "compare": (
+        "say how many tokens and how much time SimReg saves",
+        "simreg.study.plan:CompareOptions",
+        "simreg.study.run:main",
+    ),
+    "eval": (
+        "say what models can do without training on the task",
+        "simreg.evaluation.options:EvalOptions",
+        "simreg.study.zeroshot:main",
+    ),
+    "analyze": (
+        "measure the geometry of trained models' embeddings",
+        "simreg.analysis.options:AnalyzeOptions",
+        "simreg.analysis.run:main",
+    ),
+    "bench": (
+        "time the loss and measure its memory, beside its peers",
+        "simreg.bench.run:BenchOptions",
+        "simreg.bench.run:main",
+    ),
+    "plan": (
+        "compute what the loss costs on a model and a cluster",
+        "simreg.plan.run:PlanOptions",
+        "simreg.plan.run:main",
+    ),
 }
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from simreg.analysis.options import AnalyzeOptions
 from simreg.recipe.train import train
 from tests.recipe import tiny
 
@@ -42,7 +43,7 @@ def analysed(study, tmp_path_factory):
 
     from simreg.analysis import run
 
-    options = run.AnalyzeOptions(
+    options = AnalyzeOptions(
         [str(study)], tokens=600, series=True, least=2, cache_dir=str(study.parent / "cache")
     )
     return run.analyze(options, Console(quiet=True), command="simreg analyze study")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from simreg import cli
 from simreg.analysis import compare, describe, figures, measure, plots, run, summary, text
+from simreg.analysis.options import AnalyzeOptions
 from simreg.geometry import collapse
 from simreg.geometry.classes import classes, token_cosines
 from simreg.geometry.groups import mean_se
@@ -214,7 +215,7 @@ def test_arms_that_have_but_checkpoints_are_in_some_pictures(study, tmp_path, ar
     other = shutil.copytree(study, tmp_path / "study")
     for model in (model for arm in arms for model in other.glob(f"{arm}/1/*/model")):
         shutil.rmtree(model)
-    options = run.AnalyzeOptions(
+    options = AnalyzeOptions(
         [str(other)], tokens=600, series=True, least=2, cache_dir=str(tmp_path / "cache")
     )
     found = run.analyze(options, Console(quiet=True), command="simreg analyze study")
@@ -270,7 +271,7 @@ def test_the_table_names_every_metric_once(analysed):
 def test_one_model_alone_on_other_text_has_pictures_too(study, analysed, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(f"Other text, number {i} of many. " * 40 for i in range(400)))
-    options = run.AnalyzeOptions(
+    options = AnalyzeOptions(
         [str(study / "simreg" / "1" / "seed-1")], tokens=300, least=2, source=str(other),
         cache_dir=str(study.parent / "cache"), labels=None,
     )  # fmt: skip
@@ -346,13 +347,13 @@ def test_groups_without_a_class_have_no_metric():
 def test_the_folder_may_be_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no folder \./absent"):
-        run.main(run.AnalyzeOptions(models=["./absent"], out=Path("~/out")))
+        run.main(AnalyzeOptions(models=["./absent"], out=Path("~/out")))
     assert (tmp_path / "out").is_dir()
 
 
 def test_only_seeds_that_all_arms_have_are_compared(study, capsys):
     runs = [f"{study}/{run}" for run in ("baseline/1/seed-2", "simreg/1/seed-1", "simreg/1/seed-2")]
-    options = run.AnalyzeOptions(runs, tokens=200, least=2, cache_dir=str(study.parent / "cache"))
+    options = AnalyzeOptions(runs, tokens=200, least=2, cache_dir=str(study.parent / "cache"))
     found = run.analyze(options, Console(quiet=True), command="")
     assert "seeds 1 of simreg have no pair" in capsys.readouterr().err
     assert [m["compared"] for m in found["models"]] == [True, False, True]
@@ -459,7 +460,7 @@ def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
 
     def analyze(*names, **options):
         cache = str(study.parent / "cache")
-        chosen = run.AnalyzeOptions([*names], tokens=200, least=2, cache_dir=cache, **options)
+        chosen = AnalyzeOptions([*names], tokens=200, least=2, cache_dir=cache, **options)
         return run.analyze(chosen, Console(quiet=True), command="")
 
     first = study / "baseline" / "1" / "seed-1"

@@ -5,6 +5,7 @@ import torch
 from rich.console import Console
 
 from simreg.analysis import compare, figures, run, summary
+from simreg.analysis.options import AnalyzeOptions
 from simreg.study import geometry
 from tests.analysis.test_analyze import values
 
@@ -74,7 +75,7 @@ def test_a_model_beside_runs_does_not_choose_their_seeds(study, capsys):
 
 def test_one_pair_has_intervals_over_tokens_by_row(study):
     named = [f"{arm}={study}/{arm}/1/seed-1/model" for arm in ("baseline", "simreg")]
-    options = run.AnalyzeOptions(
+    options = AnalyzeOptions(
         named, tokens=600, least=2, source=str(next(study.parent.glob("*.jsonl"))),
         seq_len=32, cache_dir=str(study.parent / "cache"),
     )  # fmt: skip

@@ -2,8 +2,10 @@ import json
 import shutil
 
 import pytest
+import tyro
 
 from simreg.analysis import run, targets
+from simreg.analysis.options import AnalyzeOptions
 from simreg.recipe.errors import UserError
 
 
@@ -139,6 +141,12 @@ def test_a_study_named_as_an_arm_is_that_study(study, monkeypatch, tmp_path):
     assert run._in_study(["x", f"mine=~/{study.name}"]) == study / "geometry"
     plan = tmp_path / "study.yaml"
     plan.write_text("reference: simreg")
-    options = run.AnalyzeOptions([f"mine={tmp_path}"])
+    options = AnalyzeOptions([f"mine={tmp_path}"])
     found = [targets.Target("baseline", "a"), targets.Target("simreg", "b")]
     assert run._reference(options, found) == "simreg"
+
+
+def test_options_are_written_as_those_of_other_verbs():
+    given = ["runs/a", "--tokens", "1e4", "--source", "a.txt", "b.txt"]
+    options = tyro.cli(AnalyzeOptions, args=given)
+    assert (options.tokens, options.source) == (10_000, ["a.txt", "b.txt"])

@@ -5,13 +5,11 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
@@ -19,57 +17,17 @@ from rich.text import Text
 from simreg import theme
 from simreg.analysis import compare, figures, project, states, summary, targets, text
 from simreg.analysis.measure import HISTOGRAMS, Settings, Tokens, group_masks, measure
+from simreg.analysis.options import AnalyzeOptions
 from simreg.analysis.targets import Target
 from simreg.geometry import groups
 from simreg.geometry.sample import Sample
 from simreg.intervals import pairing
 from simreg.recipe import config, progress, provenance
 from simreg.recipe.checkpoints import write_atomically
-from simreg.recipe.config import default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
 from simreg.recipe.outputs import check_results, unused
-
-
-@dataclass
-class AnalyzeOptions:
-    """Measure the geometry of the embeddings of trained models, and compare arms over seeds.
-
-    MODELS are folders of runs, studies or models, or Hub ids; ARM= before one names its arm. Writes
-    results.json and pictures; hidden states are cached, so that a second analysis costs no forward
-    pass. docs/analysis.md says what the numbers mean.
-    """
-
-    models: tyro.conf.Positional[list[str]]
-    """Runs, studies, models or Hub ids, as in `simreg analyze baseline=runs/a simreg=runs/b`."""
-    tokens: int = 30_000
-    """Labelled tokens of text to look at."""
-    series: bool = False
-    """Also look at the checkpoints that runs have kept."""
-    reference: str | None = None
-    """The arm that others are compared with; None: the study's, `baseline`, or the first."""
-    source: str | None = None
-    """Other text than that of the first run: as `data.source` of `simreg train`."""
-    validation: str | None = None
-    """With it, the validation text (None: documents held out of the source)."""
-    seq_len: int | None = None
-    """Tokens a row; None: as the runs were trained with."""
-    split: Literal["validation", "train"] = "validation"
-    """Which part of the text."""
-    least: int = 5
-    """Tokens that a class (label) needs to count in class means and variances."""
-    pairs: int = Settings.pairs
-    """Pairs of classes that CDNV is estimated from."""
-    labels: list[str] | None = None
-    """Tokens to show in the map of embeddings, such as `--labels " the" ,`; None: chosen."""
-    projection: Literal["pca", "umap"] = "pca"
-    """How the map is made; umap needs umap-learn."""
-    cache_dir: str = "~/.cache/simreg"
-    """Where hidden states are kept (4·d bytes a token and model)."""
-    out: Annotated[Path | None, default_of("see below")] = None
-    """Folder for the results; default: `geometry` in the study's folder, else runs/geometry, or
-    with a number where that holds those of another command line."""
 
 
 def main(options: AnalyzeOptions) -> None:

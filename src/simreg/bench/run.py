@@ -22,7 +22,7 @@ from simreg.bench.table import table
 from simreg.loss import VARIANTS
 from simreg.recipe import progress, provenance
 from simreg.recipe.checkpoints import write_atomically
-from simreg.recipe.config import default_of
+from simreg.recipe.config import Whole, default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 
@@ -43,7 +43,7 @@ class BenchOptions:
 
     shapes: Annotated[list[str], default_of("what suits the machine")] = field(default_factory=list)
     """LENGTHxDIM or BATCHxLENGTHxDIM, such as `--shapes 1024x512 4096x512`."""
-    tokens: Annotated[int | None, default_of("4096; on CUDA 65536")] = None
+    tokens: Annotated[Whole | None, default_of("4096; on CUDA 65536")] = None
     """Tokens of a batch, for shapes that do not say how many rows."""
     dtypes: Annotated[list[str], default_of("float32; on CUDA bfloat16")] = field(
         default_factory=list

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from simreg.recipe.config import default_of
+from simreg.recipe.config import Whole, default_of
 
 
 @dataclass
@@ -30,7 +30,7 @@ class EvalOptions:
     """Folder of TASK.jsonl files (or .xz, .gz, .zst) with the harness's field names: no network."""
     text: list[str] = field(default_factory=list)
     """Held-out text for the offline tasks: files, in place of the runs' own validation split."""
-    limit: int | None = None
+    limit: Whole | None = None
     """Items a task at most (of a group such as BLiMP: for each of its tasks)."""
     out: Annotated[Path | None, default_of("runs/eval, or the study's folder")] = None
     """Folder for results.json; runs/eval gets a number where it holds another command line's."""
