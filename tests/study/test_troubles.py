@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from simreg.recipe import outputs
 from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.folder import RunFolder
-from simreg.study import geometry, plan, report, run, sizing
+from simreg.study import geometry, plan, run, sizing
 from simreg.study.plan import CompareOptions
 from tests.study.fakes import SPEED, compare, write_run
 
@@ -260,7 +261,7 @@ def test_a_damaged_or_full_study_folder_is_named(lab, study, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write_atomically", full)
+    monkeypatch.setattr(outputs, "write_atomically", full)
     with pytest.raises(UserError, match="No space left"):
         compare(study)
     monkeypatch.setattr(plan, "write_atomically", full)

@@ -1,8 +1,6 @@
 """`simreg analyze`: measures every model that is named, compares arms, writes JSON and pictures."""
 
 import json
-import shlex
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -22,25 +20,22 @@ from simreg.analysis.targets import Target
 from simreg.geometry import groups
 from simreg.geometry.sample import Sample
 from simreg.intervals import pairing
-from simreg.recipe import config, progress, provenance
+from simreg.recipe import config, outputs, progress, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
-from simreg.recipe.outputs import check_results, unused
 
 
 def main(options: AnalyzeOptions) -> None:
     """Run the command; UserError for what cannot be read or compared."""
     console = progress.console()
-    command = shlex.join(["simreg", *sys.argv[1:]])
+    command = outputs.command()
     with ExitStack() as until_done:
         out = expanded(options.out) if options.out else _in_study(options.models)
         if out is None:
-            out = until_done.enter_context(unused(Path("runs", "geometry"), command))
-        check_results(out, "positive_rate", "simreg analyze")
-        with storage_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
+            out = until_done.enter_context(outputs.unused(Path("runs", "geometry"), command))
+        outputs.prepare(out, "positive_rate", "simreg analyze")
         results = analyze(options, console, command=command)
         with storage_errors(out):
             write(results, out)

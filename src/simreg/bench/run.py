@@ -1,11 +1,10 @@
 """`simreg bench`: every contender over a grid of shapes, to a table, JSON and a figure."""
 
-import json
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +19,7 @@ from simreg.bench.problem import Shape
 from simreg.bench.records import measure_shape
 from simreg.bench.table import table
 from simreg.loss import VARIANTS
-from simreg.recipe import progress, provenance
-from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe import outputs, progress, provenance
 from simreg.recipe.config import Whole, default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
@@ -72,8 +70,7 @@ def main(options: BenchOptions) -> None:
     console = progress.console()
     out = expanded(options.out or _default_out(find_device(options.device)))
     check_writable(out)
-    command = shlex.join(["simreg", *sys.argv[1:]])
-    results = bench(options, console, command=command, save=lambda found: _save(found, out))
+    results = bench(options, console, command=outputs.command(), save=partial(outputs.write, out))
     drawn = write(results, out)
     console.print(f"results {out}")
     if drawn:
@@ -177,32 +174,16 @@ def check_writable(out: Path) -> None:
         if out.suffix in (".png", ".svg"):
             raise UserError(f"--out {out}: expected the name of the JSON file, not of the figure")
         provenance.check_writable(out)
-        if out.exists() and not _is_bench(out):
-            raise UserError(
-                f"there is a {out} that `simreg bench` did not write and would replace: give "
-                "another --out"
-            )
+        outputs.check_results(out, "records", "simreg bench")
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there: {error.strerror}") from None
 
 
-def _is_bench(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(found, dict) and {"what", "records"} <= found.keys()
-
-
 def write(results: dict[str, Any], out: Path) -> bool:
     """The JSON file and, beside it, the figure; whether there is anything to draw."""
-    _save(results, out)
+    outputs.write(out, results)
     figure = plots.figure(results["records"])
     return figure is not None and theme.save(figure, out.parent, out.stem)
-
-
-def _save(results: dict[str, Any], out: Path) -> None:
-    write_atomically(out, json.dumps(results, indent=1) + "\n")
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

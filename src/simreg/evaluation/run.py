@@ -1,8 +1,6 @@
 """`simreg eval`: every model on every task, from the cache where it can be, to results.json."""
 
 import contextlib
-import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,18 +9,15 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from simreg.evaluation import harness, offline, subjects, summary
+from simreg.evaluation import harness, offline, summary
 from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer
 from simreg.evaluation.subjects import Subject
-from simreg.recipe import assemble, cache, hub, progress, provenance
-from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe import assemble, cache, hub, outputs, progress, provenance
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import storage_errors
-from simreg.recipe.outputs import check_results, unused
 
 SUITES = {"paper": harness.PAPER, "small": harness.SMALL, "offline": offline.OFFLINE}
 SCHEMA = 2
@@ -44,28 +39,6 @@ class Task(Protocol):
         """Score a model; `advance` is told of every request that is done."""
 
 
-def main(options: EvalOptions) -> None:
-    """Run the command; UserError for what cannot be evaluated."""
-    console = progress.console()
-    command = shlex.join(["simreg", *sys.argv[1:]])
-    with contextlib.ExitStack() as until_done:
-        if options.out:
-            out = expanded(options.out)
-        else:
-            out = until_done.enter_context(unused(Path("runs", "eval"), command))
-        prepare(out)
-        found = subjects.find(options.models)
-        results = evaluate(found, options, console, command=command)
-        write(results, out, console)
-
-
-def prepare(out: Path) -> None:
-    """Make the folder; UserError, before any work, where results cannot be written."""
-    check_results(out, "suite", "simreg eval")
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-
-
 def suite_of(options: EvalOptions) -> str:
     """The suite's name, "tasks" for single ones."""
     return "tasks" if options.tasks else options.suite
@@ -75,8 +48,7 @@ def write(results: dict[str, Any], out: Path, console: Console) -> None:
     """Print what was found, and write results.json."""
     summary.show(results, console)
     path = out / "results.json"
-    with storage_errors(out):
-        write_atomically(path, json.dumps(results, indent=1) + "\n")
+    outputs.write(path, results)
     console.print(f"\nresults {path}")
 
 

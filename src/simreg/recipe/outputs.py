@@ -1,25 +1,47 @@
-"""The folder of what a command finds: no other command's results are replaced."""
+"""Where a command writes what it finds: no other command's results are replaced."""
 
 import contextlib
 import itertools
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import storage_errors
 from simreg.recipe.locks import locked
 
 
-def check_results(out: Path, key: str, writer: str) -> None:
-    """UserError before work whose `results.json` would replace one that another command wrote.
+def command() -> str:
+    """The command line that this process was called with."""
+    return shlex.join(["simreg", *sys.argv[1:]])
+
+
+def prepare(out: Path, key: str, writer: str) -> None:
+    """Make a folder for results; UserError, before any work, where they can't be written, or would
+    replace others (see `check_results`)."""
+    check_results(out / "results.json", key, writer)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON for people and programs, whole or not at all."""
+    with storage_errors(path):
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def check_results(path: Path, key: str, writer: str) -> None:
+    """UserError before work whose results would replace a file that another command wrote.
 
     Args:
-        out: the folder.
-        key: what `results.json` of this command has and no other's.
+        path: the file.
+        key: what results of this command have and no other's.
         writer: the command's name.
     """
-    path = out / "results.json"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from simreg import theme
 from simreg.analysis import figures
 from simreg.analysis import summary as geometry_summary
 from simreg.evaluation import summary as scores
+from simreg.recipe import outputs
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.folder import storage_errors
 from simreg.study import geometry, plots, records, summary
@@ -52,8 +53,8 @@ def publish(
     out, runs = Path(study.out), records.collect(study)
     found = build(study, runs, step_time, _all_commands(out, command), failures)
     found["zero_shot"] = zero_shot
+    outputs.write(out / "results.json", found)
     with storage_errors(out):
-        write_atomically(out / "results.json", json.dumps(found, indent=1) + "\n")
         write(out, runs, found)
     return found
 

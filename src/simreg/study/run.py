@@ -143,7 +143,7 @@ def redraw(
 
 def _check_folder(out: Path) -> None:
     """UserError if the results of something else are there."""
-    check_results(out, "study", "simreg compare")
+    check_results(out / "results.json", "study", "simreg compare")
     if RunFolder(out).config.exists():
         raise UserError(f"{out} is the folder of a run: give another --out")
 

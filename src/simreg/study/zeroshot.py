@@ -1,8 +1,6 @@
 """Zero-shot evaluation of a study's runs, kept beside them for the report."""
 
 import json
-import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,12 +12,11 @@ from rich.console import Console
 from simreg.evaluation import offline, run, subjects, summary
 from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.subjects import Subject
-from simreg.recipe.checkpoints import write_atomically
+from simreg.recipe import outputs
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
-from simreg.recipe.outputs import unused
 from simreg.recipe.progress import console as screen
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
@@ -40,22 +37,24 @@ def main(options: EvalOptions) -> None:
     if not options.models:
         raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
     folder = expanded(options.models[0])
-    if len(options.models) > 1 or not (folder / STUDY_FILE).is_file():
-        names = [each for name in options.models for each in _runs_of(name)]
-        run.main(replace(options, models=names))
-        return
-    study, found = _study(folder)
-    console = screen()
-    command = shlex.join(["simreg", *sys.argv[1:]])
+    alone = len(options.models) == 1 and (folder / STUDY_FILE).is_file()
+    study, found = _study(folder) if alone else (None, [])
+    names = [] if alone else [each for name in options.models for each in _runs_of(name)]
+    default = folder / FOLDER / _suite(options) if alone else Path("runs", "eval")
+    console, command = screen(), outputs.command()
     with ExitStack() as until_done:
-        out = expanded(options.out or folder / FOLDER / _suite(options))
-        if options.tasks and options.out is None:  # those of others do not make way, as a suite's
-            out = until_done.enter_context(unused(out, command))
-        run.prepare(out)
-        _check_fuller(out, options, found)
+        out = expanded(options.out or default)
+        # A suite's in the study's folder make way; others have a folder each.
+        if options.out is None and (options.tasks or not alone):
+            out = until_done.enter_context(outputs.unused(out, command))
+        outputs.prepare(out, "suite", "simreg eval")
+        if alone:
+            _check_fuller(out, options, found)
+        else:
+            found = subjects.find(names)
         results = run.evaluate(found, options, console, command=command)
         run.write(results, out, console)
-    if options.out is None and (folder / "results.json").is_file():
+    if study is not None and options.out is None and (folder / "results.json").is_file():
         with plan.exclusive(folder, console):
             _redraw(study)
         console.print(f"report  {folder / 'report.html'}")
@@ -137,7 +136,7 @@ def after_training(
         return False
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    outputs.write(out / "results.json", results)
     return True
 
 
