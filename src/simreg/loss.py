@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from simreg.kernels import op
 from simreg.kernels.order import Form
 
-VARIANTS = ("out", "in", "decoupled")
+Variant = Literal["out", "in", "decoupled"]
+VARIANTS = get_args(Variant)
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30  # they, and sums of a few, are still float32
 BACKENDS = ("auto", "triton", "blockwise", "reference")
 REDUCTIONS = ("mean", "sum", "none")

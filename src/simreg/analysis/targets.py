@@ -113,11 +113,10 @@ def _planned(study: Path) -> list[Path]:
 def _of_run(path: Path, arm: str, series: bool) -> list[Target]:
     """The models of a run, in the order of their steps."""
     folder, run = RunFolder(path), config.recorded(path / "config.yaml")
-    a_step = run.train.batch_rows * run.data.seq_len
     corpus = folder.corpus()
 
     def target(model: Path, step: int, final: bool) -> Target:
-        seed, tokens = run.train.seed, step * a_step
+        seed, tokens = run.train.seed, step * run.tokens_per_step
         return Target(arm, str(model), seed, step, tokens, final, path, run, corpus)
 
     finished = (folder.model / "config.json").is_file()

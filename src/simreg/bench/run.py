@@ -20,9 +20,9 @@ from simreg.bench.records import measure_shape
 from simreg.bench.table import table
 from simreg.loss import VARIANTS
 from simreg.recipe import outputs, progress, provenance
-from simreg.recipe.config import Whole, default_of
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
+from simreg.recipe.numbers import Whole, default_of
 
 WHAT = (
     "forward + backward: medians of interleaved rounds after a warm-up, caches not flushed; "

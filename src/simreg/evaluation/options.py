@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from simreg.recipe.config import Whole, default_of
+from simreg.recipe.numbers import Whole, default_of
 
 
 @dataclass

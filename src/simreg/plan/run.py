@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from simreg.depths import DEPTHS, layers_within
+from simreg.loss import Variant
 from simreg.plan import costs, models
 from simreg.plan.advice import Option, options, within
 from simreg.plan.costs import Job, Setting
@@ -52,7 +53,7 @@ class PlanOptions:
     depths: list[float] | None = None
     """Where else in the model the loss is, as fractions of its depth; without a value
     nowhere. Default: in the middle, as `simreg train` has it, but with pp, which cannot."""
-    variant: Literal["out", "in", "decoupled"] = "out"
+    variant: Variant = "out"
     """Of the loss."""
     chunk: Annotated[int | None, tyro.conf.arg(aliases=("--chunk-size",))] = None
     """Compare tokens within chunks of so many; default: whole rows."""

@@ -3,9 +3,7 @@
 Values come from the defaults here, then a YAML file, then command-line flags (later ones win).
 """
 
-import contextlib
 import functools
-import re
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,66 +11,27 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import tyro
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
 from simreg.baselines import registry
 from simreg.depths import DEPTHS, OFFSET, layers_within
-from simreg.loss import LEAST_TEMPERATURE, MOST_TEMPERATURE, PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT
+from simreg.loss import (
+    LEAST_TEMPERATURE,
+    MOST_TEMPERATURE,
+    PUSH,
+    PUSH_ABOVE,
+    TEMPERATURE,
+    WEIGHT,
+    Variant,
+)
 from simreg.recipe.errors import UserError, describe
+from simreg.recipe.numbers import Count, Depth, Fraction, NonNegative, Number, Positive, Whole
 from simreg.recipe.presets import PRESETS
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid")
-
-
-def _not_bool(value: Any) -> Any:
-    """YAML's yes and no are none, though pydantic would take them for 1 and 0."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "Input should be a number")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_not_bool)]
-Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Depth = Annotated[Number, Field(gt=0, lt=1)]
-
-
-def _whole(value: Any) -> Any:
-    """1e6, a word to YAML, is a number."""
-    value = _not_bool(value)
-    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,2}", value):
-        return float(value)
-    return value
-
-
-def _from_word(words: list[str]) -> int:
-    value = _whole(words[0])
-    with contextlib.suppress(ValueError):
-        if not isinstance(value, float) or value.is_integer():
-            return int(value)
-    raise ValueError(f"{words[0]} is not a whole number (1e6 and 2_000 are)")
-
-
-Whole = Annotated[
-    int,
-    BeforeValidator(_whole),
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=_from_word,
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-"""An integer, in a file or on the command line, that may be written as 1e6."""
-
-Count = Annotated[Whole, Field(gt=0, le=2**53)]
-
 WSD_DECAY = 0.2
 """Share of the steps over which the `wsd` schedule decays."""
 BEFORE: dict[str, Any] = {
@@ -111,11 +70,6 @@ Options = Annotated[
         str_from_instance=lambda options: [f"{key}={value}" for key, value in options.items()],
     ),
 ]
-
-
-def default_of(text: str) -> Any:
-    """What a flag's help says of its default, where that is not the field's None or []."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
 
 
 def _checked(section: type[T]) -> type[T]:
@@ -226,7 +180,7 @@ class SimRegConfig:
     """λ, the weight beside cross-entropy; its largest, as `schedule` has it."""
     temperature: Annotated[Positive, Field(ge=LEAST_TEMPERATURE, le=MOST_TEMPERATURE)] = TEMPERATURE
     """τ, the divisor of cosines."""
-    variant: Literal["out", "in", "decoupled"] = "out"
+    variant: Variant = "out"
     """Which of the three formulas (docs/loss.md)."""
     chunk_size: Annotated[Count, Field(ge=2)] | None = None
     """Compare only tokens in the same chunk of this many positions; None: the whole row."""
@@ -374,9 +328,14 @@ class RunConfig:
                     raise ValueError(f"simreg.{error}; [] leaves it at that") from None
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.train.batch_rows * self.data.seq_len
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
-        return -(-self.train.tokens // (self.train.batch_rows * self.data.seq_len))
+        return -(-self.train.tokens // self.tokens_per_step)
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:

@@ -168,7 +168,7 @@ class RunCallback(TrainerCallback):
         config = trainer.config
         self.steps, evals = config.steps, config.train.evals
         self.eval_steps = {math.ceil(self.steps * k / evals) for k in range(1, evals + 1)}
-        self.tokens_per_step = config.train.batch_rows * config.data.seq_len
+        self.tokens_per_step = config.tokens_per_step
         self._began = self._last = (0, 0.0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

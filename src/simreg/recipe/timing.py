@@ -80,7 +80,7 @@ def throughput(config: RunConfig, corpus: Corpus, steps: int = 10, seconds: floa
     stepper = Stepper(config, corpus, WARM_UP + steps)
     with assemble.hook_guards(config):
         times = _measured(stepper.step, steps, seconds, least=3)
-    return config.train.batch_rows * config.data.seq_len / statistics.median(times)
+    return config.tokens_per_step / statistics.median(times)
 
 
 def step_time_ratio(

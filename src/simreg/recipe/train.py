@@ -194,7 +194,7 @@ def _split_anew(
 
 
 def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str:
-    per_step = config.train.batch_rows * config.data.seq_len
+    per_step = config.tokens_per_step
     processes = world_size()
     passes = config.steps * config.train.batch_rows / len(corpus.train)
     where = assemble.device().type + (f" × {processes}" if processes > 1 else "")

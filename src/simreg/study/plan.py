@@ -17,10 +17,11 @@ from rich.console import Console
 
 from simreg.recipe import config as recipe
 from simreg.recipe.checkpoints import write_atomically
-from simreg.recipe.config import Positive, RunConfig, Whole, default_of
+from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError, describe
 from simreg.recipe.folder import STUDY_FILE
 from simreg.recipe.locks import locked
+from simreg.recipe.numbers import Positive, Whole, default_of
 from simreg.study import checks
 
 REFERENCE = "baseline"

@@ -296,8 +296,7 @@ def _sized(
     config = study.arm_config(study.reference)
     step_s = sizing.reference_step(step_time)
     if step_s is None:
-        a_step = config.train.batch_rows * config.data.seq_len
-        step_s = a_step / timing.throughput(config, corpus)
+        step_s = config.tokens_per_step / timing.throughput(config, corpus)
     spent, wanted = time.monotonic() - began, 60 * study.minutes
     seconds = max(wanted - spent, wanted / 2)
     study = sizing.fit(study, step_s, step_time, seconds, len(corpus.train))
@@ -394,7 +393,7 @@ def _setting(config: RunConfig, corpus: Corpus) -> str:
 
 def _title(study: Study, cell: Cell) -> str:
     config = study.config(cell)
-    tokens = config.steps * config.train.batch_rows * config.data.seq_len
+    tokens = config.steps * config.tokens_per_step
     continues = " · continues" if RunFolder(config.out).metrics.exists() else ""
     return (
         f"{cell.arm} · {cell.budget:g} N · seed {cell.seed} · {config.steps} steps, "

@@ -225,7 +225,7 @@ def fit(study: Study, step_s: float, step_time: StepTimes, seconds: float, rows:
         UserError: the corpus is too small for the budgets to differ.
     """
     base, cells = study.base, study.cells()
-    a_step = base.train.batch_rows * base.data.seq_len
+    a_step = base.tokens_per_step
     train = _evaluations(base, len(cells), seconds * _EVAL_SHARE * a_step / step_s)
     a_pass = (train.eval_tokens or 0) * _EVAL_COST * step_s / a_step
     fixed = len(cells) * (_RUN_SECONDS + train.evals * a_pass)
@@ -281,7 +281,7 @@ def _rows(study: Study) -> int:
 
 def _seconds(config: RunConfig, step_s: float, ratio: float) -> float:
     """Of a run's steps and evaluations."""
-    eval_steps = (config.train.eval_tokens or 0) / (config.train.batch_rows * config.data.seq_len)
+    eval_steps = (config.train.eval_tokens or 0) / config.tokens_per_step
     return step_s * (ratio * config.steps + _EVAL_COST * config.train.evals * eval_steps)
 
 

@@ -161,8 +161,7 @@ def _items(study: Study, step_time: StepTimes, models: int) -> int:
     step_s = reference_step(step_time)
     if study.minutes is None or step_s is None:
         return ITEMS
-    a_step = study.base.train.batch_rows * study.base.data.seq_len
-    an_item = models * _TOKENS * _FORWARD * step_s / a_step
+    an_item = models * _TOKENS * _FORWARD * step_s / study.base.tokens_per_step
     return max(FEWEST_ITEMS, min(ITEMS, int(SECONDS / an_item)))
 
 

@@ -17,7 +17,7 @@ from simreg.depths import OFFSET, AtDepths
 from simreg.integrations.following import Following
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.rows import Rows, documents_of
-from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, Sums, per_token
+from simreg.loss import PUSH, PUSH_ABOVE, TEMPERATURE, WEIGHT, SimRegLoss, Sums, Variant, per_token
 from simreg.objectives import labels_at
 from simreg.parallel import loss as parallel
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -45,7 +45,7 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         temperature: float = TEMPERATURE
         """τ of SimReg."""
 
-        variant: Literal["out", "in", "decoupled"] = "out"
+        variant: Variant = "out"
         """Form of SimReg."""
 
         chunk_size: int | None = None
