@@ -99,13 +99,19 @@ def test_layers_that_are_none_are_refused():
     model = Deep(False)
     blocks, norm, at = model.parts["blocks"], model.parts["norm"], AtDepths(SimRegLoss(), [0.5])
     for wrong in (None, [], nn.ModuleDict({"0": blocks[0]}), [blocks[0], "h.1"]):
-        with pytest.raises(ValueError, match="layers: expected all layers of the model in their"):
+        with pytest.raises(
+            ValueError,
+            match=r"layers: AtDepths reads .* so it needs all its",
+        ):
             attach(model, at, module=norm, layers=wrong)
-    with pytest.raises(ValueError, match="layers: expected all layers of the model in their"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers: AtDepths reads .* so it needs all its",
+    ):
         attach(build(), at, layers=[])
     with pytest.raises(ValueError, match="layers: SimRegLoss reads none within the model"):
         attach(model, SimRegLoss(), module=norm, layers=blocks)
-    with pytest.raises(ValueError, match=r"depths: \[0.5\] are layers \[1\] of 1"):
+    with pytest.raises(ValueError, match="depths: a model of one layer has none within it"):
         attach(model, at, module=norm, layers=blocks[:1])
     reg = attach(model, at, module=norm, layers=blocks)
     norm(blocks[3](blocks[1](torch.ones(1, 3, 8))))  # the model is not called
@@ -122,6 +128,17 @@ def test_a_module_that_is_not_of_the_model_or_never_called_is_refused():
         attach(model, SimRegLoss(), module=model.parts["blocks"])
     with pytest.raises(ValueError, match="module: this is an embedding"):
         attach(model, SimRegLoss(), module=model.parts["embed"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_model_that_does_not_name_it_is_refused(tied):
+    embed, square, head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+    if tied:
+        head.weight = embed.weight
+    model = nn.Sequential(embed, nn.Embedding(8, 8), square, head)  # of tokens and of positions
+    with pytest.raises(ValueError, match="module: this is the LM head"):
+        attach(model, SimRegLoss(), module=head)
+    attach(model, SimRegLoss(), module=square)
 
 
 def test_hidden_states_with_the_batch_second_are_told():

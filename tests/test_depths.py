@@ -221,7 +221,7 @@ def test_after_a_pass_that_failed_a_layer_alone_is_in_none():
 @pytest.mark.parametrize("layers", [5, [], "layers", [None]])
 def test_what_is_no_list_of_layers_is_refused(layers):
     model = Own([nn.Linear(8, 8) for _ in range(2)])
-    with pytest.raises(ValueError, match="layers: expected all layers of the model"):
+    with pytest.raises(ValueError, match="so it needs all its layers in their order"):
         attach(model, AtDepths(SimRegLoss(), [0.5]), module=model.norm, layers=layers)
 
 

@@ -32,6 +32,7 @@ from simreg.decoders import (
     find_decoder,
     find_head,
     find_layers,
+    is_head,
     unwrap,
 )
 from simreg.objectives import Objective, reads, switched_off
@@ -94,7 +95,7 @@ def attach(
         raise ValueError(f"module: {type(module).__name__} is never called, name one that is")
     if isinstance(module, nn.Embedding):
         raise ValueError("module: this is an embedding, name what feeds the LM head")
-    if module is find_head(unwrap(model)):
+    if is_head(module, unwrap(model)):
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
     if not wanted.depths:
         return Attached(module, objective)

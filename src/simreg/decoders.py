@@ -48,10 +48,10 @@ def at_depths(objective: Objective, layers: Iterable[nn.Module] | None) -> list[
     """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
     stack = list(layers) if isinstance(layers, Iterable) else []
     if not stack or not all(isinstance(layer, nn.Module) for layer in stack):
+        given = f"{type(layers).__name__} of {type(stack[0]).__name__}" if stack else repr(layers)
         raise ValueError(
-            f"layers: expected all layers of the model in their order, within which "
-            f"{type(objective).__name__} reads hidden states, got {type(layers).__name__} of "
-            f"{type(stack[0]).__name__ if stack else 'nothing'}"
+            f"layers: {type(objective).__name__} reads hidden states within the model, so it needs "
+            f"all its layers in their order, as in layers=model.blocks; got {given}"
         )
     depths = reads(objective).depths
     for depth in depths:
@@ -169,6 +169,17 @@ def find_head(model: nn.Module | None) -> nn.Module | None:
     with suppress(NotImplementedError):
         head = find() if callable(find) else None
     return head if isinstance(head, nn.Module) else None
+
+
+def is_head(module: nn.Module, model: nn.Module) -> bool:
+    """Whether it is the LM head: the model's own word, or else its width, that of the embedding's
+    table of tokens."""
+    known = find_head(model)
+    if known is not None or not isinstance(module, nn.Linear):
+        return module is known
+    tables = (part for part in model.modules() if isinstance(part, nn.Embedding))
+    tokens = {table.num_embeddings for table in tables}
+    return module.out_features in tokens and module.out_features != module.in_features
 
 
 def unwrap(model: Any, *, inside: bool = False) -> Any:

@@ -19,8 +19,11 @@ def layers_within(depths: Sequence[float], layers: int) -> list[int]:
     """The layers at these depths, of so many, counted from 1.
 
     Raises:
-        ValueError: two are one layer, or one is the last, whose λ would count twice.
+        ValueError: two are one layer, or one is the last, whose λ would count twice; or there is
+            but one.
     """
+    if layers == 1 and depths:
+        raise ValueError("depths: a model of one layer has none within it")
     at = [layer_at(depth, layers) for depth in depths]
     if len({*at, layers}) <= len(at):
         raise ValueError(

@@ -330,7 +330,7 @@ def test_the_layers_may_be_given(given: str) -> None:
     gradients, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5]), **parts), module)
     expected, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5])), Module())
     torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="layers: expected all layers of the model"):
+    with pytest.raises(ValueError, match="so it needs all its layers in their order"):
         fit(
             SimRegCallback(AtDepths(SimRegLoss(), [0.5]), module=lambda m: m.model.model.norm),
             Module(),

@@ -290,11 +290,13 @@ def test_too_little_for_a_batch(config):
 
 def test_validation_that_is_trained_on(tmp_path):
     write(tmp_path / "copy.jsonl", DOCUMENTS)
-    assert "share a file" in message_of(make(tmp_path, validation=str(tmp_path / "copy.jsonl")))
+    copy = str(tmp_path / "copy.jsonl")
+    both = "is in data.validation and in data.source"
+    assert f"{copy} {both}" in message_of(make(tmp_path, validation=copy))
     for name in ("notes.txt", "copy.md"):  # which are read alike
         (tmp_path / name).write_text("some text\n\n" * 50)
     same = make(tmp_path, source=str(tmp_path / "notes.txt"), validation=str(tmp_path / "copy.md"))
-    assert "share a file" in message_of(same)
+    assert f"{tmp_path / 'copy.md'} {both}" in message_of(same)
 
 
 def test_bad_line_late_in_the_file_leaves_no_entry(tmp_path):

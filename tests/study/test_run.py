@@ -45,10 +45,13 @@ def test_runs_everything_and_finds_the_known_saving(lab, study, tmp_path):
 def test_finished_runs_and_timings_are_reused(lab, study):
     first, _ = compare(study)
     trained, timed = list(lab.trained), list(lab.timed)
-    again, screen = compare(study)
+    again, screen = compare(study, command="simreg compare again")
     assert (lab.trained, lab.timed) == (trained, timed)
-    assert again == first
+    assert again == first  # its command adds nothing
     assert "4 of 4 runs are finished already" in screen
+    assert f"nothing to train: this is on record in {study.out}" in screen
+    (Path(study.out) / "results.json").unlink()
+    assert compare(study, command="simreg compare again")[0]["commands"][-1].endswith("again")
 
 
 def test_a_study_that_is_over_is_drawn_anywhere_with_its_times(lab, study, monkeypatch):
@@ -232,11 +235,11 @@ def test_main_records_its_command(lab, tmp_path, monkeypatch, capsys):
     results = json.loads((out / "results.json").read_text())
     first = f"simreg compare --out '{out}'"
     assert results["commands"] == [first]
-    for more in (["--seeds", "0"], ["--seeds", "0"]):
-        monkeypatch.setattr(sys, "argv", [*sys.argv[:4], *more])
-        run.main(CompareOptions(out=str(out), seeds=[0]))
+    for seeds in ([0], [0, 1], [0, 1]):  # the first and the last train nothing
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:4], "--seeds", *map(str, seeds)])
+        run.main(CompareOptions(out=str(out), seeds=seeds))
     results = json.loads((out / "results.json").read_text())
-    assert results["commands"] == [first, f"{first} --seeds 0"]
+    assert results["commands"] == [first, f"{first} --seeds 0 1"]
     assert "report.html" in capsys.readouterr().out
 
 

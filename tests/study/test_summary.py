@@ -1,8 +1,10 @@
+import io
 import re
 from dataclasses import replace
 
 import pytest
 
+from simreg.recipe import progress
 from simreg.study import plan, report, results, summary
 from simreg.study.plan import Cell
 from simreg.study.records import Run
@@ -176,6 +178,20 @@ def test_the_table_shows_how_sure_a_step_time_is(five):
     column = summary.COLUMNS.index("step time, quartiles")
     cells = {row[0]: row[column] for row in summary.rows(five[1]) if row[column]}
     assert (cells["baseline"], cells["fast"]) == ("× 1", "× 1.050 [1.020, 1.080]")
+
+
+def test_a_step_time_that_was_taken_beside_other_work_is_called_so(five):
+    runs, found = five
+    assert summary.busy(found) is None
+    times = {"fast": TIMES | {"load": 2.6}, "slow": TIMES | {"load": 2.4}, "old": dict(TIMES)}
+    del times["old"]["load"], times["old"]["threads"]  # as records were once
+    busy = {**found, "step_time": times}
+    said = summary.busy(busy)
+    assert said.startswith("other work ran while the steps of fast were timed (load 2.6)")
+    screen = io.StringIO()
+    summary.show(busy, progress.console(file=screen, width=100))
+    assert said in screen.getvalue()
+    assert said[1:] in report.html(runs, busy)
 
 
 def test_few_seeds_and_an_interval_over_zero_are_called_so(tmp_path):

@@ -16,7 +16,7 @@ def margins(results: Results) -> str:
         medians = "; ".join(
             f"{group} {_mean(own, group, 'margin_p50')}, "
             f"by cosine {_mean(own, group, 'margin_cos_p50')}, "
-            f"right {_mean(own, group, 'accuracy', '{:.1%}')}"
+            f"accuracy {_mean(own, group, 'accuracy', '{:.1%}')}"
             for group in ("all", "head", "tail")
         )
         parts.append(f"Median margin of {arm}: {medians}.")

@@ -8,7 +8,7 @@ from rich.table import Table
 
 ROWS = (
     ("loss", "loss (nats)"),
-    ("accuracy", "right"),
+    ("accuracy", "accuracy"),
     ("margin", "margin"),
     ("margin_cos", "cosine margin"),
     ("row_pos_cos", "cosine, same label, in row"),
@@ -97,7 +97,8 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def _title(results: dict[str, Any]) -> str:
     text = results["text"]
-    return f"{text['tokens']:,} tokens of {text['split']} text; brackets: {intervals(results)}"
+    title = f"{text['tokens']:,} tokens of {text['split']} text"
+    return f"{title}; brackets: {intervals(results)}" if _others(results) else title
 
 
 def intervals(results: dict[str, Any]) -> str:

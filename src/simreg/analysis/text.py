@@ -57,11 +57,16 @@ def data_of(targets: Sequence[Target], changes: dict[str, Any]) -> DataConfig:
     """The data of the first run among the targets with `changes`, else of `changes` alone.
 
     Other text is cut into the tokens of the model that is looked at, never into those of a
-    tokenizer trained on it.
+    tokenizer trained on it. UserError if there is no run, and no other text either.
     """
     run = next((t for t in targets if t.config is not None), None)
     own = next((t.path for t in targets if t.final), targets[0].path)
     if run is None or run.config is None:
+        if "source" not in changes:
+            raise UserError(
+                f"{targets[0].path} is no run of `simreg train`, so its text is not known: name "
+                "some with --source"
+            )
         return DataConfig(**{"tokenizer": own} | changes)
     if "source" in changes:
         changes = {"validation": None, "max_tokens": None} | changes

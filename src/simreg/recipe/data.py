@@ -145,8 +145,13 @@ def prepare(config: DataConfig, *, seed_of_split: int = 0, progress: bool = True
         validation = resolve(
             config.validation, config.text_field, split="validation", setting="data.validation"
         )
-        if {s.key for s in source} & {s.key for s in validation} or shared(validation, source):
-            raise UserError("data.validation and data.source share a file: the loss would be wrong")
+        keys = {s.key for s in source}
+        both = next((s for s in validation if s.key in keys), None) or shared(validation, source)
+        if both is not None:
+            raise UserError(
+                f"{both.title} is in data.validation and in data.source, so the loss would be "
+                "wrong: move it out of the one or the other"
+            )
     held_out = (
         _held_out(config.validation_fraction, seed_of_split)
         if validation is None

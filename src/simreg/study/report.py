@@ -231,6 +231,8 @@ def _caveats(results: dict[str, Any]) -> str:
             )
     if any((run["epochs"] or 0) > 1 for run in results["runs"]):
         notes.append("Some runs saw the corpus more than once.")
+    if said := summary.busy(results):
+        notes.append(f"{said[0].upper()}{said[1:]}.")
     for key in ("versions", "machine"):
         if len(results[key]) > 1:
             notes.append(

@@ -99,6 +99,8 @@ def compare(
             study = _sized(study, corpus, step_time, began, console)
         with storage_errors(out):
             plan.save(study, out / STUDY_FILE)
+    if corpus is None and (out / "results.json").exists():
+        command = None  # which adds nothing to what is on record
     try:
         failures = _run_missing(study, corpus, sizing.TimeLeft(study, step_time), console)
     except KeyboardInterrupt:
@@ -319,6 +321,8 @@ def _run_missing(
     todo = [cell for cell in cells if cell not in finished]
     if finished:
         console.print(f"{len(finished)} of {len(cells)} runs are finished already")
+    if not todo:
+        console.print(f"nothing to train: this is on record in {study.out}, train anew with --out")
     if todo and corpus is not None:
         console.print(_setting(study.arm_config(study.reference), corpus))
     failures: dict[str, str] = {}

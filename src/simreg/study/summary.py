@@ -1,5 +1,6 @@
 """What a study found, in words and in a table: shared by the terminal and the report."""
 
+import math
 from typing import Any
 
 from rich import box
@@ -8,6 +9,8 @@ from rich.table import Table
 
 CLAIM_SEEDS = 5
 """Fewer seeds than this show a difference and make no claim."""
+OTHER_WORK = 0.5
+"""So much load beyond a timing's own threads is of something else."""
 
 COLUMNS = (
     "arm",
@@ -245,6 +248,23 @@ def _step_time_cell(times: dict[str, Any]) -> str:
     return f"× {times['ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def busy(results: dict[str, Any]) -> str | None:
+    """Says which step times were measured while other work ran, if any was."""
+    found = {
+        arm: times
+        for arm, times in results["step_time"].items()
+        if times["n"] and times.get("load", 0) > times.get("threads", math.inf) + OTHER_WORK
+    }
+    if not found:
+        return None
+    most = max(times["load"] for times in found.values())
+    return (
+        f"other work ran while the steps of {', '.join(found)} were timed (load {most:.1f}), which "
+        "may distort their step times and the time saved: to time them again on an idle machine, "
+        "delete step_time.json and repeat the command"
+    )
+
+
 def _plus_minus(mean: float | None, sd: float | None) -> str:
     if mean is None:
         return "–"
@@ -284,5 +304,5 @@ def show(results: dict[str, Any], console: Console) -> None:
         table.add_row(*(row[i] for i in kept))
     console.print()
     console.print(table, soft_wrap=False)
-    for line in headlines(results):
+    for line in [*headlines(results), *filter(None, [busy(results)])]:
         console.print(line)
