@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,9 +30,13 @@ class Model(LightningModule):
         self.log("ce", loss)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As usual."""
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
+        """AdamW; the learning rate warms up over a third of the steps."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        warmup = LinearLR(
+            optimizer, 0.1, total_iters=int(self.trainer.estimated_stepping_batches) // 3
+        )
+        return [optimizer], [{"scheduler": warmup, "interval": "step"}]
 
 
 def main(steps: int = 20) -> dict[str, Tensor]:
@@ -42,6 +48,7 @@ def main(steps: int = 20) -> dict[str, Tensor]:
         accelerator="cpu",
         max_steps=steps,
         accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
         callbacks=[SimRegCallback(SimRegLoss(weight=0.3), labels="ids")],
         logger=False,
         enable_checkpointing=False,

@@ -46,10 +46,13 @@ def main(steps: int = 50) -> list[float]:
     model = Model()
     reg = attach(model, SimRegLoss(weight=0.3), module=model.norm)  # its output enters the head
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps // 3)
     for step in range(steps):
         rows = torch.stack([text[i : i + 129] for i in torch.randint(len(text) - 129, (8,))])
         losses.append(backward(model, reg, rows))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        warmup.step()
         optimizer.zero_grad()
         if step % 10 == 9:
             print(f"step {step + 1} loss {losses[-1]:.3f} pos_cos {reg.metrics['pos_cos']:.2f}")

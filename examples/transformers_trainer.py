@@ -27,6 +27,7 @@ arguments = TrainingArguments(
     max_steps=20,
     per_device_train_batch_size=16 // int(os.environ.get("WORLD_SIZE", "1")),  # 16 rows a step
     learning_rate=3e-3,
+    warmup_steps=6,
     logging_steps=5,
     save_strategy="no",
     report_to="none",

@@ -39,6 +39,21 @@ def regularizer(objective: object) -> SimRegLoss | None:
     return next((found for part in parts if (found := regularizer(part)) is not None), None)
 
 
+def collapsed(neg_cos: float | None, done: float) -> str | None:
+    """What is wrong if, `done` (0 to 1) of a run being done, all embeddings point one way.
+
+    At the start of training they nearly do. In all runs under docs/results with a warm-up the mean
+    cosine of tokens with different labels is below 0.9 from a quarter of the run on.
+    """
+    if neg_cos is None or neg_cos < 0.99 or done < 0.25:
+        return None
+    return (
+        f"embeddings have collapsed: after {done:.0%} of the steps tokens with different labels "
+        f"have a mean cosine of {neg_cos:.3f}, which SimReg does not get out of; lengthen the "
+        "warm-up, lower the learning rate, or clip gradients"
+    )
+
+
 def as_schedule(schedule: object) -> Schedule:
     """A `Schedule`, or the one of that name; ValueError for anything else."""
     return schedule if isinstance(schedule, Schedule) else Schedule(schedule)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ trainer.train()
 """
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from simreg.capture import IGNORE_INDEX, Attached, logits_of, shift_left
 from simreg.decoders import aligns_labels
 from simreg.integrations.documents import documents
-from simreg.integrations.following import Following, as_schedule, regularizer
+from simreg.integrations.following import Following, as_schedule, collapsed, regularizer
 from simreg.integrations.place import Layers, Module, attach_at, kept
 from simreg.integrations.window import Window, wide
 from simreg.objectives import Objective, moved, switched_off
@@ -382,6 +383,9 @@ class SimRegTrainer(Trainer):
             logs = {**logs, **self._window.means(self.accelerator)}
             if self.regularizer is not None:
                 logs["simreg_weight"] = self.regularizer.weight
+                done = self.state.global_step / max(1, self.state.max_steps)
+                if said := collapsed(logs.get("neg_cos"), done):
+                    warnings.warn(said, stacklevel=2)
             self._window = Window()
         super().log(logs, start_time)
 
