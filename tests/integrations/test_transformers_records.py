@@ -1,5 +1,7 @@
 """What the Trainer records, in training and in evaluation."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,21 @@ def test_clipped_is_a_fraction_of_steps(tmp_path):
     )
     assert records(run)[0]["clipped"] == 0.25
     assert records(train(tmp_path, build(), max_grad_norm=0.0))[0]["clipped"] == 0.0
+
+
+def test_collapsed_embeddings_are_told_once_and_not_at_the_start(tmp_path):
+    model = build()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(1.0)  # so all hidden states are one
+    options = {"max_steps": 8, "learning_rate": 0.0, "logging_steps": 1}
+    with pytest.warns(UserWarning, match="embeddings have collapsed: after 25% of the") as told:
+        train(tmp_path, model, objective=SimRegLoss(), **options)
+    assert sum("collapsed" in str(each.message) for each in told) == 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(tmp_path, build(), objective=SimRegLoss(), **options)
+        train(tmp_path, model, objective=SimRegLoss(weight=0.0), **options)
+    assert not any("collapsed" in str(each.message) for each in told)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -49,8 +49,8 @@ def collapsed(neg_cos: float | None, done: float) -> str | None:
         return None
     return (
         f"embeddings have collapsed: after {done:.0%} of the steps tokens with different labels "
-        f"have a mean cosine of {neg_cos:.3f}, which SimReg does not get out of; lengthen the "
-        "warm-up, lower the learning rate, or clip gradients"
+        f"have a mean cosine of {neg_cos:.3f}; lengthen the warm-up, lower the learning rate, or "
+        "clip gradients"
     )
 
 

@@ -102,6 +102,7 @@ class SimRegTrainer(Trainer):
         self._reg: Attached | None = None
         self._owned = {name: value.clone() for name, value in owned.items()}
         self._window = Window()
+        self._warned = False  # of collapsed embeddings
         self._applied = False  # the objective, in this training
         self._evaluated: list[Tensor] | None = None
         super().__init__(*args, **kwargs)
@@ -384,7 +385,9 @@ class SimRegTrainer(Trainer):
             if self.regularizer is not None:
                 logs["simreg_weight"] = self.regularizer.weight
                 done = self.state.global_step / max(1, self.state.max_steps)
-                if said := collapsed(logs.get("neg_cos"), done):
+                said = collapsed(logs.get("neg_cos"), done)
+                if said and not self._warned:
+                    self._warned = True
                     warnings.warn(said, stacklevel=2)
             self._window = Window()
         super().log(logs, start_time)
