@@ -58,7 +58,7 @@ def test_arms_that_start_from_other_weights_are_marked(tmp_path):
     write(tmp_path, found)
     (fast, wide), notes = rows(tmp_path, "headline")
     assert (fast[0], wide[0]) == ("five: fast", "five: wide †")
-    assert "† Another model or other batches than baseline" in notes
+    assert "† Differs from baseline in model.layers, so the same seed" in notes
 
 
 def test_equal_time_has_a_column_where_a_study_has_it(tmp_path):

@@ -53,8 +53,8 @@ def test_arms_are_ranked_by_their_paired_difference(tmp_path):
         ["fails", "optim.lr 0.1", "–", "–", "0 of 2, 2 diverged", "–", "–"],
     ]
     assert below == (
-        f"{BRACKETS} † Another model or other batches than baseline: the same seed does not start "
-        "from the same weights."
+        f"{BRACKETS} † Differs from baseline in model.tie_embeddings, so the same seed starts from "
+        "other weights or sees other batches."
     )
 
 
@@ -218,7 +218,7 @@ def test_looks_are_the_last_of_each_run_and_go_with_the_loss(tmp_path):
         "margin_p50 +0.29 (n = 3), margin_cos_p50 – (n = 0). The arms were chosen and are no "
         "sample: no intervals."
     )
-    assert below.startswith(f"{BRACKETS} † Another model")
+    assert below.startswith(f"{BRACKETS} † Differs from ")
 
 
 def test_two_arms_have_no_correlation(tmp_path):

@@ -27,7 +27,8 @@ def table(request: Request) -> str:
 
     The column of equal time is left out where no study has it.
     """
-    rows, references = [], []
+    rows: list[list[str]] = []
+    unpaired: dict[str, list[str]] = {}  # reference -> what arms change of it
     for source in request.sources:
         results = source.content
         arms = _arms(request, results)
@@ -36,12 +37,13 @@ def table(request: Request) -> str:
             label = f"{name}: {arm}" if len(arms) > 1 else name
             if results["arms"][arm]["unpaired"]:
                 label = f"{label} {markdown.UNPAIRED}"
-                references.append(results["study"]["reference"])
+                own = unpaired.setdefault(results["study"]["reference"], [])
+                own += results["arms"][arm]["unpaired"]
             rows.append([label, *_row(results, arm)])
     drawn = markdown.table(_HEAD, rows, left=2)
     if all(row[-1] == markdown.NONE for row in rows):
         drawn = markdown.table(_HEAD[:-1], [row[:-1] for row in rows], left=2)
-    notes = [markdown.unpaired_note(name) for name in dict.fromkeys(references)]
+    notes = [markdown.unpaired_note(name, fields) for name, fields in unpaired.items()]
     return markdown.with_notes(drawn, notes)
 
 

@@ -1,7 +1,7 @@
 """Cells and tables of Markdown."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from simreg.study import summary
@@ -26,11 +26,11 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def unpaired_note(reference: str) -> str:
-    """What UNPAIRED says of an arm."""
+def unpaired_note(reference: str, fields: Iterable[str]) -> str:
+    """What UNPAIRED says of arms that differ from the reference in these fields."""
     return (
-        f"{UNPAIRED} Another model or other batches than {reference}: the same seed does not start "
-        "from the same weights."
+        f"{UNPAIRED} Differs from {reference} in {', '.join(dict.fromkeys(fields))}, so the same "
+        "seed starts from other weights or sees other batches."
     )
 
 

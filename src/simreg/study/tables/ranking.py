@@ -23,8 +23,8 @@ class Standing:
     """Seed -> final cross-entropy at the full budget."""
     gap: dict[str, Any]
     """Their paired difference."""
-    unpaired: bool
-    """Whether it starts from other weights or sees other batches."""
+    unpaired: list[str]
+    """What it changes so that it starts from other weights or sees other batches."""
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ def standings(request: Request) -> tuple[str, list[Standing]]:
     study, found = plan.from_dict(results["study"]), []
     for arm in dict.fromkeys([against, *wanted]):
         losses = final_losses(results, arm)
-        other = bool(unpaired(study, against, arm))
+        other = unpaired(study, against, arm)
         found.append(Standing(arm, losses, final_difference(results, arm, against), other))
     return against, sorted(found, key=lambda each: _order(each.gap["mean"]))
 
@@ -144,6 +144,6 @@ def how_to_read(shown: list[Standing], against: str) -> list[str]:
         notes = ["No intervals: a run diverged, and the seeds that are left are no sample of all."]
     elif gaps:
         notes = ["One seed an arm: no intervals, no claim."]
-    if any(each.unpaired for each in shown):
-        notes.append(markdown.unpaired_note(against))
+    if fields := [field for each in shown for field in each.unpaired]:
+        notes.append(markdown.unpaired_note(against, fields))
     return notes
