@@ -113,7 +113,6 @@ def load(
     text: Sequence[str],
     limit: int | None,
     *,
-    seed: int = 0,
     corpus: Corpus | None = None,
 ) -> list[Cloze | Bits]:
     """The offline tasks of these names.
@@ -132,7 +131,7 @@ def load(
             tasks.append(Bits(_first(documents, count * _AN_ITEM), source))
             continue
         try:
-            tasks.append(Cloze(heldout.cloze(documents, count, seed), source))
+            tasks.append(Cloze(heldout.cloze(documents, count, seed=0), source))
         except UserError as error:
             if len(names) == 1:
                 raise
