@@ -429,14 +429,14 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
         Path(other).mkdir()
         for name in files:
             (Path(other) / name).write_text("{}")
-    load = text.AutoTokenizer.from_pretrained
+    load = text.hub.AutoTokenizer.from_pretrained
     vocabulary = {"a": 0}
 
     def from_pretrained(path):
         fake = types.SimpleNamespace(get_vocab=lambda: vocabulary)
         return fake if path == other else load(path)
 
-    monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(text.hub.AutoTokenizer, "from_pretrained", from_pretrained)
     both = [*found, run.targets.Target("other", other)]
     with pytest.raises(UserError, match="another vocabulary"):
         text.check_tokenizers(both, corpus)
@@ -446,8 +446,8 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
     def missing(path):
         raise OSError("no such file")
 
-    monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", missing)
-    with pytest.raises(UserError, match="cannot load the tokenizer of"):
+    monkeypatch.setattr(text.hub.AutoTokenizer, "from_pretrained", missing)
+    with pytest.raises(UserError, match="cannot load the tokenizer in"):
         text.check_tokenizers(both, corpus)
 
 

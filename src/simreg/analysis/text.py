@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from simreg.analysis.targets import Target
 from simreg.geometry import groups, positives
+from simreg.recipe import hub
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import one_line
 from simreg.recipe.trained import require_one_text, require_unchanged, rows_of
 
 _TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
@@ -93,13 +92,7 @@ def check_tokenizers(targets: Sequence[Target], corpus: Corpus) -> None:
         folder = Path(target.path)
         if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
             continue  # a checkpoint of a run
-        try:
-            own = AutoTokenizer.from_pretrained(target.path).get_vocab()
-        except Exception as error:  # many kinds: missing, damaged or unknown files
-            raise UserError(
-                f"cannot load the tokenizer of {target.path}: {one_line(error)[:200]}"
-            ) from None
-        if own != vocabulary:
+        if hub.tokenizer(target.path).get_vocab() != vocabulary:
             advice = "; analyze it alone" if len(targets) > 1 else ""
             raise UserError(
                 f"{target.path} has another vocabulary than the text was cut into: models are "

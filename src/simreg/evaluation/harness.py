@@ -170,7 +170,7 @@ def _benchmark(manager: Any, name: str, local: Local | None, limit: int | None) 
             if local is None
             else " (docs/evaluation.md has the fields of each)"
         )
-        raise UserError(f"{where} task {name}: {one_line(error)[:300]}{advice}") from None
+        raise UserError(f"{where} task {name}: {one_line(error)}{advice}") from None
     tasks = loaded["tasks"]
     for task in tasks.values():
         task.set_fewshot_seed(_FEWSHOT_SEED)

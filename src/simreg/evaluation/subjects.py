@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import assemble, hub, provenance
 from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import expanded, one_line
+from simreg.recipe.files import expanded
 from simreg.recipe.folder import FREE_FIELDS, SEED_FOLDER, RunFolder, warn
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -42,13 +40,7 @@ class Subject:
 
     def load(self, *, bf16: bool) -> tuple[Scorer, Any]:
         """The model, ready to score, and its tokenizer; UserError if they cannot be loaded."""
-        try:
-            with hub.quiet():
-                tokenizer: Any = AutoTokenizer.from_pretrained(self.model)
-        except Exception as error:  # many kinds: missing, damaged or unknown files
-            raise UserError(
-                f"cannot load the tokenizer in {self.model}: {one_line(error)[:300]}"
-            ) from None
+        tokenizer = hub.tokenizer(self.model)
         model = hub.load(self.model)
         if prefix_token(tokenizer) is None:
             raise UserError(f"the tokenizer in {self.model} has no bos or eos token: add one to it")

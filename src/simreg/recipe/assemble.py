@@ -110,6 +110,16 @@ def precision(config: RunConfig) -> str:
     return "bf16" if use_bf16(config.train.precision) else "fp32"
 
 
+def described(config: RunConfig, total: int, active: int, processes: int = 1) -> str:
+    """A run's model of so many parameters, and where it is trained, in words."""
+    of_active = "" if active == total else f" ({models.millions(active)} active)"
+    where = device().type + (f" × {processes}" if processes > 1 else "")
+    return (
+        f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
+        f"{where} {precision(config)}"
+    )
+
+
 def hook_guards(*configs: RunConfig) -> AbstractContextManager[object]:
     """Within, compiled graphs ask whether the model has the hooks they were made with.
 

@@ -302,8 +302,8 @@ def expanded(path: str | Path) -> Path:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The beginning of an exception's message, without line breaks."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _no_field(field: str, where: str, names: list[str]) -> str:

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import one_line
@@ -24,7 +29,7 @@ def folder(name: str, patterns: list[str]) -> Path:
     except Exception as error:  # many kinds: unknown id, no network, gated
         raise UserError(
             f"there is no folder {name}, and no model of that name could be had from the Hugging "
-            f"Face Hub ({type(error).__name__}: {one_line(error)[:300]})"
+            f"Face Hub ({type(error).__name__}: {one_line(error)})"
         ) from None
 
 
@@ -40,8 +45,7 @@ def load(model: str | Path) -> PreTrainedModel:
             loaded, info = auto(model, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # many kinds: missing, damaged or unknown files
         raise UserError(
-            f"cannot load the model {model} (it must be a causal language model): "
-            f"{one_line(error)[:300]}"
+            f"cannot load the model {model} (it must be a causal language model): {one_line(error)}"
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the model {model} lacks weights: {', '.join(missing[:3])}")
@@ -49,6 +53,16 @@ def load(model: str | Path) -> PreTrainedModel:
     with quiet():
         _require_causal(found, model)
     return found
+
+
+def tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """That of a model of a folder or of the Hub; UserError if it can't be loaded."""
+    try:
+        with quiet():
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+            return found
+    except Exception as error:  # many kinds: missing, damaged or unknown files
+        raise UserError(f"cannot load the tokenizer in {model}: {one_line(error)}") from None
 
 
 @torch.no_grad()

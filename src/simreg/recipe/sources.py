@@ -259,7 +259,7 @@ class HubDataset:
         what = f"{self.name}{f', config {self.config}' if self.config else ''}"
         return UserError(
             f"cannot read the {self.split} split of the Hugging Face dataset {what} "
-            f"(check its name, its config and the network): {one_line(error)[:300]}"
+            f"(check its name, its config and the network): {one_line(error)}"
         )
 
 

@@ -175,7 +175,7 @@ def _load(spec: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # many kinds: unknown id, no network, missing or broken files
         raise UserError(
             f"cannot load the tokenizer {spec!r} (give bpe:SIZE, a folder with a tokenizer, or a "
-            f"Hub id): {one_line(error)[:300]}"
+            f"Hub id): {one_line(error)}"
         ) from None
 
 

@@ -197,11 +197,8 @@ def _headline(config: RunConfig, corpus: Corpus, total: int, active: int) -> str
     per_step = config.tokens_per_step
     processes = world_size()
     passes = config.steps * config.train.batch_rows / len(corpus.train)
-    where = assemble.device().type + (f" × {processes}" if processes > 1 else "")
-    of_active = "" if active == total else f" ({models.millions(active)} active)"
     return (
-        f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
-        f"{where} {assemble.precision(config)}\n"
+        f"{assemble.described(config, total, active, processes)}\n"
         f"{config.steps} steps of {per_step:,} tokens = {config.steps * per_step:,} tokens, "
         f"from a corpus of {corpus.tokens:,}" + (f" ({passes:.3g} passes)" if passes > 1 else "")
     )

@@ -386,13 +386,8 @@ def _train(
 def _setting(config: RunConfig, corpus: Corpus) -> str:
     """What all runs have in common: `llama-tiny: 1.84M parameters, cpu fp32, ...`."""
     model = models.of_run(config, vocab_size=config.model.vocab_size or corpus.vocab_size)
-    total, active = models.count_parameters(model)
-    of_active = "" if active == total else f" ({models.millions(active)} active)"
-    where = f"{assemble.device().type} {assemble.precision(config)}"
-    return (
-        f"{config.model.preset}: {models.millions(total)} parameters{of_active}, "
-        f"{where}, a corpus of {corpus.tokens:,} tokens"
-    )
+    what = assemble.described(config, *models.count_parameters(model))
+    return f"{what}, a corpus of {corpus.tokens:,} tokens"
 
 
 def _title(study: Study, cell: Cell) -> str:
