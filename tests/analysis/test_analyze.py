@@ -451,6 +451,12 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
         text.check_tokenizers(both, corpus)
 
 
+def test_a_model_of_no_run_needs_text(study):
+    model = str(study / "simreg" / "1" / "seed-1" / "model")
+    with pytest.raises(UserError, match=r"model is no run of .*: name some with --source"):
+        run.analyze(AnalyzeOptions([model]), Console(quiet=True), command="")
+
+
 def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
     def edit(run, **data):
         config = run / "config.yaml"
