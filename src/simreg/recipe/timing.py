@@ -1,6 +1,7 @@
 """How fast the optimizer steps of a run are, and how much time an objective costs."""
 
 import itertools
+import math
 import os
 import statistics
 import time
@@ -96,9 +97,9 @@ def step_time_ratio(
     Returns:
         {"ratio": median over the pairs, "ratio_quartiles": [first, third] over the pairs,
         "base_s", "arm_s": median seconds a step, "n": pairs, "threads": of the processor, "load":
-        processes that wanted to run in the minute before}
+        threads that wanted to run meanwhile, its own among them}
     """
-    load = os.getloadavg()[0]
+    began, before = time.perf_counter(), os.getloadavg()[0]
     most = 10 * pairs
     first, second = (Stepper(config, corpus, WARM_UP + most) for config in (base, arm))
     swapped = itertools.cycle((False, True))
@@ -122,8 +123,19 @@ def step_time_ratio(
         "arm_s": statistics.median(b for _, b in times),
         "n": len(times),
         "threads": torch.get_num_threads(),
-        "load": load,
+        "load": load_during(time.perf_counter() - began, before, os.getloadavg()[0]),
     }
+
+
+def load_during(seconds: float, before: float, after: float) -> float:
+    """The mean load of some seconds, by the load averages of a minute before and after them.
+
+    These decay by 1/e a minute: what ran before, such as an installation, is still in the second.
+    """
+    kept = math.exp(-seconds / 60)
+    if kept > 0.8:  # too short to tell
+        return after
+    return max(0.0, (after - kept * before) / (1 - kept))
 
 
 def _quartiles(times: list[tuple[float, float]]) -> list[float]:

@@ -12,12 +12,11 @@ from rich.console import Console
 from simreg.evaluation import offline, run, subjects, summary
 from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.subjects import Subject
-from simreg.recipe import outputs
+from simreg.recipe import outputs, progress
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
-from simreg.recipe.progress import console as screen
 from simreg.study import plan, records, report
 from simreg.study.plan import Study
 from simreg.study.results import seeds_diverged
@@ -41,7 +40,7 @@ def main(options: EvalOptions) -> None:
     study, found = _study(folder) if alone else (None, [])
     names = [] if alone else [each for name in options.models for each in _runs_of(name)]
     default = folder / FOLDER / _suite(options) if alone else Path("runs", "eval")
-    console, command = screen(), outputs.command()
+    console, command = progress.console(), outputs.command()
     with ExitStack() as until_done:
         out = expanded(options.out or default)
         # A suite's in the study's folder make way; others have a folder each.
