@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,3 +39,29 @@ def test_the_load_of_a_timing_is_not_that_of_what_ran_before(ran_before: float) 
         assert timing.load_during(seconds, ran_before, after) == pytest.approx(load)
     assert timing.load_during(1, ran_before, 3.0) == 3.0
     assert timing.load_during(60, 9.0, 0.1) == 0.0
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_told_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+        return subprocess.run(
+            ["git", *own, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    file = tmp_path / "src" / "simreg" / "__init__.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("a = 1\n")
+    monkeypatch.setattr(provenance.simreg, "__file__", str(file))
+    assert provenance.commit() is None
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        git(*arguments)
+    known, index = git("rev-parse", "--short=12", "HEAD"), tmp_path / ".git" / "index"
+    os.utime(file, (1, 1))  # as a lock would be taken to note
+    before = index.stat().st_mtime_ns
+    assert provenance.commit() == known
+    assert index.stat().st_mtime_ns == before
+    (tmp_path / "untracked").touch()
+    assert provenance.commit() == known
+    file.write_text("a = 2\n")
+    assert provenance.commit() == f"{known}-dirty"

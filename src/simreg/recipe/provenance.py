@@ -57,9 +57,16 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found = _git(root, "describe", "--always", "--abbrev=12")
+        # Not `describe --dirty`, whose lock a killed process would leave in the checkout.
+        changes = _git(root, "--no-optional-locks", "status", "--porcelain", "-uno")
+        return f"{found}-dirty" if changes else found
     return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine() -> dict[str, Any]:
