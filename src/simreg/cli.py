@@ -174,7 +174,7 @@ _VERBS = {  # help, options, what runs with them
     "analyze": (
         "measure the geometry of trained models' embeddings",
         "simreg.analysis.options:AnalyzeOptions",
-        "simreg.analysis.run:main",
+        "simreg.study.geometry:main",
     ),
     "bench": (
         "time the loss and measure its memory, beside its peers",

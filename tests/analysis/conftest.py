@@ -32,6 +32,7 @@ def study(tmp_path_factory) -> Path:
             train(tiny.config(folder, text, changes), on_step=lambda record: None)
     torch.set_num_threads(threads)
     plan = {"reference": "baseline", "arms": {arm: {} for arm in ARMS}, "seeds": list(SEEDS)}
+    plan["base"] = {"train": {"tokens": 20 * 4 * 32, "batch_rows": 4}, "data": {"seq_len": 32}}
     (folder / "study" / "study.yaml").write_text(json.dumps(plan))
     return folder / "study"
 
@@ -39,11 +40,9 @@ def study(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def analysed(study, tmp_path_factory):
     """Results of `simreg analyze` of that study with its checkpoints."""
-    from rich.console import Console
-
-    from simreg.analysis import run
+    from tests.analysis.running import analyze
 
     options = AnalyzeOptions(
         [str(study)], tokens=600, series=True, least=2, cache_dir=str(study.parent / "cache")
     )
-    return run.analyze(options, Console(quiet=True), command="simreg analyze study")
+    return analyze(options)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from simreg import cli
 from simreg.analysis import compare, describe, figures, measure, plots, run, summary, text
@@ -19,9 +18,13 @@ from simreg.geometry.classes import classes, token_cosines
 from simreg.geometry.groups import mean_se
 from simreg.geometry.margins import margins
 from simreg.recipe import config as recipe
+from simreg.recipe import trained
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import UserError
+from simreg.recipe.trained import Trained
+from simreg.study import geometry
 from simreg.theme import PRINT
+from tests.analysis.running import analyze
 from tests.geometry import problems
 
 
@@ -218,7 +221,7 @@ def test_arms_that_have_but_checkpoints_are_in_some_pictures(study, tmp_path, ar
     options = AnalyzeOptions(
         [str(other)], tokens=600, series=True, least=2, cache_dir=str(tmp_path / "cache")
     )
-    found = run.analyze(options, Console(quiet=True), command="simreg analyze study")
+    found = analyze(options)
     run.write(found, tmp_path)
     assert (tmp_path / "cosines.png").is_file()
     assert (tmp_path / "margins.png").is_file() == (len(arms) < 2)
@@ -275,7 +278,7 @@ def test_one_model_alone_on_other_text_has_pictures_too(study, analysed, tmp_pat
         [str(study / "simreg" / "1" / "seed-1")], tokens=300, least=2, source=str(other),
         cache_dir=str(study.parent / "cache"), labels=None,
     )  # fmt: skip
-    found = run.analyze(options, Console(quiet=True), command="")
+    found = analyze(options)
     assert (found["text"]["source"], analysed["text"]["source"]) == (str(other), None)
     assert found["minus_reference"] == {}
     bars = figures.PICTURES[1].draw(found).axes[0]
@@ -290,15 +293,15 @@ def test_other_text_is_cut_into_the_models_tokens(study, tmp_path):
         "".join(json.dumps({"text": f"abc {i} dcba lk " * 60}) + "\n" for i in range(40))
     )
     run_folder = str(study / "simreg" / "1" / "seed-1")
-    found = run.targets.find([run_folder], series=False)
+    found = trained.find([run_folder])
     data = text.data_of(found, {"source": str(other), "validation_fraction": 0.5})
     corpus = prepare(data)
     text.check_tokenizers(found, corpus)
-    assert data.tokenizer == found[0].path
-    assert text.data_of(found, {"validation": str(other)}).tokenizer == found[0].path
+    assert data.tokenizer == str(found[0].model)
+    assert text.data_of(found, {"validation": str(other)}).tokenizer == str(found[0].model)
     assert text.data_of(found, {}).tokenizer == found[0].config.data.tokenizer
     with pytest.raises(UserError, match="another vocabulary"):
-        text.check_tokenizers(found, prepare(run.config.DataConfig(
+        text.check_tokenizers(found, prepare(recipe.DataConfig(
             source=str(other), tokenizer="bpe:270", seq_len=32, cache_dir=str(tmp_path),
             validation_fraction=0.5,
         )))  # fmt: skip
@@ -347,14 +350,14 @@ def test_groups_without_a_class_have_no_metric():
 def test_the_folder_may_be_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no folder \./absent"):
-        run.main(AnalyzeOptions(models=["./absent"], out=Path("~/out")))
+        geometry.main(AnalyzeOptions(models=["./absent"], out=Path("~/out")))
     assert (tmp_path / "out").is_dir()
 
 
 def test_only_seeds_that_all_arms_have_are_compared(study, capsys):
     runs = [f"{study}/{run}" for run in ("baseline/1/seed-2", "simreg/1/seed-1", "simreg/1/seed-2")]
     options = AnalyzeOptions(runs, tokens=200, least=2, cache_dir=str(study.parent / "cache"))
-    found = run.analyze(options, Console(quiet=True), command="")
+    found = analyze(options)
     assert "seeds 1 of simreg have no pair" in capsys.readouterr().err
     assert [m["compared"] for m in found["models"]] == [True, False, True]
     own = found["models"][2]["groups"]["all"]["loss"]
@@ -417,18 +420,16 @@ def test_nc1_takes_twice_as_many_classes_as_dimensions(labels, given):
     assert groups["tail"]["cdnv"] is not None
 
 
-@pytest.mark.parametrize("files", [None, ["vocab.json", "merges.txt"], ["tokenizer.json"]])
+@pytest.mark.parametrize("files", [["vocab.json", "merges.txt"], ["tokenizer.json"]])
 def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkeypatch, files):
-    """A model of the Hub, a slow tokenizer's files."""
+    """A slow tokenizer's files, a fast one's."""
     run_folder = Path(study / "simreg" / "1" / "seed-1")
-    found = run.targets.find([str(run_folder)], series=False)
+    found = trained.find([str(run_folder)])
     corpus = prepare(found[0].config.data)
-    other = "some/model"
-    if files is not None:
-        other = str(tmp_path / "other")
-        Path(other).mkdir()
-        for name in files:
-            (Path(other) / name).write_text("{}")
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in files:
+        (other / name).write_text("{}")
     load = text.hub.AutoTokenizer.from_pretrained
     vocabulary = {"a": 0}
 
@@ -437,7 +438,7 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
         return fake if path == other else load(path)
 
     monkeypatch.setattr(text.hub.AutoTokenizer, "from_pretrained", from_pretrained)
-    both = [*found, run.targets.Target("other", other)]
+    both = [*found, Trained("other", other)]
     with pytest.raises(UserError, match="another vocabulary"):
         text.check_tokenizers(both, corpus)
     vocabulary = corpus.tokenizer.get_vocab()
@@ -454,7 +455,7 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
 def test_a_model_of_no_run_needs_text(study):
     model = str(study / "simreg" / "1" / "seed-1" / "model")
     with pytest.raises(UserError, match=r"model is no run of .*: name some with --source"):
-        run.analyze(AnalyzeOptions([model]), Console(quiet=True), command="")
+        analyze(AnalyzeOptions([model]))
 
 
 def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
@@ -464,10 +465,10 @@ def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
         config.write_text(recipe.to_yaml(changed))
         return str(run)
 
-    def analyze(*names, **options):
+    def ask(*names, **options):
         cache = str(study.parent / "cache")
         chosen = AnalyzeOptions([*names], tokens=200, least=2, cache_dir=cache, **options)
-        return run.analyze(chosen, Console(quiet=True), command="")
+        return analyze(chosen)
 
     first = study / "baseline" / "1" / "seed-1"
 
@@ -479,15 +480,15 @@ def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
 
     other = of_another_corpus(shutil.copytree(study / "simreg/1/seed-1", tmp_path / "other"))
     with pytest.raises(UserError, match=r"were trained on different text: analyze them one by"):
-        analyze(str(first), str(other))
-    with pytest.raises(UserError, match=r"of other, seed 1 has changed since it"):
-        analyze(str(other))
+        ask(str(first), str(other))
+    with pytest.raises(UserError, match=r"of .*/other has changed since it"):
+        ask(str(other))
     given = tmp_path / "given.jsonl"
     lines = (study.parent / "text.jsonl").read_text().splitlines(keepends=True)
     given.write_text("".join(lines[:60]))
-    analyze(str(first), str(other), source=str(given))
+    ask(str(first), str(other), source=str(given))
     short = edit(of_another_corpus(shutil.copytree(first, tmp_path / "short")), seq_len=16)
-    analyze(str(first), short)  # the same text in other rows
+    ask(str(first), short)  # the same text in other rows
     elsewhere = edit(shutil.copytree(first, tmp_path / "elsewhere"), source=str(given), seq_len=16)
     with pytest.raises(UserError, match="were trained on different text"):
-        analyze(str(first), elsewhere)
+        ask(str(first), elsewhere)

@@ -1,12 +1,14 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from simreg.analysis import compare, figures, run, summary
 from simreg.analysis.options import AnalyzeOptions
+from simreg.recipe.trained import Trained
 from simreg.study import geometry
+from tests.analysis.running import analyze
 from tests.analysis.test_analyze import values
 
 
@@ -67,9 +69,9 @@ def test_models_that_are_no_runs_pair_with_each_other_and_never_with_a_run():
 
 
 def test_a_model_beside_runs_does_not_choose_their_seeds(study, capsys):
-    run_, other = (run.targets.Target(arm, arm, seed) for arm, seed in (("a", 0), ("a", 1)))
-    model = run.targets.Target("m", "m")
-    assert run._compared([run_, other, run.targets.Target("b", "b", 1), model]) == {1, -1}
+    run_, other = (Trained(arm, Path(arm), arm, seed) for arm, seed in (("a", 0), ("a", 1)))
+    model = Trained("m", Path("m"), "m")
+    assert run._compared([run_, other, Trained("b", Path("b"), "b", 1), model]) == {1, -1}
     assert "seeds 0 of a have no pair" in capsys.readouterr().err
 
 
@@ -79,7 +81,7 @@ def test_one_pair_has_intervals_over_tokens_by_row(study):
         named, tokens=600, least=2, source=str(next(study.parent.glob("*.jsonl"))),
         seq_len=32, cache_dir=str(study.parent / "cache"),
     )  # fmt: skip
-    found = run.analyze(options, Console(quiet=True), command="")
+    found = analyze(options)
     assert [m["seed"] for m in found["models"]] == [None, None]
     means = found["minus_reference"]["simreg"]
     over = found["over_tokens"]["simreg"]

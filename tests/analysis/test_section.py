@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from simreg.evaluation import subjects
+from simreg.recipe import trained
 from simreg.recipe.errors import UserError
 from simreg.study import geometry, report
 from tests.study.fakes import made
@@ -81,5 +81,5 @@ def test_a_trained_model_is_known_by_its_files(analysed, study):
         if not model["final"]:
             assert model["fingerprint"] is None
             continue
-        [subject] = subjects.find([str(study / model["arm"] / "1" / f"seed-{model['seed']}")])
+        [subject] = trained.find([str(study / model["arm"] / "1" / f"seed-{model['seed']}")])
         assert model["fingerprint"] == subject.fingerprint()

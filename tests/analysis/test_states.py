@@ -11,11 +11,13 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from simreg.analysis import states, targets
+from simreg.analysis import states
 from simreg.geometry.margins import margins
 from simreg.recipe import hub
 from simreg.recipe.errors import UserError
 from simreg.recipe.train import train
+from simreg.recipe.trained import Trained
+from simreg.study import models
 from tests.recipe import tiny
 
 IDS = torch.randint(280, (5, 32), generator=torch.Generator().manual_seed(0))
@@ -28,10 +30,10 @@ def collect(target, folder, ids=IDS):
 
 def test_states_and_labels_give_the_loss_of_the_model(study, tmp_path, monkeypatch):
     monkeypatch.setattr(states, "_TOKENS", 64)  # several forward passes
-    target = targets.find([str(study / "simreg" / "1" / "seed-1")], series=False)[0]
+    target = models.find([str(study / "simreg" / "1" / "seed-1")])[0]
     found, told = collect(target, tmp_path)
     assert len(told) == 3
-    model = AutoModelForCausalLM.from_pretrained(target.path)
+    model = AutoModelForCausalLM.from_pretrained(target.model)
     with torch.no_grad():
         logits = model(IDS).logits[:, :-1]
     loss = F.cross_entropy(logits.transpose(1, 2), IDS[:, 1:], reduction="none")
@@ -42,7 +44,7 @@ def test_states_and_labels_give_the_loss_of_the_model(study, tmp_path, monkeypat
 
 
 def test_a_second_look_costs_no_forward_pass(study, tmp_path):
-    first, second = targets.find([str(study)], series=False)[:2]
+    first, second = models.find([str(study)])[:2]
     one, told = collect(first, tmp_path)
     again, silent = collect(first, tmp_path)
     assert (len(told), len(silent)) == (1, 0)
@@ -54,13 +56,13 @@ def test_a_second_look_costs_no_forward_pass(study, tmp_path):
 
 def test_a_cache_that_cannot_be_is_named_by_its_option(study, tmp_path):
     (tmp_path / "file").touch()
-    target = targets.find([str(study)], series=False)[0]
+    target = models.find([str(study)])[0]
     with pytest.raises(UserError, match=r"set --cache-dir to another folder"):
         collect(target, tmp_path / "file" / "cache")
 
 
 def test_a_damaged_cache_is_made_again(study, tmp_path):
-    target = targets.find([str(study)], series=False)[0]
+    target = models.find([str(study)])[0]
     one, _ = collect(target, tmp_path)
     before = one.sample.hidden.clone()
     file = next(Path(tmp_path).glob("hidden/*/hidden.f32"))
@@ -75,16 +77,16 @@ def test_a_checkpoint_of_experts_is_the_model_it_was(tmp_path):
     text = tiny.write_text(tmp_path)
     changes = {"model": {"preset": "mixtral-test"}, "train": {"tokens": 4 * 4 * 32, "evals": 1}}
     train(tiny.config(tmp_path, text, changes), on_step=lambda record: None)
-    last = targets.Target("x", str(tmp_path / "run" / "checkpoints" / "step-0000004"))
-    whole = targets.Target("x", str(tmp_path / "run" / "model"))
-    a, b = (collect(t, tmp_path / t.path[-4:])[0].sample.hidden for t in (last, whole))
+    last = Trained("x", tmp_path / "run" / "checkpoints" / "step-0000004")
+    whole = Trained("x", tmp_path / "run" / "model")
+    a, b = (collect(t, tmp_path / t.model.name[-4:])[0].sample.hidden for t in (last, whole))
     torch.testing.assert_close(a, b)
 
 
 def test_a_head_with_other_logits_is_refused(tmp_path):
     config = GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    target = targets.Target("gpt2", str(tmp_path / "gpt2"))
+    target = Trained("x", tmp_path / "gpt2")
     assert collect(target, tmp_path)[0].bias is None  # tied, and plain
     with pytest.raises(UserError, match="made for another tokenizer"):
         collect(target, tmp_path, IDS + 25)
@@ -100,13 +102,13 @@ def test_a_head_with_other_logits_is_refused(tmp_path):
         model.lm_head.weight.normal_()
     model.save_pretrained(tmp_path / "cohere")
     with pytest.raises(UserError, match="not W·h"):
-        collect(targets.Target("cohere", str(tmp_path / "cohere")), tmp_path)
+        collect(Trained("x", tmp_path / "cohere"), tmp_path)
 
 
 def test_no_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot load") as caught:
-        collect(targets.Target("x", str(tmp_path)), tmp_path)
+        collect(Trained("x", tmp_path), tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -114,8 +116,8 @@ def test_rows_longer_than_the_model(tmp_path):
     config = GPT2Config(vocab_size=300, n_positions=16, n_embd=8, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="rows of 32 tokens are longer than its 16 positions"):
-        collect(targets.Target("gpt2", str(tmp_path / "gpt2")), tmp_path)
-    collect(targets.Target("gpt2", str(tmp_path / "gpt2")), tmp_path, IDS[:, :16])
+        collect(Trained("x", tmp_path / "gpt2"), tmp_path)
+    collect(Trained("x", tmp_path / "gpt2"), tmp_path, IDS[:, :16])
 
 
 def test_a_nan_in_a_later_row_is_named(tmp_path):
@@ -129,7 +131,7 @@ def test_a_nan_in_a_later_row_is_named(tmp_path):
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="hidden states are NaN or infinite"):
-        collect(targets.Target("gpt2", str(tmp_path / "gpt2")), tmp_path)
+        collect(Trained("x", tmp_path / "gpt2"), tmp_path)
     assert not list(tmp_path.glob("hidden/*/hidden.f32"))
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from simreg.evaluation import subjects
+from simreg.evaluation import scoring
 from simreg.recipe.train import train
 from tests.evaluation import tiny
 from tests.recipe import tiny as recipe
@@ -15,7 +15,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(model):
     """(scorer, tokenizer)"""
-    return subjects.find([str(model)])[0].load(bf16=False)
+    return scoring.load(model, None, bf16=False)
 
 
 @pytest.fixture(scope="session")

@@ -230,9 +230,9 @@ def test_a_truncated_context_is_the_harness_own(data, model, no_network):
     """A model of 16 positions: the harness cuts contexts from the left, and so do we."""
     from lm_eval.models.huggingface import HFLM
 
-    from simreg.evaluation import subjects
+    from simreg.evaluation import scoring
 
-    loaded = subjects.find([str(model)])[0].load(bf16=False)
+    loaded = scoring.load(model, None, bf16=False)
     scorer = Scorer(loaded[0].model, max_length=16)
     mine = harness._language_model(scorer, loaded[1], lambda count: None)
     other = HFLM(pretrained=loaded[0].model, tokenizer=loaded[1], max_length=16, batch_size=2)

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simreg import cli
-from simreg.evaluation import offline, subjects
+from simreg.evaluation import offline, run, scoring
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import config as recipe
-from simreg.recipe.errors import UserError
+from simreg.recipe import trained
 from simreg.recipe.sources import HubDataset
 from simreg.recipe.tokenizer import Encoder
 from tests.evaluation import tiny
@@ -40,7 +40,7 @@ def test_a_folder_of_runs_offline(runs, evaluate):
     status, results, printed, _ = evaluate(runs, "--limit", 40)
     assert status == 0
     assert list(results["tasks"]) == ["heldout-cloze", "heldout-bits"]
-    arms = [f"{runs.name}/plain", f"{runs.name}/simreg"]
+    arms = ["plain", "simreg"]
     assert list(results["arms"]) == arms
     assert results["reference"] == arms[0]
     assert [model["seed"] for model in results["models"]] == [1, 2, 1, 2]
@@ -53,7 +53,7 @@ def test_a_folder_of_runs_offline(runs, evaluate):
     assert (gap["seeds"], gap["items"]) == (2, 40)
     assert gap["low"] <= gap["mean"] <= gap["high"]
     assert gap["low"] <= gap["bootstrap"][0] <= gap["bootstrap"][1] <= gap["high"]
-    [task] = offline.load(["heldout-cloze"], subjects.find([str(runs)]), [], 40)
+    [task] = offline.load(["heldout-cloze"], trained.find([str(runs)]), [], 40)
     assert gap["clusters"] == len({item.document for item in task.items}) < 40
     assert results["schema"] == 2
     assert f"{arms[1]} on heldout-cloze: accuracy" in printed
@@ -63,8 +63,8 @@ def test_a_folder_of_runs_offline(runs, evaluate):
 def test_bits_per_byte_against_brute_force(runs, evaluate):
     path = runs / "simreg" / "seed-1"
     _, results, _, _ = evaluate(path, "--tasks", "heldout-bits", "--limit", 3)
-    scorer, tokenizer = subjects.find([str(path)])[0].load(bf16=False)
-    [task] = offline.load(["heldout-bits"], subjects.find([str(path)]), [], 3)
+    scorer, tokenizer = scoring.load(path / "model", 32, bf16=False)
+    [task] = offline.load(["heldout-bits"], trained.find([str(path)]), [], 3)
     model, nats = scorer.model.double(), 0.0
     for text in task.texts:
         ids = [prefix_token(tokenizer), *tokenizer(text)["input_ids"]]
@@ -83,7 +83,7 @@ def test_bits_per_byte_against_brute_force(runs, evaluate):
 
 def test_bits_are_of_the_tokens_that_training_would_see(runs):
     path = runs / "simreg" / "seed-1"
-    scorer, tokenizer = subjects.find([str(path)])[0].load(bf16=False)
+    scorer, tokenizer = scoring.load(path / "model", 32, bf16=False)
     text, seen = f"hello {tokenizer.eos_token} world", []
 
     def score(pairs, advance):
@@ -97,7 +97,7 @@ def test_bits_are_of_the_tokens_that_training_would_see(runs):
 
 
 def test_held_out_documents_are_those_of_the_run(runs):
-    subject = subjects.find([str(runs / "plain" / "seed-1")])[0]
+    subject = trained.find([str(runs / "plain" / "seed-1")])[0]
     [task] = offline.load(["heldout-bits"], [subject], [], None)
     corpus = [json.loads(line)["text"] for line in (runs / "text.jsonl").open()]
     whole = [text for text in corpus if any(text.startswith(part) for part in task.texts)]
@@ -141,7 +141,7 @@ def test_a_run_and_a_model_share_no_seed(model, runs, evaluate, tmp_path):
     run = change(runs / "plain" / "seed-1", tmp_path, train={"seed": 0})
     status, results, printed, _ = evaluate(run, model, "--limit", 5)
     assert status == 0
-    assert results["differences"][str(model)]["heldout-cloze"]["score"] is None
+    assert results["differences"][model.name]["heldout-cloze"]["score"] is None
     assert "shares no seed" in printed
 
 
@@ -150,10 +150,10 @@ def test_models_pair_with_each_other(model, evaluate, tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text(tiny.text(i, 100))
     _, results, _, _ = evaluate(model, other, "--text", tmp_path / "*.txt", "--limit", 12)
-    gap = results["differences"][str(other)]["heldout-cloze"]["normalised"]
+    gap = results["differences"][other.name]["heldout-cloze"]["normalised"]
     one, two = (m["tasks"]["heldout-cloze"]["normalised"] for m in results["models"])
     assert gap["mean"] == pytest.approx(two - one)
-    assert results["arms"][str(other)]["tasks"]["heldout-cloze"]["seeds"] == []
+    assert results["arms"][other.name]["tasks"]["heldout-cloze"]["seeds"] == []
 
 
 def change(run, tmp_path, **values):
@@ -224,7 +224,7 @@ def test_changed_or_missing_text_is_refused(runs, evaluate, tmp_path):
     [
         ([], "name a model"),
         (["/absent/folder"], "there is no folder /absent/folder"),
-        (["EMPTY"], "is neither a run's folder"),
+        (["EMPTY"], "and has no runs below it"),
         (["UNFINISHED"], "has no trained model: finish it"),
         (["BROKEN"], "cannot load the tokenizer in"),
         (["RUN", "--limit", "0"], "--limit must be 1 or more"),
@@ -252,24 +252,12 @@ def test_mistakes_are_one_line(runs, model, evaluate, tmp_path, arguments, says)
     assert error.count("\n") == 1
 
 
-def test_unfinished_runs_below_a_folder_are_left_out(runs, tmp_path, capsys):
-    shutil.copytree(runs / "plain" / "seed-1", tmp_path / "a" / "done")
-    (tmp_path / "a" / "begun").mkdir()
-    shutil.copy(runs / "plain" / "seed-1" / "config.yaml", tmp_path / "a" / "begun")
-    found = subjects.find([str(tmp_path / "a")])
-    assert [Path(subject.name).name for subject in found] == ["done"]
-    assert "begun has no trained model" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "a" / "done")
-    with pytest.raises(UserError, match=r"no run below .*a has a trained model"):
-        subjects.find([str(tmp_path / "a")])
-
-
 def test_a_run_of_before_the_depths_had_none(runs, tmp_path):
     run = shutil.copytree(runs / "plain" / "seed-1", tmp_path / "old")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"(?m)^  depths.*:.*\n(  +- .*\n)*", "", text))
     assert "depths" not in (run / "config.yaml").read_text()
-    simreg = subjects.find([str(run)])[0].config.simreg
+    simreg = trained.find([str(run)])[0].config.simreg
     assert (simreg.depths, simreg.depths_offset) == ([], 0)
 
 
@@ -279,12 +267,12 @@ def test_brackets_in_names_are_shown(runs, evaluate, tmp_path):
     shutil.copytree(runs / "simreg" / "seed-1", folder / "new[bold]" / "seed-1")
     status, results, printed, _ = evaluate(folder, "--limit", 2)
     assert status == 0
-    assert list(results["arms"]) == ["c]/new[bold]", "c]/old[bold]"]
+    assert list(results["arms"]) == ["new[bold]", "old[bold]"]
     assert "old[bold]" in printed
 
 
 def test_text_that_a_run_was_trained_on_is_refused(runs, evaluate, tmp_path):
-    source = subjects.find([str(runs / "plain" / "seed-1")])[0].config.data.source
+    source = trained.find([str(runs / "plain" / "seed-1")])[0].config.data.source
     copied = tmp_path / f"copied{Path(source).suffix}"
     copied.write_bytes(Path(source).read_bytes())
     status, _, _, error = evaluate(runs / "plain" / "seed-1", "--text", copied, "--limit", 2)
@@ -369,13 +357,6 @@ def test_a_folder_of_the_home_directory(runs, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "cache" / "eval").is_dir()
 
 
-def test_a_run_whose_model_is_gone_says_how_to_get_it_back(runs, tmp_path):
-    run = shutil.copytree(runs / "plain" / "seed-1", tmp_path / "run")
-    shutil.rmtree(run / "model")
-    with pytest.raises(UserError, match=r"no trained model: remove .*result.json and finish"):
-        subjects.find([str(run)])
-
-
 def test_results_of_others_are_kept(runs, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -388,27 +369,13 @@ def test_results_of_others_are_kept(runs, tmp_path, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_arms_differ_in_seeds_alone(runs, tmp_path):
-    copy = change(runs / "plain" / "seed-1", tmp_path, optim={"lr": 1e-4})
-    moved = tmp_path / "plain" / "seed-1"
-    moved.parent.mkdir()
-    shutil.move(copy, moved)
-    found = subjects.find([str(runs / "plain"), str(moved), str(runs / "plain" / "seed-2")])
-    assert [subject.seed for subject in found] == [1, 2, 1]  # each model once
-    assert found[0].arm == found[1].arm != found[2].arm
-
-
-def test_a_run_made_twice_is_two_arms(runs, tmp_path):
-    copy = change(runs / "plain" / "seed-1", tmp_path)
-    one, two = subjects.find([str(runs / "plain" / "seed-1"), str(copy)])
-    assert one.arm != two.arm
-
-
 def test_a_run_uses_the_positions_it_was_trained_with(runs, model):
-    [run] = subjects.find([str(runs / "plain" / "seed-1")])
-    assert run.load(bf16=False)[0].max_length == 32
-    [plain] = subjects.find([str(model)])
-    assert plain.load(bf16=False)[0].max_length == 64
+    longest = []
+    for name in (runs / "plain" / "seed-1", model):
+        [found] = trained.find([str(name)])
+        longest.append(run._Model(found).loaded()[0].max_length)
+    assert longest == [32, 64]
+    assert scoring.load(model, 100, bf16=False)[0].max_length == 64  # no more than it has
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
@@ -430,10 +397,10 @@ def test_weights_of_the_hub_in_either_format(weights, model, tmp_path, monkeypat
         return str(here)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    [found] = subjects.find(["someone/model"])
+    [found] = trained.find(["someone/model"])
     assert [p.name for p in here.iterdir() if p.suffix in (".bin", ".safetensors")] == [weights]
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        logits = found.load(bf16=False)[0].model(ids).logits
-        expected = subjects.find([str(model)])[0].load(bf16=False)[0].model(ids).logits
+        logits = scoring.load(found.model, None, bf16=False)[0].model(ids).logits
+        expected = scoring.load(model, None, bf16=False)[0].model(ids).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)

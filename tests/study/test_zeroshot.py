@@ -335,16 +335,3 @@ def test_what_is_drawn_anew_is_of_the_plan_that_is_there(tmp_path):
         found = json.loads((tmp_path / "results.json").read_text())
         assert (found["seeds"], found["complete"]) == ([0], False)
         assert found["commands"] == ([] if damage else ["simreg compare"])
-
-
-def test_models_whose_run_has_no_result_are_not_evaluated(tmp_path):
-    study = plan.from_dict({"out": str(tmp_path)})
-    cells = [cell for cell in study.cells() if cell.budget == 1.0]
-    for cell in cells:
-        fakes.write_run(study.config(cell))
-        model = tmp_path / cell.folder / "model"
-        model.mkdir()
-        (model / "config.json").write_text("{}")
-    assert len(zeroshot.of_study(study)) == len(cells)
-    (tmp_path / cells[0].folder / "result.json").unlink()
-    assert [subject.name for subject in zeroshot.of_study(study)] == [cells[1].folder]

@@ -14,13 +14,14 @@ from simreg.recipe.numbers import Whole, default_of
 class AnalyzeOptions:
     """Measure the geometry of the embeddings of trained models, and compare arms over seeds.
 
-    MODELS are folders of runs, studies or models, or Hub ids; ARM= before one names its arm. Writes
-    results.json and pictures; hidden states are cached, so that a second analysis costs no forward
-    pass. docs/analysis.md says what the numbers mean.
+    Runs that differ in their seed alone are one arm, as are models with the same ARM= before them.
+    Writes results.json and pictures; hidden states are cached, so that a second analysis costs no
+    forward pass. docs/analysis.md says what the numbers mean.
     """
 
     models: tyro.conf.Positional[list[str]]
-    """Runs, studies, models or Hub ids, as in `simreg analyze baseline=runs/a simreg=runs/b`."""
+    """Folders of runs, of studies or models (or above runs), or Hub ids, as in `simreg analyze
+    baseline=runs/a simreg=runs/b`."""
     tokens: Whole = 30_000
     """Labelled tokens of text to look at."""
     series: bool = False

@@ -2,7 +2,6 @@
 
 import json
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,43 +12,33 @@ from rich.status import Status
 from rich.text import Text
 
 from simreg import theme
-from simreg.analysis import compare, figures, project, states, summary, targets, text
+from simreg.analysis import compare, figures, project, states, text
 from simreg.analysis.measure import HISTOGRAMS, Settings, Tokens, group_masks, measure
 from simreg.analysis.options import AnalyzeOptions
-from simreg.analysis.targets import Target
 from simreg.geometry import groups
 from simreg.geometry.sample import Sample
 from simreg.intervals import pairing
-from simreg.recipe import config, outputs, progress, provenance
+from simreg.recipe import progress, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
+from simreg.recipe.folder import warn
+from simreg.recipe.trained import Trained
 
 
-def main(options: AnalyzeOptions) -> None:
-    """Run the command; UserError for what cannot be read or compared."""
-    console = progress.console()
-    command = outputs.command()
-    with ExitStack() as until_done:
-        out = expanded(options.out) if options.out else _in_study(options.models)
-        if out is None:
-            out = until_done.enter_context(outputs.unused(Path("runs", "geometry"), command))
-        outputs.prepare(out, "positive_rate", "simreg analyze")
-        results = analyze(options, console, command=command)
-        with storage_errors(out):
-            write(results, out)
-    summary.show(results, console)
-    console.print(f"\nresults {out / 'results.json'}")
-
-
-def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[str, Any]:
-    """Everything of results.json (docs/analysis.md)."""
+def check(options: AnalyzeOptions) -> None:
+    """UserError for what can't be, before models are looked for."""
     if min(options.tokens, options.least, options.pairs) < 1:
         raise UserError("--tokens, --least and --pairs must be 1 or more")
     project.check(options.projection)
-    found = targets.find(options.models, series=options.series)
-    reference = _reference(options, found)
+
+
+def analyze(
+    found: list[Trained], options: AnalyzeOptions, console: Console, *, command: str
+) -> dict[str, Any]:
+    """Everything of results.json (docs/analysis.md) for these models; `options.models` and `out`
+    are not read."""
+    check(options)
+    reference = _reference(options.reference, found)
     changes = {
         key: value
         for key in ("source", "validation", "seq_len")
@@ -66,11 +55,11 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
     sample: Sample | None = None
     for target in found:
         began = time.perf_counter()
-        with console.status(Text(target.name)) as status:
+        with console.status(Text(target.title)) as status:
             tell = partial(_tell, status)
             state = states.collect(target, read.ids, options.cache_dir, tell)
             forward = time.perf_counter() - began
-            tell(f"{target.name}: measuring")
+            tell(f"{target.title}: measuring")
             record, values = measure(
                 state, read.frequency, read.ids.shape[1], settings, brief=not target.final
             )
@@ -79,7 +68,7 @@ def analyze(options: AnalyzeOptions, console: Console, *, command: str) -> dict[
         models.append(identity | record)
         seconds = time.perf_counter() - began
         console.print(
-            f"{target.name}: {forward:.1f} s for states, {seconds - forward:.1f} s for the rest"
+            f"{target.title}: {forward:.1f} s for states, {seconds - forward:.1f} s for the rest"
         )
         if not of_arms:
             continue
@@ -166,22 +155,12 @@ def _lines(results: dict[str, Any]) -> str:
     return "{" + ",\n".join([*fields, f'"models":[\n{models}\n]']) + "}\n"
 
 
-def _in_study(models: list[str]) -> Path | None:
-    studies = [study for name in models if (study := targets.study_of(name))]
-    return studies[0] / "geometry" if studies else None
-
-
-def _reference(options: AnalyzeOptions, found: list[Target]) -> str:
+def _reference(named: str | None, found: list[Trained]) -> str:
     arms = list(dict.fromkeys(target.arm for target in found))
-    if options.reference is not None:
-        if options.reference not in arms:
-            raise UserError(f"--reference {options.reference}: the arms are {', '.join(arms)}")
-        return options.reference
-    for name in options.models:
-        if study := targets.study_of(name):
-            named = config.read_yaml(study / STUDY_FILE).get("reference")
-            if named in arms:
-                return str(named)
+    if named is not None:
+        if named not in arms:
+            raise UserError(f"--reference {named}: the arms are {', '.join(arms)}")
+        return named
     return "baseline" if "baseline" in arms else arms[0]
 
 
@@ -189,7 +168,7 @@ def _tell(status: Status, what: str) -> None:
     status.update(Text(what))  # not markup: names may have brackets
 
 
-def _compared(found: list[Target]) -> set[int]:
+def _compared(found: list[Trained]) -> set[int]:
     """The seeds that enter comparisons; a warning for those that do not."""
     seeds: dict[str, set[int]] = {}
     for target in found:
@@ -202,13 +181,12 @@ def _compared(found: list[Target]) -> set[int]:
     return compared
 
 
-def _identity(target: Target, weights_hash: str) -> dict[str, Any]:
+def _identity(target: Trained, weights_hash: str) -> dict[str, Any]:
     """What the model is; `fingerprint` is of its files, for a report to know it by (null: of a
-    checkpoint or a Hub id), `weights` of what was loaded."""
-    keys = ("arm", "seed", "step", "tokens", "final", "path")
-    known = target.final and Path(target.path).is_dir()
-    own = provenance.fingerprint(Path(target.path)) if known else None
-    return {k: getattr(target, k) for k in keys} | {"weights": weights_hash, "fingerprint": own}
+    checkpoint), `weights` of what was loaded."""
+    own = {k: getattr(target, k) for k in ("arm", "seed", "step", "tokens", "final")}
+    fingerprint = target.fingerprint() if target.final else None
+    return own | {"path": target.name, "weights": weights_hash, "fingerprint": fingerprint}
 
 
 def _ids(names: list[str], tokenizer: Any) -> dict[str, int]:
@@ -233,7 +211,7 @@ def _labels(wanted: dict[str, int] | None, corpus: Any, labels: Any, decile: Any
     return list(wanted.values())
 
 
-def _training(found: list[Target]) -> list[dict[str, Any]]:
+def _training(found: list[Trained]) -> list[dict[str, Any]]:
     """What runs logged of their geometry on the way (`train.analyze_every`)."""
     runs = {target.run: target for target in found if target.run is not None}
     curves = []

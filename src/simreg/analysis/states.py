@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from simreg.analysis.targets import Target
 from simreg.geometry.sample import Sample
 from simreg.recipe import assemble, cache, hub
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
+from simreg.recipe.trained import Trained
 
 _LAYOUT = 2  # of the cache; a new number makes old entries invisible
 _TOKENS = 4096  # a forward pass
@@ -33,7 +33,7 @@ class States:
     weights_hash: str
 
 
-def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], None]) -> States:
+def collect(target: Trained, ids: Tensor, cache_dir: str, tell: Callable[[str], None]) -> States:
     """The states of `target` on the rows `ids` `[R, L]` int64; T = R·(L − 1), float32.
 
     Position t of a row is labelled with token t + 1; the last has no label and is left out. Hidden
@@ -43,17 +43,17 @@ def collect(target: Target, ids: Tensor, cache_dir: str, tell: Callable[[str], N
         UserError: the model cannot be loaded, has other tokens or shorter rows, its states are not
             finite, or its logits are not W·h + b.
     """
-    model = hub.load(target.path)
+    model = hub.load(target.model)
     weight, bias = _head(model, target)
     if int(ids.max()) >= len(weight):
         raise UserError(
-            f"{target.path}: the text has token {int(ids.max())}, its vocabulary only "
+            f"{target.name}: the text has token {int(ids.max())}, its vocabulary only "
             f"{len(weight)}: it was made for another tokenizer"
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and ids.shape[1] > longest:
         raise UserError(
-            f"{target.path}: rows of {ids.shape[1]} tokens are longer than its {longest} "
+            f"{target.name}: rows of {ids.shape[1]} tokens are longer than its {longest} "
             "positions: give --seq-len"
         )
     digest = _hash(model)
@@ -77,7 +77,7 @@ class _Forward:
     def __init__(
         self,
         model: PreTrainedModel,
-        target: Target,
+        target: Trained,
         ids: Tensor,
         head: tuple[Tensor, Tensor | None],
         tell: Callable[[str], None],
@@ -93,13 +93,13 @@ class _Forward:
         with (folder / "hidden.f32").open("wb") as file:
             batches = torch.split(self.ids, max(1, _TOKENS // self.ids.shape[1]))
             for number, batch in enumerate(batches):
-                self.tell(f"{self.target.name}: forward pass {number + 1} of {len(batches)}")
+                self.tell(f"{self.target.title}: forward pass {number + 1} of {len(batches)}")
                 batch = batch.to(device)
                 hidden = decoder(input_ids=batch, use_cache=False).last_hidden_state.float().cpu()
                 if number == 0:
                     self._check(model, batch[:1], hidden[0])
                 if not bool(hidden.isfinite().all()):
-                    raise UserError(f"{self.target.path}: its hidden states are NaN or infinite")
+                    raise UserError(f"{self.target.name}: its hidden states are NaN or infinite")
                 width = hidden.shape[-1]
                 file.write(hidden[:, :-1].contiguous().numpy().tobytes())
         return {"width": width}
@@ -111,16 +111,16 @@ class _Forward:
         own = hidden @ weight.T + (0 if bias is None else bias)
         if not (own - logits).abs().max() <= _TOLERANCE * logits.abs().max().clamp_min(1):
             raise UserError(
-                f"{self.target.path}: its logits are not W·h + b of its last hidden state (scaled "
+                f"{self.target.name}: its logits are not W·h + b of its last hidden state (scaled "
                 "or capped logits, or a NaN); margins of such models are not supported"
             )
 
 
-def _head(model: PreTrainedModel, target: Target) -> tuple[Tensor, Tensor | None]:
+def _head(model: PreTrainedModel, target: Trained) -> tuple[Tensor, Tensor | None]:
     inside: Any = model
     head = inside.get_output_embeddings()
     if getattr(head, "weight", None) is None or not hasattr(model, "get_decoder"):
-        raise UserError(f"{target.path}: {type(model).__name__} has no LM head to compare with")
+        raise UserError(f"{target.name}: {type(model).__name__} has no LM head to compare with")
     bias = getattr(head, "bias", None)
     return head.weight.detach().float(), None if bias is None else bias.detach().float()
 

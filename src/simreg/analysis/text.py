@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simreg.analysis.targets import Target
 from simreg.geometry import groups, positives
 from simreg.recipe import hub
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.trained import require_one_text, require_unchanged, rows_of
+from simreg.recipe.held_out import require_one_text, require_unchanged, rows_of
+from simreg.recipe.trained import Trained
 
 _TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
 _OTHERWISE = "restore it, or name other text with --source"
@@ -28,7 +27,7 @@ _CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
 class Text:
     """`ids` `[R, L]` int64: rows spread evenly over the split. `frequency` `[V]` int64: how often
     each token stands in the training split, whose deciles labels are sorted into. `rows`: what
-    rows depend on besides the text (`trained.rows_of`)."""
+    rows depend on besides the text (`held_out.rows_of`)."""
 
     corpus: Corpus
     ids: Tensor
@@ -52,18 +51,18 @@ def read(data: DataConfig, tokens: int, split: str) -> Text:
     return Text(corpus, ids, torch.from_numpy(counts), stream, rows_of(data))
 
 
-def data_of(targets: Sequence[Target], changes: dict[str, Any]) -> DataConfig:
+def data_of(targets: Sequence[Trained], changes: dict[str, Any]) -> DataConfig:
     """The data of the first run among the targets with `changes`, else of `changes` alone.
 
     Other text is cut into the tokens of the model that is looked at, never into those of a
     tokenizer trained on it. UserError if there is no run, and no other text either.
     """
     run = next((t for t in targets if t.config is not None), None)
-    own = next((t.path for t in targets if t.final), targets[0].path)
+    own = str(next((t.model for t in targets if t.final), targets[0].model))
     if run is None or run.config is None:
         if "source" not in changes:
             raise UserError(
-                f"{targets[0].path} is no run of `simreg train`, so its text is not known: name "
+                f"{targets[0].name} is no run of `simreg train`, so its text is not known: name "
                 "some with --source"
             )
         return DataConfig(**{"tokenizer": own} | changes)
@@ -74,7 +73,7 @@ def data_of(targets: Sequence[Target], changes: dict[str, Any]) -> DataConfig:
     return replace(run.config.data, **changes)
 
 
-def check_held_out(targets: Sequence[Target], text: Text, changes: dict[str, Any]) -> None:
+def check_held_out(targets: Sequence[Trained], text: Text, changes: dict[str, Any]) -> None:
     """UserError if runs were trained on different text, or on other text than what is read now."""
     runs = [t for t in targets if t.corpus is not None]
     if changes.keys() & {"source", "validation"}:
@@ -85,17 +84,16 @@ def check_held_out(targets: Sequence[Target], text: Text, changes: dict[str, Any
             require_unchanged(run, text.corpus.fingerprint, _OTHERWISE)
 
 
-def check_tokenizers(targets: Sequence[Target], corpus: Corpus) -> None:
+def check_tokenizers(targets: Sequence[Trained], corpus: Corpus) -> None:
     """UserError if a model comes with another vocabulary than the text was cut into."""
     vocabulary = corpus.tokenizer.get_vocab()
     for target in targets:
-        folder = Path(target.path)
-        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        if not any((target.model / name).is_file() for name in _TOKENIZERS):
             continue  # a checkpoint of a run
-        if hub.tokenizer(target.path).get_vocab() != vocabulary:
+        if hub.tokenizer(target.model).get_vocab() != vocabulary:
             advice = "; analyze it alone" if len(targets) > 1 else ""
             raise UserError(
-                f"{target.path} has another vocabulary than the text was cut into: models are "
+                f"{target.name} has another vocabulary than the text was cut into: models are "
                 f"compared on the same tokens only{advice}"
             )
 

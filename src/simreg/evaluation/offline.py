@@ -7,11 +7,11 @@ from typing import Any
 from simreg.evaluation import heldout
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer, encode_pair, prefix_token
-from simreg.evaluation.subjects import Subject
 from simreg.recipe import cache, data
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import warn
+from simreg.recipe.held_out import require_one_text, require_unchanged
 from simreg.recipe.sources import (
     Source,
     in_pieces,
@@ -21,7 +21,7 @@ from simreg.recipe.sources import (
     shared,
     still_there,
 )
-from simreg.recipe.trained import require_one_text, require_unchanged
+from simreg.recipe.trained import Trained
 
 CLOZE, BITS = "heldout-cloze", "heldout-bits"
 OFFLINE = (CLOZE, BITS)
@@ -109,7 +109,7 @@ class Bits:
 
 def load(
     names: Sequence[str],
-    subjects: Sequence[Subject],
+    models: Sequence[Trained],
     text: Sequence[str],
     limit: int | None,
     *,
@@ -121,7 +121,7 @@ def load(
     the runs' own corpus. UserError if there is neither, or if the runs have different corpora. Of
     two tasks, cloze items are left out where the text is too little for them.
     """
-    documents, source = _from_text(text, subjects) if text else _from_runs(subjects, corpus)
+    documents, source = _from_text(text, models) if text else _from_runs(models, corpus)
     if not documents:
         raise UserError("--text: no text in it" if text else "the held-out documents have no text")
     count = limit or ITEMS
@@ -150,19 +150,19 @@ def _first(documents: Sequence[str], characters: int) -> list[str]:
     return taken
 
 
-def _from_text(text: Sequence[str], subjects: Sequence[Subject] = ()) -> tuple[list[str], str]:
+def _from_text(text: Sequence[str], models: Sequence[Trained] = ()) -> tuple[list[str], str]:
     sources = resolve(list(text), "text", setting="--text")
-    _check_unseen(sources, subjects)
+    _check_unseen(sources, models)
     if len(sources) == 1:  # of several nothing need be held out: they stay as they are
         sources = in_pieces(sources)
     documents = [document for document in interleave(sources) if document.strip()]
     return documents, f"text {cache.name([source.key for source in sources])[:12]}"
 
 
-def _check_unseen(sources: Sequence[Source], subjects: Sequence[Subject]) -> None:
+def _check_unseen(sources: Sequence[Source], models: Sequence[Trained]) -> None:
     """UserError for what a run was trained on: a file wherever it lies and whatever its name, or a
     dataset of the Hub."""
-    runs = [(s.name, s.config.data.source) for s in subjects if s.config is not None]
+    runs = [(m.name, m.config.data.source) for m in models if m.config is not None]
     for name, spec in {str(spec): (name, spec) for name, spec in runs}.values():
         known = []
         for item in listed(spec):
@@ -176,12 +176,12 @@ def _check_unseen(sources: Sequence[Source], subjects: Sequence[Subject]) -> Non
             )
 
 
-def _from_runs(subjects: Sequence[Subject], corpus: Corpus | None) -> tuple[list[str], str]:
+def _from_runs(models: Sequence[Trained], corpus: Corpus | None) -> tuple[list[str], str]:
     """The validation split, decoded; the same text whatever the tokenizers of the others."""
-    runs = [subject for subject in subjects if subject.config is not None]
+    runs = [model for model in models if model.config is not None]
     if not runs:
         raise UserError(
-            f"{subjects[0].name} is no run of `simreg train`, so its held-out text is not known: "
+            f"{models[0].name} is no run of `simreg train`, so its held-out text is not known: "
             "name some with --text FILES, or choose --suite small or paper"
         )
     require_one_text(

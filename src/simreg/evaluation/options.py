@@ -13,13 +13,13 @@ from simreg.recipe.numbers import Whole, default_of
 class EvalOptions:
     """Say what models can do without training on the task, and compare arms with intervals.
 
-    A run is named by its folder; a folder of runs stands for all of them; anything else is a model
-    in Hugging Face format or on the Hub. Runs that differ in their seed alone are one arm; arms are
-    compared with the first, paired over seeds and items. Results are cached.
+    Runs that differ in their seed alone are one arm, as are models with the same ARM= before them;
+    arms are compared with the first, paired over seeds and items. Results are cached.
     """
 
     models: tyro.conf.Positional[list[str]]
-    """Run folders, folders of runs, model folders or Hub ids; the first arm is the reference."""
+    """Folders of runs, of studies or models (or above runs), or Hub ids, as in `simreg eval
+    baseline=runs/a simreg=runs/b`; the first arm is the reference."""
     suite: Literal["offline", "small", "paper"] = "offline"
     """`offline`: cloze items and bits per byte from held-out text, no download. `small`: BLiMP,
     LAMBADA, HellaSwag, PIQA, ARC-Easy, SciQ, where models under 200 M differ from chance. `paper`:

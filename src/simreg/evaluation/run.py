@@ -9,15 +9,15 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from simreg.evaluation import harness, offline, summary
+from simreg.evaluation import harness, offline, scoring, summary
 from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer
-from simreg.evaluation.subjects import Subject
 from simreg.recipe import assemble, cache, hub, outputs, progress, provenance
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
+from simreg.recipe.trained import Trained
 
 SUITES = {"paper": harness.PAPER, "small": harness.SMALL, "offline": offline.OFFLINE}
 SCHEMA = 2
@@ -53,7 +53,7 @@ def write(results: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def evaluate(
-    found: Sequence[Subject],
+    found: Sequence[Trained],
     options: EvalOptions,
     console: Console,
     *,
@@ -74,13 +74,13 @@ def evaluate(
     names = list(dict.fromkeys(options.tasks or SUITES[options.suite]))
     tasks = load(names, found, options, corpus)
     outcomes: summary.Outcomes = {}
-    models = [_Model(subject) for subject in found]
+    models = [_Model(each) for each in found]
     with hub.quiet(), _Bar(len(found) * len(tasks)) as bar:
         for model in models:
             for task in tasks:
                 outcome = _cached(model, task, expanded(options.cache_dir), bar)
-                outcomes[model.subject.name, task.name] = outcome
-                line = summary.line(model.subject, task.name, outcome)
+                outcomes[model.trained.name, task.name] = outcome
+                line = summary.line(model.trained, task.name, outcome)
                 with bar.aside():
                     console.print(line)
             model.unload()
@@ -102,7 +102,7 @@ def evaluate(
 
 def load(
     names: Sequence[str],
-    found: Sequence[Subject],
+    found: Sequence[Trained],
     options: EvalOptions,
     corpus: Corpus | None = None,
 ) -> list[Task]:
@@ -126,11 +126,13 @@ def _harness_version(names: Sequence[str]) -> dict[str, str]:
 
 
 class _Model:
-    """A subject whose weights are read when a task is not in the cache."""
+    """Weights that are read when a task is not in the cache."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
         self.bf16 = assemble.use_bf16("auto")
+        config = trained.config
+        self._row = None if config is None else config.data.seq_len
         self._loaded: tuple[Scorer, Any] | None = None
         self._key: dict[str, Any] | None = None
 
@@ -139,10 +141,8 @@ class _Model:
         if self._key is None:
             self._key = {
                 "layout": _LAYOUT,
-                "model": self.subject.fingerprint(),
-                "max_length": None
-                if self.subject.config is None
-                else self.subject.config.data.seq_len,
+                "model": self.trained.fingerprint(),
+                "max_length": self._row,
                 "bf16": self.bf16,
             }
         return self._key
@@ -150,7 +150,7 @@ class _Model:
     def loaded(self) -> tuple[Scorer, Any]:
         """The model and its tokenizer."""
         if self._loaded is None:
-            self._loaded = self.subject.load(bf16=self.bf16)
+            self._loaded = scoring.load(self.trained.model, self._row, bf16=self.bf16)
         return self._loaded
 
     def unload(self) -> None:
@@ -160,7 +160,7 @@ class _Model:
 
 def _cached(model: _Model, task: Task, cache_dir: Path, bar: "_Bar") -> Outcome:
     """The outcome from the cache, or by running the task."""
-    bar.say(f"{model.subject.name} · {task.name}")
+    bar.say(f"{model.trained.name} · {task.name}")
     folder = cache_dir / "eval" / cache.name(model.key() | task.key())
     facts = cache.stored(folder)
     if facts is None:

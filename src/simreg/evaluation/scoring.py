@@ -4,12 +4,14 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from simreg.recipe import assemble, hub
 from simreg.recipe.errors import UserError
 
 Pair = tuple[list[int], list[int]]
@@ -20,6 +22,21 @@ Answer = tuple[float, bool]
 CPU_TOKENS, DEVICE_TOKENS = 2048, 65_536
 """Tokens of a batch, padding included, to begin with; halved when memory runs out."""
 _LOGITS = 1 << 28  # elements of a batch's logits, at most
+
+
+def load(folder: Path, row: int | None, *, bf16: bool) -> tuple["Scorer", Any]:
+    """The model in a folder, ready to score, and its tokenizer; UserError if they can't be loaded.
+
+    It uses the positions that it has, not more than `row`, which it was trained with.
+    """
+    tokenizer = hub.tokenizer(folder)
+    model = hub.load(folder)
+    if prefix_token(tokenizer) is None:
+        raise UserError(f"the tokenizer in {folder} has no bos or eos token: add one to it")
+    model.to(assemble.device()).train(False)  # type: ignore[arg-type]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    longest = int(positions or 2048)
+    return Scorer(model, max_length=min(longest, row or longest), bf16=bf16), tokenizer
 
 
 class Scorer:

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from simreg.evaluation import paired
 from simreg.evaluation.outcome import ACCURACIES, Outcome, unit
-from simreg.evaluation.subjects import Subject
 from simreg.intervals import NO_SEED, pairing
+from simreg.recipe.trained import Trained
 
 Outcomes = dict[tuple[str, str], Outcome]
 """(name of the model, task) -> outcome"""
@@ -19,12 +19,12 @@ AVERAGE = "average"
 
 
 def build(
-    found: Sequence[Subject], tasks: Sequence[str], outcomes: Mapping[tuple[str, str], Outcome]
+    found: Sequence[Trained], tasks: Sequence[str], outcomes: Mapping[tuple[str, str], Outcome]
 ) -> dict[str, Any]:
     """`{reference, models, arms, differences}` of results.json (docs/evaluation.md)."""
-    arms: dict[str, list[Subject]] = {}
-    for subject in found:
-        arms.setdefault(subject.arm, []).append(subject)
+    arms: dict[str, list[Trained]] = {}
+    for model in found:
+        arms.setdefault(model.arm, []).append(model)
     scores = {
         arm: {task: {pairing(s.seed): outcomes[s.name, task] for s in members} for task in tasks}
         for arm, members in arms.items()
@@ -32,7 +32,7 @@ def build(
     reference = next(iter(arms))
     return {
         "reference": reference,
-        "models": [_model(subject, tasks, outcomes) for subject in found],
+        "models": [_model(model, tasks, outcomes) for model in found],
         "arms": {arm: _arm(scores[arm]) for arm in arms},
         "differences": {
             arm: _differences(scores[arm], scores[reference]) for arm in arms if arm != reference
@@ -41,13 +41,13 @@ def build(
 
 
 def _model(
-    subject: Subject, tasks: Sequence[str], outcomes: Mapping[tuple[str, str], Outcome]
+    model: Trained, tasks: Sequence[str], outcomes: Mapping[tuple[str, str], Outcome]
 ) -> dict[str, Any]:
-    own = {task: outcomes[subject.name, task] for task in tasks}
+    own = {task: outcomes[model.name, task] for task in tasks}
     return {
-        "name": subject.name,
-        "arm": subject.arm,
-        "seed": subject.seed,
+        "name": model.name,
+        "arm": model.arm,
+        "seed": model.seed,
         "tasks": {task: outcome.summary() for task, outcome in own.items()},
         "average": average([outcome.summary() for outcome in own.values()]),
     }
@@ -123,10 +123,10 @@ def difference(metric: str, found: dict[str, Any] | None) -> str:
     return f"{text} [{form.format(scale * found['low'])}, {form.format(scale * found['high'])}]"
 
 
-def line(subject: Subject, task: str, outcome: Outcome) -> str:
+def line(model: Trained, task: str, outcome: Outcome) -> str:
     """One model on one task."""
     found = outcome.summary()
-    text = f"{subject.name}  {task}  n {found['n']:,}  {_named(found['metric'], found['score'])}"
+    text = f"{model.name}  {task}  n {found['n']:,}  {_named(found['metric'], found['score'])}"
     if found["stderr"] is not None:
         text += f" ± {value(found['metric'], found['stderr'])}"
     if found["normalised"] is not None:

@@ -1,65 +1,226 @@
-"""On which text runs were trained: what is held out of one may be known to another."""
+"""Trained models: what a command is given, runs, models and ids of the Hub, to a list of them."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from simreg.recipe.config import DataConfig, RunConfig
+from simreg.recipe import checkpoints, hub, provenance
+from simreg.recipe import config as recipe
+from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
+from simreg.recipe.folder import FREE_FIELDS, SEED_FOLDER, STUDY_FILE, RunFolder, warn
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
-class Trained(Protocol):
+@dataclass(frozen=True)
+class Trained:
     """A model, perhaps of a run."""
 
-    @property
-    def name(self) -> str:
-        """For messages."""
+    name: str
+    """As shown: the folder of the run, of a checkpoint or a model, or the id."""
+    model: Path
+    """A folder with config.json and weights."""
+    arm: str = ""
+    """Models of one arm differ in their seeds alone, and in their steps."""
+    seed: int | None = None
+    """None: no run, whose seed is not known."""
+    step: int | None = None
+    tokens: int | None = None
+    final: bool = True
+    """Not a checkpoint on the way; only such models enter comparisons."""
+    run: Path | None = None
+    config: RunConfig | None = None
+    """Of the run, if it is one."""
+    corpus: str | None = None
+    """Fingerprint of the data that the run was trained on, once it is finished."""
 
     @property
-    def config(self) -> RunConfig | None:
-        """Of the run, if it is one."""
+    def title(self) -> str:
+        """By its arm: `simreg, seed 3, step 750`."""
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        step = "" if self.final else f", step {self.step}"
+        return f"{self.arm}{seed}{step}"
 
-    @property
-    def corpus(self) -> str | None:
-        """Fingerprint of the data that the run was trained on, if it is known."""
+    def fingerprint(self) -> str:
+        """Hash of weights, configuration and tokenizer."""
+        return provenance.fingerprint(self.model)
 
 
-def require_one_text(models: Sequence[Trained], advice: str) -> None:
-    """UserError if the runs among `models` were not all trained on the text of the first.
+_Named = tuple[str, ...]
+"""A path of which an arm is named by the last parts, as many as tell it from the others."""
+_Runs = Callable[[Path, bool], list[Trained]]
 
-    `advice` ends the message: "were trained on different text: ...".
+
+def find(
+    names: Sequence[str], *, series: bool = False, of_study: _Runs | None = None
+) -> list[Trained]:
+    """The models that `names` stand for, each once, with their arms.
+
+    A name is the folder of a run, a folder with runs below, a folder in Hugging Face format or an
+    id of the Hub; `ARM=` before it says of which arm it is. Runs that differ in their seed alone
+    are one arm otherwise; an arm is called as its folder, with folders above it where others are
+    called so too. `series` adds the checkpoints that runs have kept. `of_study(folder, series)`
+    gives the models of a folder with study.yaml, with the study's own arms.
+
+    Raises:
+        UserError: no name, one that is none of these, or two models of one arm, seed and step.
     """
-    runs = [(model, model.config.data) for model in models if model.config is not None]
-    for other, data in runs[1:]:
-        first, own = runs[0]
-        # A fingerprint is of rows of tokens: it tells nothing of a run with other ones.
-        if rows_of(data) == rows_of(own):
-            same = other.corpus == first.corpus  # whatever the files are called
-        else:
-            same = _text_of(data) == _text_of(own)
-        if not same:
-            raise UserError(
-                f"{first.name} and {other.name} were trained on different text: {advice}"
-            )
+    if not names:
+        raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
+    found: dict[tuple[str, Path], tuple[str, _Named, Trained]] = {}
+    for name in names:
+        arm, rest = _split(name)
+        for model in _resolve(rest, series, of_study):
+            kind, named = (f"{arm}=", (arm,)) if arm else _of_itself(model, rest)
+            found.setdefault((arm, model.model.resolve()), (kind, named, model))
+    return _with_arms(list(found.values()))
 
 
-def require_unchanged(run: Trained, fingerprint: str, advice: str) -> None:
-    """UserError if the text of `run` has not this `fingerprint` any more."""
-    if run.corpus != fingerprint:
+def parts_of(name: str) -> tuple[str, Path]:
+    """The arm and the path in `ARM=PATH`; no arm is the empty text."""
+    arm, rest = _split(name)
+    return arm, expanded(rest)
+
+
+def _split(name: str) -> tuple[str, str]:
+    arm, _, rest = name.partition("=")
+    return (arm, rest) if arm and rest and not expanded(name).exists() else ("", name)
+
+
+def _resolve(name: str, series: bool, of_study: _Runs | None) -> list[Trained]:
+    path = expanded(name)
+    if not path.exists():
+        return [Trained(name, _from_hub(name))]
+    if of_study is not None and (path / STUDY_FILE).is_file():
+        return of_study(path, series)
+    if (path / "config.yaml").is_file():
+        return of_run(path, series=series)
+    if (path / "config.json").is_file():
+        return [Trained(name, path)]
+    below = sorted(path.glob("**/config.yaml"), key=lambda file: _natural(str(file)))
+    if not below:
         raise UserError(
-            f"the text of {run.name} has changed since it was trained (or is cut otherwise by "
-            "this version, if it is several files of text), so held-out documents may be among "
-            f"those it has seen: {advice}"
+            f"{path} is no run (config.yaml), no model in Hugging Face format (config.json), and "
+            "has no runs below it"
         )
+    found = of_runs([config.parent for config in below], series=series)
+    if not found:
+        raise UserError(f"no run below {path} has a trained model")
+    return found
 
 
-def rows_of(config: DataConfig) -> tuple[str, int]:
-    """What rows of tokens depend on besides the text."""
-    return config.tokenizer, config.seq_len
+def _from_hub(name: str) -> Path:
+    """The files of a model; weights as safetensors where it has them, else as torch saves them."""
+    folder = hub.folder(name, _HUB_FILES)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return hub.folder(name, [*_HUB_FILES, "pytorch_model*.bin"])
 
 
-def _text_of(config: DataConfig) -> tuple[Any, ...]:
-    """What decides which documents are held out."""
-    return (
-        *(config.source, config.validation, config.validation_fraction),
-        *(config.text_field, config.max_tokens),
-    )
+def of_runs(paths: Sequence[Path], *, series: bool = False) -> list[Trained]:
+    """Their models; a warning for each run that has none."""
+    found = []
+    for path in paths:
+        try:
+            found += of_run(path, series=series)
+        except UserError as error:
+            warn(f"{error}; left out")
+    return found
+
+
+def of_run(path: Path, *, series: bool = False) -> list[Trained]:
+    """The model of a finished run, after its checkpoints if `series`; UserError without any."""
+    folder = RunFolder(path)
+    config, corpus = recipe.recorded(folder.config), folder.corpus()
+
+    def trained(name: Path, model: Path, step: int, final: bool) -> Trained:
+        seed, tokens = config.train.seed, step * config.tokens_per_step
+        return Trained(str(name), model, "", seed, step, tokens, final, path, config, corpus)
+
+    finished = corpus is not None and (folder.model / "config.json").is_file()
+    kept = checkpoints.found(folder.checkpoints)[::-1]
+    steps = [(checkpoints.step_of(checkpoint), checkpoint) for checkpoint in kept]
+    before = [(step, each) for step, each in steps if not finished or step < config.steps]
+    found = [trained(each, each, step, False) for step, each in before if series]
+    if finished:
+        found.append(trained(path, folder.model, config.steps, True))
+    if not found:
+        way = "finish it" if corpus is None else f"remove {folder.result} and finish it again"
+        other = "; simreg analyze --series looks at the checkpoints it has kept" if kept else ""
+        raise UserError(
+            f"the run in {path} has no trained model: {way} by the command that began it{other}"
+        )
+    return found
+
+
+def _natural(text: str) -> list[Any]:
+    """Sorts seed-2 before seed-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _of_itself(model: Trained, name: str) -> tuple[str, _Named]:
+    """What a model shares with others of its arm, and the path that the arm is named by."""
+    if model.config is None:
+        return name, model.model.absolute().parts[1:] if expanded(name).exists() else (name,)
+    assert model.run is not None
+    path = model.run.absolute()
+    if model.arm:  # a study's: PATH/ARM/BUDGET/seed-N
+        return str(path.parents[1]), path.parents[1].parts[1:]
+    parts = (path.parent if SEED_FOLDER.fullmatch(path.name) else path).parts[1:]
+    if parts[-1] == "1":
+        parts = parts[:-1]
+    elif re.fullmatch(r"[\d.]+", parts[-1]):
+        parts = (*parts[:-2], "/".join(parts[-2:]))
+    return _apart_from_seed(model.config), parts
+
+
+def _apart_from_seed(config: RunConfig) -> str:
+    values = recipe.to_dict(config)
+    for field in (*FREE_FIELDS, "train.seed"):
+        section, _, key = field.rpartition(".")
+        (values[section] if section else values).pop(key)
+    return json.dumps(values, sort_keys=True)
+
+
+def _with_arms(found: list[tuple[str, _Named, Trained]]) -> list[Trained]:
+    """The models, their arms named such that those of one kind, and they alone, share one."""
+    seen: dict[tuple[str, int | None, int | None], Trained] = {}
+    paths: dict[str, _Named] = {}  # of each kind, in the order of first mention
+    kinds = []
+    for kind, path, model in found:
+        while (other := seen.setdefault((kind, model.seed, model.step), model)) is not model:
+            if kind.endswith("="):
+                raise UserError(
+                    f"{other.name} and {model.name} would both be of the arm {path[0]}"
+                    + ("" if model.seed is None else f" and seed {model.seed}")
+                    + ": give them names of their own, as in ARM=PATH"
+                )
+            kind += " again"  # the same run made twice
+        paths.setdefault(kind, path)
+        kinds.append(kind)
+    names = dict(zip(paths, _apart(list(paths.values())), strict=True))
+    return [
+        replace(model, arm=names[kind]) for kind, (_, _, model) in zip(kinds, found, strict=True)
+    ]
+
+
+def _apart(paths: list[_Named]) -> list[str]:
+    """Of each path its end, as long as it takes to tell it from the others; where none does, the
+    last part, with a number."""
+    ends = Counter(path[-n:] for path in paths for n in range(1, len(path) + 1))
+    names: list[str] = []
+    for path in paths:
+        lengths = range(1, len(path) + 1)
+        length = next((n for n in lengths if ends[path[-n:]] == 1), 1)
+        name = wanted = "/".join(path[-length:])
+        number = 2
+        while name in names:
+            name, number = f"{wanted} ({number})", number + 1
+        names.append(name)
+    return names

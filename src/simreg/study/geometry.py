@@ -1,17 +1,45 @@
-"""What `simreg analyze` left in the folder of a study, for its report."""
+"""`simreg analyze`, of studies and of any models; what it left in a study, for its report."""
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simreg.analysis import summary
-from simreg.recipe import provenance
+from simreg.analysis import run, summary
+from simreg.analysis.options import AnalyzeOptions
+from simreg.recipe import outputs, progress, provenance
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import RunFolder, warn
+from simreg.recipe.files import expanded
+from simreg.recipe.folder import RunFolder, storage_errors, warn
+from simreg.study import models
 from simreg.study.plan import Cell
 
 FOLDER = "geometry"
+
+
+def main(options: AnalyzeOptions) -> None:
+    """Run the command; UserError for what cannot be read or compared."""
+    run.check(options)
+    console, command = progress.console(), outputs.command()
+    studies = models.named(options.models)
+    with ExitStack() as until_done:
+        if options.out:
+            out = expanded(options.out)
+        elif studies:
+            out = studies[0] / FOLDER
+        else:
+            out = until_done.enter_context(outputs.unused(Path("runs", FOLDER), command))
+        outputs.prepare(out, "positive_rate", "simreg analyze")
+        found = models.find(options.models, series=options.series)
+        if studies and options.reference is None:
+            options = replace(options, reference=models.reference(studies[0], found))
+        results = run.analyze(found, options, console, command=command)
+        with storage_errors(out):
+            run.write(results, out)
+    summary.show(results, console)
+    console.print(f"\nresults {out / 'results.json'}")
 
 
 def load(study: Path) -> dict[str, Any] | None:

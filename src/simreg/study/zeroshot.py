@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from simreg.evaluation import offline, run, subjects, summary
+from simreg.evaluation import offline, run, summary
 from simreg.evaluation.options import EvalOptions
-from simreg.evaluation.subjects import Subject
 from simreg.recipe import outputs, progress
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, RunFolder, storage_errors, warn
-from simreg.study import plan, records, report
+from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
+from simreg.recipe.trained import Trained
+from simreg.study import models, plan, records, report
 from simreg.study.plan import Study
 from simreg.study.results import seeds_diverged
 from simreg.study.sizing import StepTimes, cached_step_times, reference_step
@@ -33,12 +33,8 @@ _KEPT = ("limit", "tasks", "reference", "arms", "differences")
 
 def main(options: EvalOptions) -> None:
     """`simreg eval`: of a study's folder its runs at N, for its report; else of any models."""
-    if not options.models:
-        raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
-    folder = expanded(options.models[0])
+    folder = expanded(options.models[0]) if len(options.models) == 1 else Path()
     alone = len(options.models) == 1 and (folder / STUDY_FILE).is_file()
-    study, found = _study(folder) if alone else (None, [])
-    names = [] if alone else [each for name in options.models for each in _runs_of(name)]
     default = folder / FOLDER / _suite(options) if alone else Path("runs", "eval")
     console, command = progress.console(), outputs.command()
     with ExitStack() as until_done:
@@ -47,22 +43,27 @@ def main(options: EvalOptions) -> None:
         if options.out is None and (options.tasks or not alone):
             out = until_done.enter_context(outputs.unused(out, command))
         outputs.prepare(out, "suite", "simreg eval")
+        found = models.find(options.models)
         if alone:
+            found = [replace(each, name=_within(folder, each)) for each in found]
             _check_fuller(out, options, found)
-        else:
-            found = subjects.find(names)
         results = run.evaluate(found, options, console, command=command)
         run.write(results, out, console)
-    if study is not None and options.out is None and (folder / "results.json").is_file():
+    if alone and options.out is None and (folder / "results.json").is_file():
         with plan.exclusive(folder, console):
-            _redraw(study)
+            _redraw(models.load(folder))
         console.print(f"report  {folder / 'report.html'}")
 
 
-def _check_fuller(out: Path, options: EvalOptions, found: list[Subject]) -> None:
+def _within(folder: Path, model: Trained) -> str:
+    """The path of a run inside the folder of its study."""
+    return str(model.run.relative_to(folder)) if model.run is not None else model.name
+
+
+def _check_fuller(out: Path, options: EvalOptions, found: list[Trained]) -> None:
     """UserError before scores of few items replace those of many, of the same models."""
-    earlier, models = _read(out / "results.json"), {(s.name, s.fingerprint()) for s in found}
-    if earlier is None or options.limit is None or _models(earlier) != models:
+    earlier = _read(out / "results.json")
+    if earlier is None or options.limit is None or _models(earlier) != _prints(found):
         return
     of_all = offline.ITEMS if earlier["suite"] == "offline" else None
     had = earlier["limit"] or of_all
@@ -80,35 +81,6 @@ def _suite(options: EvalOptions) -> str:
     return run.suite_of(options) + ("-text" if other else "")
 
 
-def _study(folder: Path) -> tuple[Study, list[Subject]]:
-    """The study in a folder and its trained models; UserError if there are none."""
-    study = replace(plan.load(folder / STUDY_FILE), out=str(folder))
-    if not (found := of_study(study)):
-        raise UserError(f"the study in {folder} has no trained models at its full budget")
-    return study, found
-
-
-def _runs_of(name: str) -> list[str]:
-    """The runs that the name of a study stands for among others; another name as it is."""
-    folder = expanded(name)
-    if not (folder / STUDY_FILE).is_file():
-        return [name]
-    return [str(folder / subject.name) for subject in _study(folder)[1]]
-
-
-def of_study(study: Study) -> list[Subject]:
-    """The trained models at the full budget, the reference first, named as in the study."""
-    found = []
-    for arm in (study.reference, *study.others):
-        for cell in study.cells():
-            path = Path(study.out) / cell.folder
-            folder = RunFolder(path)  # the model is there a moment before the result
-            finished = folder.model.is_dir() and folder.result.is_file()
-            if cell.arm == arm and cell.budget == 1.0 and finished:
-                found.append(replace(subjects.run(path), name=cell.folder, arm=arm))
-    return found
-
-
 def after_training(
     study: Study, corpus: Corpus | None, step_time: StepTimes, console: Console
 ) -> bool:
@@ -117,13 +89,13 @@ def after_training(
     Returns whether there is something new.
     """
     out = Path(study.out) / FOLDER / "offline"
-    found = of_study(study)
+    found = models.of_study(study)
     earlier = _read(out / "results.json")
-    models = {(subject.name, subject.fingerprint()) for subject in found}
+    prints = _prints(found)
     if not found:
         return False
     limit = _items(study, step_time, len(found))
-    if earlier and _covers(earlier, study, models, limit):
+    if earlier and _covers(earlier, study, prints, limit):
         return False
     options = EvalOptions([study.out], limit=limit)
     options.cache_dir = Path(study.base.data.cache_dir)
@@ -140,7 +112,7 @@ def after_training(
 
 
 def _covers(
-    earlier: dict[str, Any], study: Study, models: set[tuple[str, str]], limit: int
+    earlier: dict[str, Any], study: Study, prints: set[tuple[str, str]], limit: int
 ) -> bool:
     """Whether an evaluation is of the same models and tasks, with as many items or more.
 
@@ -151,16 +123,16 @@ def _covers(
         earlier.get("schema") == run.SCHEMA
         and list(earlier["tasks"]) == list(run.SUITES["offline"])
         and (earlier["limit"] or offline.ITEMS) >= limit
-        and _models(earlier) >= models
+        and _models(earlier) >= prints
         and {name for name, _ in _models(earlier)} <= planned
     )
 
 
-def _items(study: Study, step_time: StepTimes, models: int) -> int:
+def _items(study: Study, step_time: StepTimes, count: int) -> int:
     step_s = reference_step(step_time)
     if study.minutes is None or step_s is None:
         return ITEMS
-    an_item = models * _TOKENS * _FORWARD * step_s / study.base.tokens_per_step
+    an_item = count * _TOKENS * _FORWARD * step_s / study.base.tokens_per_step
     return max(FEWEST_ITEMS, min(ITEMS, int(SECONDS / an_item)))
 
 
@@ -171,7 +143,7 @@ def recorded(study: Study, failures: dict[str, str]) -> dict[str, Any]:
     those that are there now (records are kept where there are none), without the limits of records
     that hold nothing but a bootstrap's, and of differences of which a run diverged.
     """
-    found, now = {}, {model.name: model.fingerprint() for model in of_study(study)}
+    found, now = {}, dict(_prints(models.of_study(study)))
     pairs = {arm: [(arm, 1.0), (study.reference, 1.0)] for arm in study.others}
     lost = {arm: seeds_diverged(study, pair, failures) for arm, pair in pairs.items()}
     lost = {arm: seeds for arm, seeds in lost.items() if seeds}
@@ -204,6 +176,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         return results if all(key in results for key in (*_KEPT, "models")) else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _prints(found: Iterable[Trained]) -> set[tuple[str, str]]:
+    return {(model.name, model.fingerprint()) for model in found}
 
 
 def _models(results: dict[str, Any]) -> set[tuple[str, str]]:
