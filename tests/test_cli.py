@@ -168,6 +168,24 @@ def test_user_errors_are_one_line_and_status_2(
 
 @pytest.mark.parametrize(
     "arguments",
+    [
+        "train --data.source absent.txt",
+        "compare --data absent.txt --tokens 1e6 --out runs/a/b",
+        "eval ./absent",
+        "eval ./absent --out a/b",
+        "analyze ./absent",
+    ],
+)
+def test_a_command_that_fails_leaves_nothing(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments.split()) == 2
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
     ["run.yaml --optim.lr 1e-3", "--data.source x.yaml", "--auxiliary.options a=1 b=x.yaml"],
 )
 def test_yaml_files_in_their_place(arguments: str) -> None:

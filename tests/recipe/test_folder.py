@@ -6,6 +6,7 @@ import fcntl
 import json
 import resource
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from simreg.recipe.config import RunConfig, with_overrides
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import Locked, UserError
 from simreg.recipe.folder import RunFolder, native_errors, storage_errors
+from simreg.recipe.locks import locked_folder
 from simreg.recipe.outputs import unused
 from simreg.recipe.train import train
 from tests.recipe import tiny
@@ -217,8 +219,9 @@ def test_the_result_is_of_the_last_step(make: Make) -> None:
 def test_a_command_that_failed_early_claims_nothing(make: Make) -> None:
     with pytest.raises(UserError, match="there is no file"):
         train(make(data={"source": "missing.txt"}))
-    assert [path.name for path in Path(make().out).iterdir()] == [".lock"]
+    assert not Path(make().out).exists()
     config = Path(make().out) / "config.yaml"
+    config.parent.mkdir(parents=True)
     config.write_text(run_config.to_yaml(make()))  # by hand: it is not ours to remove
     with pytest.raises(UserError, match="there is no file"):
         train(make(data={"source": "missing.txt"}))
@@ -301,16 +304,64 @@ def test_commands_at_once_have_a_folder_each(tmp_path: Path) -> None:
         assert found.name == "eval"
 
 
+def test_a_folder_that_two_would_write_into_is_the_first_ones(tmp_path: Path) -> None:
+    with outputs.folder(tmp_path / "out", "suite", "simreg eval") as found:
+        assert found.is_dir()
+        with (
+            pytest.raises(UserError, match=f"another command is at work in {found}: wait for it"),
+            outputs.folder(found, "suite", "simreg eval"),
+        ):
+            pytest.fail("two at once")
+        assert found.is_dir()  # who came later has not removed it
+
+
+def test_what_fails_leaves_no_empty_folders(tmp_path: Path) -> None:
+    def fail(folder: Path, *files: str) -> None:
+        with contextlib.suppress(ZeroDivisionError), locked_folder(folder):
+            for file in files:
+                (folder / file).touch()
+            raise ZeroDivisionError
+
+    fail(tmp_path / "a" / "b" / "c")
+    assert not [*tmp_path.iterdir()]
+    fail(tmp_path / "a" / "b", "mine")
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {".lock", "mine"}
+    fail(tmp_path / "a" / "c")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    (tmp_path / "own").mkdir()
+    fail(tmp_path / "own")
+    assert (tmp_path / "own").is_dir()  # it was there before
+
+
+def test_who_waits_for_a_folder_that_goes_makes_it_again(tmp_path: Path) -> None:
+    folder, waits, entered = tmp_path / "out", threading.Event(), []
+
+    def other() -> None:
+        with locked_folder(folder, waits.set) as held:
+            entered.append(held and (folder / ".lock").is_file())
+            with locked_folder(folder) as twice:
+                entered.append(twice)
+
+    thread = threading.Thread(target=other)
+    with contextlib.suppress(ZeroDivisionError), locked_folder(folder):
+        thread.start()
+        waits.wait(30)
+        raise ZeroDivisionError
+    thread.join(30)
+    assert entered == [True, False]
+
+
 def test_results_that_come_while_a_folder_is_taken_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
     def late(path: Path) -> Iterator[bool]:
-        if path.parent.name == "eval":
-            (path.parent / "results.json").write_text('{"command": "a"}')
+        path.mkdir(parents=True)
+        if path.name == "eval":
+            (path / "results.json").write_text('{"command": "a"}')
         yield True
 
-    monkeypatch.setattr(outputs, "locked", late)
+    monkeypatch.setattr(outputs, "locked_folder", late)
     with unused(tmp_path / "eval", "b") as found:
         assert found.name == "eval-2"
 

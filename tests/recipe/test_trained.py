@@ -88,7 +88,8 @@ def test_arms_differ_in_more_than_seeds(tmp_path):
     one = [make(tmp_path / "one" / f"try-{seed}", seed, lr=1e-3) for seed in (1, 2)]
     other = make(tmp_path / "other", 1, lr=2e-3)
     assert arms(*one, other) == [("try-1", 1), ("try-1", 2), ("other", 1)]
-    assert arms(other, one[1], other) == [("other", 1), ("try-2", 2)]  # each once
+    assert arms(other, one[1], tmp_path / "other") == [("other", 1), ("try-2", 2)]
+    assert arms(tmp_path / "one", *one) == [("try-1", 1), ("try-1", 2)]  # each once
     given = arms(f"a={other}", f"a={one[1]}", one[0])
     assert given == [("a", 1), ("a", 2), ("try-1", 1)]  # as one says
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from simreg.analysis.options import AnalyzeOptions
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import STUDY_FILE
-from simreg.study import models, plan
+from simreg.study import geometry, models, plan
 from tests.study import fakes
 
 
@@ -49,8 +50,11 @@ def test_arms_are_those_of_the_study(study):
     same = replace(study, arms={**study.arms, "other": {}})
     shutil.rmtree(out / "other")
     shutil.copytree(out / "simreg", out / "other")
+    for missing in ("simreg/1/seed-2", "other/1/seed-1"):
+        shutil.rmtree(out / missing)
     plan.save(same, out / STUDY_FILE)
-    assert {model.arm for model in models.find([study.out])} == {"baseline", "simreg", "other"}
+    expected = [("baseline", 1), ("baseline", 2), ("simreg", 1), ("other", 2)]
+    assert brief(models.find([study.out])) == expected
 
 
 def test_two_studies(study, tmp_path):
@@ -113,3 +117,35 @@ def test_studies_among_other_names(study, monkeypatch):
     monkeypatch.setenv("HOME", str(out.parent))
     names = ["owner/name", f"{out}/simreg/1/seed-1", study.out, f"mine={out}", "~/s"]
     assert models.named(names) == [out] * 3
+
+
+def test_analyze_takes_the_reference_and_the_folder_of_a_study(study, monkeypatch, tmp_path):
+    asked = []
+
+    def analyze(found, options, console, *, command):
+        asked.append((found[0].arm, options.reference))
+        raise UserError("enough")
+
+    monkeypatch.setattr(geometry.run, "analyze", analyze)
+    plan.save(replace(study, reference="simreg"), Path(study.out) / STUDY_FILE)
+    run = f"base={study.out}/baseline/1/seed-1"
+    for names, reference in (
+        ([study.out], None),
+        ([run, study.out], None),
+        ([study.out], "other"),
+        ([run], None),
+    ):
+        out = tmp_path / "out" if names == [run] else None
+        with pytest.raises(UserError, match="enough"):
+            geometry.main(AnalyzeOptions(names, reference=reference, out=out))
+    assert asked == [("simreg", "simreg"), ("base", "simreg"), ("simreg", "other"), ("base", None)]
+    (Path(study.out) / "geometry").mkdir()
+    (Path(study.out) / "geometry" / "results.json").write_text("mine")
+    with pytest.raises(UserError, match=f"there is a {study.out}/geometry/results.json that"):
+        geometry.main(AnalyzeOptions([study.out]))
+
+
+def test_numbers_are_checked_before_models_are_asked_for(monkeypatch):
+    monkeypatch.setattr(geometry.models, "find", lambda *a, **k: pytest.fail("asked"))
+    with pytest.raises(UserError, match="must be 1 or more"):
+        geometry.main(AnalyzeOptions(["owner/name"], pairs=0))

@@ -35,7 +35,6 @@ def entry(
     if facts is not None:
         return facts
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         say = functools.partial(
             _log.warning, "waiting for another process that is writing %s", folder
         )

@@ -16,7 +16,7 @@ from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import NO_ROOM, Diverged, Locked, UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.locks import locked
+from simreg.recipe.locks import locked_folder
 from simreg.recipe.processes import is_main_process
 
 STUDY_FILE = "study.yaml"  # in the folder of a study, which is none of a run
@@ -119,8 +119,7 @@ class RunFolder:
         if not is_main_process():
             yield
             return
-        self.root.mkdir(parents=True, exist_ok=True)
-        with locked(self.root / ".lock") as held:
+        with locked_folder(self.root) as held:
             if not held:
                 raise Locked(
                     f"another process is training in {self.root}: wait for it, or choose another "

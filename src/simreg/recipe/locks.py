@@ -1,25 +1,55 @@
 """One process at a time in a folder: advisory locks, which end with the process."""
 
+import contextlib
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+Wait = Callable[[], object] | None
+"""Called before another's lock is waited for; None: it is not waited for."""
+
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold the lock that is the file `path`; yields whether it is held.
+def locked(path: Path, waiting: Wait = None) -> Iterator[bool]:
+    """Hold the lock that is the file `path`, made where it is not; yields whether it is held."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            held = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if held := waiting is not None:
+                    waiting()
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            if held and not _is_still(path, file.fileno()):
+                continue  # who held it has removed it: another process may make it anew
+            yield held
+            return
 
-    Args:
-        path: made if it is not there, and left.
-        waiting: called before it is waited for; without, another's lock is not waited for.
+
+@contextmanager
+def locked_folder(folder: Path, waiting: Wait = None) -> Iterator[bool]:
+    """Make a folder and hold its lock, `.lock` in it; yields whether it is held.
+
+    If what follows fails and has left nothing there, the folders that were made for it go again.
     """
-    with path.open("w") as file:
-        held = True
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with locked(folder / ".lock", waiting) as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if held := waiting is not None:
-                waiting()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield held
+            yield held
+        except BaseException:
+            if held and made and [*folder.iterdir()] == [folder / ".lock"]:
+                (folder / ".lock").unlink()
+                with contextlib.suppress(OSError):  # others are in it
+                    for path in made:
+                        path.rmdir()
+            raise
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False

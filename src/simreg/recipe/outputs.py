@@ -12,7 +12,7 @@ from typing import Any
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import storage_errors
-from simreg.recipe.locks import locked
+from simreg.recipe.locks import locked_folder
 
 
 def command() -> str:
@@ -20,12 +20,17 @@ def command() -> str:
     return shlex.join(["simreg", *sys.argv[1:]])
 
 
-def prepare(out: Path, key: str, writer: str) -> None:
-    """Make a folder for results; UserError, before any work, where they can't be written, or would
-    replace others (see `check_results`)."""
+@contextlib.contextmanager
+def folder(out: Path, key: str, writer: str) -> Iterator[Path]:
+    """`out`, made and held until the end; UserError, before any work, where results can't be
+    written, another command writes its own, or others would be replaced (see `check_results`)."""
     check_results(out / "results.json", key, writer)
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as until_done:
+        with storage_errors(out):
+            held = until_done.enter_context(locked_folder(out))
+        if not held:
+            raise UserError(f"another command is at work in {out}: wait for it, or give --out")
+        yield out
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
@@ -62,15 +67,14 @@ def unused(default: Path, command: str) -> Iterator[Path]:
     about to write its own into.
     """
     for number in itertools.count(1):
-        folder = default if number == 1 else default.with_name(f"{default.name}-{number}")
-        if _of_another(folder, command):
+        place = default if number == 1 else default.with_name(f"{default.name}-{number}")
+        if _of_another(place, command):
             continue
         with contextlib.ExitStack() as until_done:
-            with storage_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                held = until_done.enter_context(locked(folder / ".lock"))
-            if held and not _of_another(folder, command):  # nor has it become one meanwhile
-                yield folder
+            with storage_errors(place):
+                held = until_done.enter_context(locked_folder(place))
+            if held and not _of_another(place, command):  # nor has it become one meanwhile
+                yield place
                 return
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,12 @@ def main(options: AnalyzeOptions) -> None:
     run.check(options)
     console, command = progress.console(), outputs.command()
     studies = models.named(options.models)
-    with ExitStack() as until_done:
-        if options.out:
-            out = expanded(options.out)
-        elif studies:
-            out = studies[0] / FOLDER
-        else:
-            out = until_done.enter_context(outputs.unused(Path("runs", FOLDER), command))
-        outputs.prepare(out, "positive_rate", "simreg analyze")
+    if options.out or studies:
+        named = expanded(options.out) if options.out else studies[0] / FOLDER
+        place = outputs.folder(named, "positive_rate", "simreg analyze")
+    else:
+        place = outputs.unused(Path("runs", FOLDER), command)
+    with place as out:
         found = models.find(options.models, series=options.series)
         if studies and options.reference is None:
             options = replace(options, reference=models.reference(studies[0], found))

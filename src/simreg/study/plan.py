@@ -20,7 +20,7 @@ from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError, describe
 from simreg.recipe.folder import STUDY_FILE
-from simreg.recipe.locks import locked
+from simreg.recipe.locks import locked_folder
 from simreg.recipe.numbers import Positive, Whole, default_of
 from simreg.study import checks
 
@@ -203,8 +203,7 @@ def exclusive(out: Path, console: Console) -> Iterator[None]:
     waiting = partial(console.print, "waiting for another process that measures or evaluates ...")
     with contextlib.ExitStack() as until_done:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            until_done.enter_context(locked(out / ".lock", waiting))
+            until_done.enter_context(locked_folder(out, waiting))
         except OSError as error:
             raise UserError(f"cannot write in the study folder {out}: {error.strerror}") from None
         yield

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,12 @@ def main(options: EvalOptions) -> None:
     alone = len(options.models) == 1 and (folder / STUDY_FILE).is_file()
     default = folder / FOLDER / _suite(options) if alone else Path("runs", "eval")
     console, command = progress.console(), outputs.command()
-    with ExitStack() as until_done:
-        out = expanded(options.out or default)
-        # A suite's in the study's folder make way; others have a folder each.
-        if options.out is None and (options.tasks or not alone):
-            out = until_done.enter_context(outputs.unused(out, command))
-        outputs.prepare(out, "suite", "simreg eval")
+    # A suite's in the study's folder make way; others have a folder each.
+    if options.out is None and (options.tasks or not alone):
+        place = outputs.unused(default, command)
+    else:
+        place = outputs.folder(expanded(options.out or default), "suite", "simreg eval")
+    with place as out:
         found = models.find(options.models)
         if alone:
             found = [replace(each, name=_within(folder, each)) for each in found]
