@@ -4,6 +4,7 @@ Triton interprets its kernels then; its switch is read when they are defined, be
 """
 
 import os
+import sys
 
 import pytest
 import torch
@@ -12,10 +13,21 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def _prepare(gpu: bool) -> None:
     """Before anything asks for a GPU or imports a kernel."""
-    if config.option.markexpr != "gpu":
+    if not gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says on stdout that it found no GPU
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Where single files are named, conftests below import kernels before `pytest_configure`. Workers of
+# xdist, which have other arguments, inherit what was set here.
+if "PYTEST_XDIST_WORKER" not in os.environ and not {"gpu", "-mgpu"} & {*sys.argv}:
+    _prepare(gpu=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The expression as pytest reads it."""
+    _prepare(config.option.markexpr == "gpu")

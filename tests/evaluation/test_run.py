@@ -57,6 +57,7 @@ def test_a_folder_of_runs_offline(runs, evaluate):
     assert gap["clusters"] == len({item.document for item in task.items}) < 40
     assert results["schema"] == 2
     assert f"{arms[1]} on heldout-cloze: accuracy" in printed
+    assert "±: standard deviation over seeds; brackets: 95 % intervals" in " ".join(printed.split())
     assert results["versions"]["torch"] == torch.__version__
 
 
@@ -149,7 +150,8 @@ def test_models_pair_with_each_other(model, evaluate, tmp_path):
     other = tiny.save(tmp_path / "other", seed=1)
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text(tiny.text(i, 100))
-    _, results, _, _ = evaluate(model, other, "--text", tmp_path / "*.txt", "--limit", 12)
+    _, results, printed, _ = evaluate(model, other, "--text", tmp_path / "*.txt", "--limit", 12)
+    assert "±: standard error over items; brackets: 95 % intervals" in " ".join(printed.split())
     gap = results["differences"][other.name]["heldout-cloze"]["normalised"]
     one, two = (m["tasks"]["heldout-cloze"]["normalised"] for m in results["models"])
     assert gap["mean"] == pytest.approx(two - one)

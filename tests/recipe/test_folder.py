@@ -312,7 +312,7 @@ def test_a_folder_that_two_would_write_into_is_the_first_ones(tmp_path: Path) ->
             outputs.folder(found, "suite", "simreg eval"),
         ):
             pytest.fail("two at once")
-        assert found.is_dir()  # who came later has not removed it
+        assert (found / ".lock").is_file()  # who came later has not removed it
 
 
 def test_what_fails_leaves_no_empty_folders(tmp_path: Path) -> None:

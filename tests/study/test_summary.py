@@ -192,6 +192,9 @@ def test_a_step_time_that_was_taken_beside_other_work_is_called_so(five):
     summary.show(busy, progress.console(file=screen, width=100))
     assert said in screen.getvalue()
     assert said[1:] in report.html(runs, busy)
+    assert "\n±: standard deviation over seeds; brackets: 95 % intervals\n" in re.sub(
+        r" +\n", "\n", screen.getvalue()
+    )
 
 
 def test_few_seeds_and_an_interval_over_zero_are_called_so(tmp_path):

@@ -128,7 +128,7 @@ def line(model: Trained, task: str, outcome: Outcome) -> str:
     found = outcome.summary()
     text = f"{model.name}  {task}  n {found['n']:,}  {_named(found['metric'], found['score'])}"
     if found["stderr"] is not None:
-        text += f" ± {value(found['metric'], found['stderr'])}"
+        text += f" ± {value(found['metric'], found['stderr'])} (standard error)"
     if found["normalised"] is not None:
         text += f"  normalised {value('acc', found['normalised'])}"
     return text + "".join(f"  {name} {extra:.4g}" for name, extra in found["extra"].items())
@@ -227,14 +227,30 @@ def _seeds_and_items(gap: dict[str, Any]) -> str:
     return f"{gap['seeds']} seeds, {gap['items']:,} items"
 
 
+def _legend(results: dict[str, Any], table_rows: list[list[str]]) -> str | None:
+    """What ± and brackets are."""
+    cells = "".join(cell for row in table_rows for cell in row)
+    tasks = [task for arm in results["arms"].values() for task in arm["tasks"].values()]
+    several = {len(task["seeds"]) > 1 for task in tasks}
+    seeds, items = "standard deviation over seeds", "standard error over items"
+    spread = items if True not in several else seeds
+    if len(several) > 1:
+        spread += f" (of one model {items})"
+    said = [f"±: {spread}"] if "±" in cells else []
+    said += ["brackets: 95 % intervals of paired differences"] if "[" in cells else []
+    return "; ".join(said) or None
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table and the sentences."""
     table = Table(title="Zero-shot", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in COLUMNS:
         left = name in ("task", "arm")
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
-    for row in rows(results):
+    table_rows = rows(results)
+    for row in table_rows:
         table.add_row(*(cell.replace(" [", "\n[").replace(" (", "\n(") for cell in row))
+    table.caption, table.caption_justify = _legend(results, table_rows), "left"
     console.print()
     console.print(table, soft_wrap=False)
     notes = [

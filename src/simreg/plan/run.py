@@ -170,7 +170,7 @@ def _situation(job: Job) -> Iterator[str]:
     model, data = job.model, job.gpus // (job.tp * job.cp * job.pp)
     yield (
         f"{model.name}: {si(model.parameters)} parameters, {si(model.multiplied)} multiplied with "
-        f"a token, d {model.hidden:,}, {model.layers} layers"
+        f"a token, d {model.hidden:,}, {_counted(model.layers, 'layer')}"
     )
     documents = f" (documents of {job.document:,})" if job.document else ""
     yield (

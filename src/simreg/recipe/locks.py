@@ -41,7 +41,7 @@ def locked_folder(folder: Path, waiting: Wait = None) -> Iterator[bool]:
         try:
             yield held
         except BaseException:
-            if held and made and [*folder.iterdir()] == [folder / ".lock"]:
+            if held and [*folder.iterdir()] == [folder / ".lock"]:
                 (folder / ".lock").unlink()
                 with contextlib.suppress(OSError):  # others are in it
                     for path in made:

@@ -286,6 +286,15 @@ def difference_cell(difference: dict[str, Any] | None, planned: int | None = Non
     return f"{difference['mean']:+.4f}{limits}"
 
 
+def _legend(table_rows: list[list[str]]) -> str | None:
+    """What ± and brackets are, where the column does not say it."""
+    steps = COLUMNS.index("step time, quartiles")
+    cells = "".join(cell for row in table_rows for i, cell in enumerate(row) if i != steps)
+    said = ["±: standard deviation over seeds"] if "±" in cells else []
+    said += ["brackets: 95 % intervals"] if "[" in cells else []
+    return "; ".join(said) or None
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table (its most telling columns, to fit a terminal) and a sentence for each arm."""
     table_rows = rows(results)
@@ -302,6 +311,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         )
     for row in table_rows:
         table.add_row(*(row[i] for i in kept))
+    table.caption, table.caption_justify = _legend(table_rows), "left"
     console.print()
     console.print(table, soft_wrap=False)
     for line in [*headlines(results), *filter(None, [busy(results)])]:
