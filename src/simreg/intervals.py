@@ -1,6 +1,6 @@
 """Means over seeds with their confidence limits, and paired differences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +38,14 @@ def t_interval(values: Sequence[float]) -> Interval:
         return Interval(mean, None, None, 1)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
+
+
+def limits(found: Mapping[str, Any] | None, form: str, scale: float = 1) -> str:
+    """The limits for a table, ` [-0.3, 2.6]`, each in the format `form`; nothing without any."""
+    if found is None or found["low"] is None:
+        return ""
+    low, high = (format(scale * found[key], form) for key in ("low", "high"))
+    return f" [{low}, {high}]"
 
 
 def paired_difference(arm: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:

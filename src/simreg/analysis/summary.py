@@ -6,6 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from simreg.intervals import limits
+
 ROWS = (
     ("loss", "loss (nats)"),
     ("accuracy", "accuracy"),
@@ -130,5 +132,4 @@ def _difference(entry: dict[str, Any] | None, tokens: dict[str, Any] | None = No
     if entry is None or entry["mean"] is None:
         return "–"
     known = entry if entry["low"] is not None else tokens
-    limits = "" if known is None else f" [{known['low']:+.3g}, {known['high']:+.3g}]"
-    return f"{entry['mean']:+.4g}{limits}"
+    return f"{entry['mean']:+.4g}{limits(known, '+.3g')}"

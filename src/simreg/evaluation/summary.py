@@ -10,7 +10,7 @@ from rich.table import Table
 
 from simreg.evaluation import paired
 from simreg.evaluation.outcome import ACCURACIES, Outcome, unit
-from simreg.intervals import NO_SEED, pairing
+from simreg.intervals import NO_SEED, limits, pairing
 from simreg.recipe.trained import Trained
 
 Outcomes = dict[tuple[str, str], Outcome]
@@ -115,12 +115,8 @@ def difference(metric: str, found: dict[str, Any] | None) -> str:
     """A paired difference for a table: `+1.2 [-0.3, 2.6]`."""
     if found is None:
         return "–"
-    form = "{:+.1f}" if metric in ACCURACIES else "{:+.4f}"
-    scale = 100 if metric in ACCURACIES else 1
-    text = form.format(scale * found["mean"])
-    if found["low"] is None:
-        return text
-    return f"{text} [{form.format(scale * found['low'])}, {form.format(scale * found['high'])}]"
+    form, scale = ("+.1f", 100) if metric in ACCURACIES else ("+.4f", 1)
+    return f"{scale * found['mean']:{form}}{limits(found, form, scale)}"
 
 
 def line(model: Trained, task: str, outcome: Outcome) -> str:

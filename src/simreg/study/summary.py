@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from simreg.intervals import limits
+
 CLAIM_SEEDS = 5
 """Fewer seeds than this show a difference and make no claim."""
 OTHER_WORK = 0.5
@@ -201,10 +203,7 @@ def saving_cell(saved: dict[str, Any] | None) -> str:
     if saved["mean"] is None:
         return "–"
     sign = "≥ " if saved["status"] == "at_least" else ""
-    limits = ""
-    if saved["low"] is not None:
-        limits = f" [{100 * saved['low']:.1f}, {100 * saved['high']:.1f}]"
-    return f"{sign}{percent(saved['mean'])}{limits}"
+    return f"{sign}{percent(saved['mean'])}{limits(saved, '.1f', 100)}"
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
@@ -278,12 +277,10 @@ def difference_cell(difference: dict[str, Any] | None, planned: int | None = Non
     """
     if difference is None or difference["mean"] is None:
         return "–"
-    limits = ""
-    if difference["low"] is not None:
-        limits = f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    few = ""
     if planned is not None and difference["n"] < planned:
-        limits += f" ({difference['n']} of {planned} seeds)"
-    return f"{difference['mean']:+.4f}{limits}"
+        few = f" ({difference['n']} of {planned} seeds)"
+    return f"{difference['mean']:+.4f}{limits(difference, '+.4f')}{few}"
 
 
 def _legend(table_rows: list[list[str]]) -> str | None:

@@ -6,6 +6,7 @@ from simreg.analysis import summary as described
 from simreg.evaluation import run as evaluation
 from simreg.evaluation import summary as scores
 from simreg.evaluation.outcome import unit
+from simreg.intervals import limits
 from simreg.recipe.errors import UserError
 from simreg.study import geometry as analysed
 from simreg.study.tables import markdown
@@ -98,9 +99,7 @@ def _measured(found: dict[str, Any], metric: str, group: str) -> list[str]:
             return markdown.NONE
         # One seed has no interval over seeds, but one over tokens; the note says so.
         known = entry if entry["low"] is not None else of("over_tokens", arm)
-        low, high = (None, None) if known is None else (known["low"], known["high"])
-        limits = "" if low is None else f" [{low:+{form}}, {high:+{form}}]"
-        return markdown.minus(f"{entry['mean']:+{form}}{limits}")
+        return markdown.minus(f"{entry['mean']:+{form}}{limits(known, f'+{form}')}")
 
     means = [of("means", arm) for arm in found["means"]]
     return [
