@@ -229,6 +229,7 @@ def test_options(name):
         ("nitp", "expansion", 1.5),
         ("mtp", "horizon", 1),
         ("reweighting", "strategy", "lower"),
+        ("reweighting", "unit", "row"),
         ("center", "alpha", 1.1),
     ],
 )

@@ -183,6 +183,27 @@ def test_reweighting(strategy, p, strength):
     assert_equals(objective, p, naive)
 
 
+@few
+@given(p=problems(), strength=st.sampled_from([0.0, 1.0, 4.0]))
+def test_reweighting_of_sequences(p, strength):
+    def naive(p):
+        rows = {}
+        for b, i, y in tokens(p):
+            rows.setdefault(b, []).append(surprise(p["logits"][b, i], y))
+        means = {b: sum(x.item() for x in own) / len(own) for b, own in rows.items()}
+        low, high = (edge(means.values(), default=0) for edge in (min, max))
+        span = max(high - low, 1e-6)
+        raw = {b: math.exp(strength * min((2 * x - low - high) / span + 1, 1))
+               for b, x in means.items()}  # fmt: skip
+        count = sum(map(len, rows.values()))
+        mean = sum(raw[b] * len(own) for b, own in rows.items()) / max(count, 1)
+        return sum((raw[b] / mean - 1) * x for b, own in rows.items() for x in own)
+
+    objective = make("reweighting", p, strength=strength, weight=0.7, unit="sequence")
+    assert not objective.by_rows
+    assert_equals(objective, p, naive)
+
+
 def test_reweighting_prefers_what_its_strategies_say():
     losses, valid = torch.tensor([[1.0, 3.0, 4.0, 5.0, 9.0]]), torch.tensor([[True] * 4 + [False]])
     weights = {

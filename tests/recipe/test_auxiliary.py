@@ -42,7 +42,7 @@ def test_its_parameters_are_trained_saved_and_left_behind(tmp_path: Path, text: 
     exported = load_file(Path(config.out) / "model/model.safetensors")
     assert exported.keys() == saved.keys() - {PARAMETER}
     assert all(torch.equal(exported[name], saved[name]) for name in exported)
-    assert result["auxiliary"] == OWNED
+    assert result["auxiliary"] == OWNED | {"schedule": None, "schedule_fraction": None}
     lines = tiny.metrics(config.out)
     assert all(line["auxiliary"] > 0 for line in lines if line["kind"] == "train")
     assert all(line["simreg"] is None for line in lines if line["kind"] == "train")
@@ -181,6 +181,35 @@ def test_each_step_has_its_weight(
     run(tmp_path, text, {"simreg": simreg, "auxiliary": auxiliary})
     expected = [0.5] * 10 + [0.5 * (1 - step / 20) / 0.5 for step in range(10, 20)]
     assert seen == pytest.approx(expected)
+
+
+def test_an_auxiliary_weight_follows_a_schedule_of_its_own(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = loop.RunTrainer.training_step
+
+    def spy(self: loop.RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        objective: Any = self._objective
+        seen.append((objective.auxiliary.weight, objective.simreg.weight))
+        return loss
+
+    monkeypatch.setattr(loop.RunTrainer, "training_step", spy)
+    mtp = {"name": "mtp", "options": {"weight": 0.3}}
+    decays = {"auxiliary": {**mtp, "schedule": "decay"}}
+    simreg = {"simreg": {"weight": 0.5, "depths": [], "schedule": "constant"}}
+    _, result = run(tmp_path / "decays", text, simreg | decays)
+    expected = [(0.3 * (1 - step / 20), 0.5) for step in range(20)]
+    assert seen == [pytest.approx(each) for each in expected]
+    assert result["auxiliary"]["schedule"] == "decay"
+    seen.clear()
+    _, constant = run(tmp_path / "constant", text, simreg | {"auxiliary": mtp})
+    assert seen == [(0.3, 0.5)] * 20
+    assert constant["final_ce"] != result["final_ce"]
+    for alone in ({"schedule": "decay"}, {"schedule_fraction": 0.5}):
+        with pytest.raises(UserError, match=r"its schedule are those of auxiliary\.name"):
+            tiny.config(tmp_path, text, {"auxiliary": alone})
 
 
 def test_simreg_at_depths_trains_and_is_recorded(

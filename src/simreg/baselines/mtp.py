@@ -16,9 +16,10 @@ class MTP(Rival):
 
     Source: modded-nanogpt (KellerJordan/modded-nanogpt, pull request 178), where the tokens two and
     three ahead have weights 0.5 and 0.25 beside 1 for the next, gone after two thirds and one third
-    of the run, on a stream that runs on across documents. Adapted: one weight, the same for all of
-    them and throughout, and never across segments. Not the heads or modules of Gloeckle et al. 2024
-    (arXiv 2404.19737) and DeepSeek-V3.
+    of the run, on a stream that runs on across documents. Adapted: one weight for all of them, and
+    never across segments. While it is above 0 the best p_t is not the distribution of the next
+    token, so let it go to 0 (`auxiliary.schedule: decay` in a run). Not the heads or modules of
+    Gloeckle et al. 2024 (arXiv 2404.19737) and DeepSeek-V3.
     """
 
     reads = Reads(logits=True)

@@ -63,9 +63,8 @@ class SimRegVariant(Rival):
         self.temperature = terms.check("temperature", temperature, 1e-6)
         check_options(Form(self.temperature, variant), chunk_size, "auto")
         self.variant, self.chunk_size = variant, chunk_size
-        if centre not in CENTRES:
-            raise ValueError(f"centre: expected one of {CENTRES}, got {centre!r}")
-        self.centre, self.batch = centre, terms.check_flag("batch", batch)
+        self.centre = terms.check_word("centre", centre, CENTRES)
+        self.batch = terms.check_flag("batch", batch)
         self.reads = Reads(depths=terms.check_depths("depths", depths))
         self.final = terms.check_flag("final", final) or not depths
         self.rarity = terms.check("rarity", rarity, 0)

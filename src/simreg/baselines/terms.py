@@ -108,6 +108,13 @@ def check_whole(name: str, value: Any) -> int:
     return value
 
 
+def check_word(name: str, value: Any, words: tuple[str, ...]) -> str:
+    """One of the words; ValueError names the argument."""
+    if value not in words:
+        raise ValueError(f"{name}: expected one of {words}, got {value!r}")
+    return str(value)
+
+
 def check_flag(name: str, value: Any) -> bool:
     """True or False; ValueError names the argument."""
     if not isinstance(value, bool):

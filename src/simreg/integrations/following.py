@@ -1,5 +1,7 @@
 """The weight of an objective in training, step by step: what all integrations share."""
 
+from typing import Any
+
 from simreg.depths import AtDepths
 from simreg.loss import SimRegLoss
 from simreg.objectives import Sum
@@ -7,12 +9,12 @@ from simreg.schedule import Schedule
 
 
 class Following:
-    """Lets λ of a regularizer follow a schedule during a run, from what it is now.
+    """Lets the weight of an objective follow a schedule during a run, from what it is now.
 
     From where something else has set it to another value it is left alone.
     """
 
-    def __init__(self, regularizer: SimRegLoss, schedule: Schedule) -> None:
+    def __init__(self, regularizer: Any, schedule: Schedule) -> None:
         self._regularizer, self._schedule = regularizer, schedule
         self._whole = self._last = regularizer.weight
 

@@ -220,10 +220,21 @@ class AuxiliaryConfig:
     options: Options = field(default_factory=dict)
     """Its options, `weight` among them; those left out keep their defaults. On the command line
     they replace all those of the file, and so does another name."""
+    schedule: ScheduleName | None = None
+    """How its weight changes over the run, as `simreg.schedule`; None: not at all."""
+    schedule_fraction: Annotated[Fraction, Field(gt=0)] | None = None
+    """As `simreg.schedule_fraction`."""
+
+    @property
+    def over_run(self) -> Schedule:
+        """`schedule` and `schedule_fraction` as one."""
+        return Schedule(self.schedule or "constant", self.schedule_fraction)
 
     def __post_init__(self) -> None:
-        if self.name is None and self.options:
-            raise ValueError("auxiliary.options are those of auxiliary.name, which is not set")
+        if self.name is None and (self.options or self.schedule or self.schedule_fraction):
+            raise ValueError(
+                "auxiliary.options and its schedule are those of auxiliary.name, which is not set"
+            )
         object.__setattr__(self, "options", {k: _number(v) for k, v in self.options.items()})
         if self.name is not None:
             try:  # to see what it says; on "meta" no memory and no random numbers are taken

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from simreg.integrations.following import Following
 from simreg.integrations.transformers import SimRegTrainer
+from simreg.objectives import Sum
 from simreg.recipe import assemble, checkpoints
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import Diverged
@@ -45,6 +47,9 @@ class RunTrainer(SimRegTrainer):
         """Every checkpoint keeps `corpus`, the fingerprint of the data, and `origins`: versions and
         machines, each from which step on."""
         super().__init__(schedule=config.simreg.over_run, **kwargs)
+        self._rival: Following | None = None
+        if isinstance(objective := kwargs.get("objective"), Sum):
+            self._rival = Following(objective.auxiliary, config.auxiliary.over_run)
         self.config, self.folder, self.clock = config, folder, clock
         self.corpus, self.origins = corpus, origins
         self.interrupted = False  # this process was asked to stop
@@ -65,6 +70,11 @@ class RunTrainer(SimRegTrainer):
         news = (self._bad_step == 0) & ~loss.isfinite()
         self._bad_step = torch.where(news, self.state.global_step + 1, self._bad_step)
         return loss
+
+    def _follow_schedule(self) -> None:
+        super()._follow_schedule()
+        if self._rival is not None and self.is_in_train:
+            self._rival.at(self.state.global_step / self.state.max_steps)
 
     def check_finite(self) -> None:
         """UserError if a loss since the start was not finite (waits for the device)."""
