@@ -166,7 +166,9 @@ def test_correlations_over_tokens():
     }
     masks = {name: torch.ones(5, dtype=torch.bool) for name in compare.PARTS}
     start = torch.tensor([0.0, 5.0, -3.0, 1.0, 2.0]).double()  # what the arms have in common
-    base, arm = ({k: v + start for k, v in each.items()} for each in (base, arm))
+    base, arm = (
+        measure.Tokens({k: v + start for k, v in each.items()}, {}) for each in (base, arm)
+    )
     tokens = {("baseline", 0): base, ("simreg", 0): arm, ("simreg", 1): arm}
     found = compare.across_tokens(tokens, masks, "baseline")["simreg"]["all"]
     assert found["margin"]["mean"] == pytest.approx(-1)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from simreg.analysis import compare, figures, run, summary
+from simreg.analysis.measure import Tokens
 from simreg.analysis.options import AnalyzeOptions
 from simreg.recipe.trained import Trained
 from simreg.study import geometry
@@ -105,8 +106,11 @@ def test_the_interval_over_tokens_is_that_of_row_means():
     rows = torch.arange(8).repeat_interleave(5)
     change = (torch.randn(8, generator=draw).repeat_interleave(5)).double()
     start = torch.randn(40, generator=draw).double()
-    tokens = {("base", 1): {"loss": start}, ("ours", 1): {"loss": start + change}}
     masks = {"all": torch.ones(40, dtype=torch.bool), "tail": rows > 5, "head": rows == 0}
+    tokens = {
+        (arm, 1): Tokens({"loss": loss}, {group: {} for group in masks})
+        for arm, loss in (("base", start), ("ours", start + change))
+    }
     found = compare.over_tokens(tokens, masks, rows, "base")["ours"]
     means = change.view(8, 5)[:, 0]
     half = 2.364624 * float(means.std()) / math.sqrt(8)
@@ -119,5 +123,19 @@ def test_the_interval_over_tokens_is_that_of_row_means():
         half, rel=1e-4
     )
     assert "head" not in found  # one row
+    for arm, part in (("base", 1.0), ("ours", 3.0)):  # of means over pairs, what all rows move
+        own = tokens[arm, 1]
+        own.values["intra_cos"] = own.values["loss"]
+        for group in masks:
+            own.moved[group]["intra_cos"] = part * (means - means.mean())
+    found = compare.over_tokens(tokens, masks, rows, "base")["ours"]
+    half = 2.364624 * 2 * float(means.std()) * math.sqrt(8) / 10
+    assert found["tail"]["intra_cos"] == {
+        "mean": found["tail"]["loss"]["mean"],
+        "low": pytest.approx(found["tail"]["loss"]["mean"] - half, rel=1e-4),
+        "high": pytest.approx(found["tail"]["loss"]["mean"] + half, rel=1e-4),
+        "n": 10,
+        "rows": 8,
+    }
     tokens |= {("base", 2): tokens["base", 1], ("ours", 2): tokens["ours", 1]}
     assert compare.over_tokens(tokens, masks, rows, "base") == {}  # seeds speak for themselves

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from simreg.geometry.groups import mean_se
+from simreg.analysis.measure import Tokens
+from simreg.geometry.groups import mean_se, se_of_rows
 from simreg.intervals import CONFIDENCE, NO_SEED, paired_difference, pairing, t_interval
 
 Model = dict[str, Any]
@@ -99,7 +100,7 @@ def tail_minus_head(models: list[Model], reference: str) -> dict[str, Any]:
 
 
 def over_tokens(
-    tokens: dict[tuple[str, int], dict[str, Tensor]],
+    tokens: dict[tuple[str, int], Tokens],
     masks: dict[str, Tensor],
     rows: Tensor,
     reference: str,
@@ -107,8 +108,9 @@ def over_tokens(
     """arm -> group -> metric -> arm minus reference over tokens, for arms of a single pair.
 
     `{mean, low, high, n, rows}`: 95 % Student-t limits of the mean over the n tokens of which both
-    models have a value, clustered by row (`groups.mean_se`), so with one degree of freedom less
-    than rows. They say what other text would change, and nothing of other seeds.
+    models have a value, clustered by row (`groups.mean_se`; of means over pairs `influence`), so
+    with one degree of freedom less than rows. They say what other text would change, and nothing of
+    other seeds.
     """
     found: dict[str, Any] = {}
     for arm in dict.fromkeys(arm for arm, _ in tokens if arm != reference):
@@ -117,17 +119,20 @@ def over_tokens(
             continue
         own, base = tokens[arm, seeds[0]], tokens[reference, seeds[0]]
         for group, mask in masks.items():
-            for metric in own:
-                entry = _over_rows((own[metric] - base[metric])[mask], rows[mask])
-                if entry is not None:
+            for metric in own.values:
+                differences = (own.values[metric] - base.values[metric])[mask]
+                mean, se, n = mean_se(differences, rows[mask])
+                clusters = len(torch.unique(rows[mask][~differences.isnan()]))
+                if metric in own.moved[group]:
+                    moved = own.moved[group][metric] - base.moved[group][metric]
+                    se, clusters = se_of_rows(moved, n), len(moved)
+                if (entry := _limits(mean, se, n, clusters)) is not None:
                     found.setdefault(arm, {}).setdefault(group, {})[metric] = entry
     return found
 
 
-def _over_rows(differences: Tensor, rows: Tensor) -> dict[str, Any] | None:
-    mean, se, n = mean_se(differences, rows)
-    clusters = len(torch.unique(rows[~differences.isnan()]))
-    if clusters < 2:
+def _limits(mean: float, se: float, n: int, clusters: int) -> dict[str, Any] | None:
+    if clusters < 2 or not n:
         return None
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, clusters - 1)) * se
     return _rounded(
@@ -157,7 +162,7 @@ def across_models(models: list[Model]) -> dict[str, Any]:
 
 
 def across_tokens(
-    tokens: dict[tuple[str, int], dict[str, Tensor]], masks: dict[str, Tensor], reference: str
+    tokens: dict[tuple[str, int], Tokens], masks: dict[str, Tensor], reference: str
 ) -> dict[str, Any]:
     """arm -> group -> metric -> r over tokens of its change with the change of the token's loss.
 
@@ -165,10 +170,10 @@ def across_tokens(
     arm minus reference of the same seed. Mean and interval are over seeds.
     """
     found: dict[str, Any] = {}
-    for (arm, seed), values in tokens.items():
-        base = tokens.get((reference, seed))
-        if arm == reference or base is None:
+    for (arm, seed), own in tokens.items():
+        if arm == reference or (reference, seed) not in tokens:
             continue
+        values, base = own.values, tokens[reference, seed].values
         for group in PARTS:
             for metric in _PER_TOKEN:
                 r = _pearson(*((values[key] - base[key])[masks[group]] for key in (metric, "loss")))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simreg.analysis.states import States
-from simreg.geometry import collapse, groups
+from simreg.geometry import collapse, groups, influence
 from simreg.geometry.classes import Classes, classes, token_cosines
 from simreg.geometry.margins import margins
 from simreg.geometry.sample import Sample, mean
@@ -24,6 +24,8 @@ means lie, and its inverse makes NC1 a matter of their number: it peaks where K 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HISTOGRAMS = {"margin": (-20.0, 15.0, 70), "margin_cos": (-0.8, 0.8, 64)}
 """Low end, high end and number of bins; what lies outside counts in the last bin on its side."""
+PAIRED = ("intra_cos", "inter_cos", "intra_cos_centred", "inter_cos_centred")
+"""Metrics that are means over pairs of tokens of the whole sample."""
 _HISTOGRAM_GROUPS = ("all", "head", "torso", "tail")
 
 
@@ -37,18 +39,28 @@ class Settings:
     """Pairs of classes that CDNV is estimated from."""
 
 
-Tokens = dict[str, Tensor]
+@dataclass(frozen=True)
+class Tokens:
+    """What one model has of each token, float64.
+
+    `values`: metric -> `[T]`, NaN where it has not. `moved`: group -> metric -> `[R]`, of means
+    over pairs of tokens how each row moves the group's (`influence.of_rows`).
+    """
+
+    values: dict[str, Tensor]
+    moved: dict[str, dict[str, Tensor]]
 
 
 def measure(
     states: States, frequency: Tensor, length: int, settings: Settings, *, brief: bool = False
 ) -> tuple[dict[str, Any], Tokens]:
-    """`(record, values per token)`; `frequency` `[V]` counts labels in the training text.
+    """`(record, what tokens have)`; `frequency` `[V]` counts labels in the training text.
 
     `record["groups"]` maps all, head, torso, tail, decile-1 to -10 (1: most frequent labels) and
-    position-1 to -4 to metrics. Means over tokens (`se`: standard errors, clustered by row) take
-    every token against the whole sample; metrics of classes are of the group's own tokens.
-    `brief` leaves out deciles and positions.
+    position-1 to -4 to metrics. Means over tokens (`se`: standard errors, clustered by row, NaN
+    where cosines of the whole sample are looked at by position) take every token against the whole
+    sample; metrics of classes are of the group's own tokens. `brief` leaves out deciles and
+    positions.
     """
     sample = states.sample
     found = classes(sample, settings.least)
@@ -57,14 +69,17 @@ def measure(
     centre = mean(sample)
     values = _per_token(states, found, centre)
     masks = group_masks(sample, frequency, length, brief=brief)
+    of_labels = {name: own for name, own in masks.items() if not name.startswith("position")}
+    moved = _moved(sample, values, of_labels, centre)
     by_group = {
-        name: _group(states, found, values, mask, centre, settings) for name, mask in masks.items()
+        name: _group(states, found, Tokens(values, moved), name, mask, centre, settings)
+        for name, mask in masks.items()
     }
     histograms = {
         key: {name: _histogram(values[key][masks[name]], *limits) for name in _HISTOGRAM_GROUPS}
         for key, limits in HISTOGRAMS.items()
     }
-    return {"groups": by_group, "histograms": histograms}, values
+    return {"groups": by_group, "histograms": histograms}, Tokens(values, moved)
 
 
 def group_masks(
@@ -83,7 +98,7 @@ def group_masks(
     return masks | {f"position-{i + 1}": place == i for i in range(POSITION_BINS)}
 
 
-def _per_token(states: States, found: Classes, centre: Tensor) -> Tokens:
+def _per_token(states: States, found: Classes, centre: Tensor) -> dict[str, Tensor]:
     """Everything that a single token has, `[T]` float64; NaN where it has not."""
     sample = states.sample
     margin = margins(sample, states.weight, states.bias)
@@ -107,6 +122,18 @@ def _per_token(states: States, found: Classes, centre: Tensor) -> Tokens:
     }
 
 
+def _moved(
+    sample: Sample, values: dict[str, Tensor], masks: dict[str, Tensor], centre: Tensor
+) -> dict[str, dict[str, Tensor]]:
+    """`Tokens.moved` of the groups."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in masks}
+    for names, shift in ((PAIRED[:2], None), (PAIRED[2:], centre)):
+        cosines = values[names[0]], values[names[1]]
+        for group, both in influence.of_rows(sample, cosines, masks, shift).items():
+            found[group] |= dict(zip(names, both, strict=True))
+    return found
+
+
 def _row_cosines(sample: Sample) -> tuple[Tensor, Tensor]:
     """Mean cosines to positives and negatives in the whole row, whatever parts of it a run was
     trained on, so that runs compare."""
@@ -123,7 +150,8 @@ def _row_cosines(sample: Sample) -> tuple[Tensor, Tensor]:
 def _group(
     states: States,
     everything: Classes,
-    values: Tokens,
+    tokens: Tokens,
+    group: str,
     mask: Tensor,
     centre: Tensor,
     settings: Settings,
@@ -137,10 +165,13 @@ def _group(
         "tokens_measured": int(found.count.sum()),
     }
     errors = {}
-    for name, value in values.items():
-        metrics[name], errors[name], _ = groups.mean_se(value[mask], part.rows)
+    for name, value in tokens.values.items():
+        metrics[name], errors[name], n = groups.mean_se(value[mask], part.rows)
+        if name in PAIRED:
+            moved = tokens.moved.get(group)
+            errors[name] = math.nan if moved is None else groups.se_of_rows(moved[name], n)
     for name in HISTOGRAMS:
-        for q, at in zip(QUANTILES, _quantiles(values[name][mask]), strict=True):
+        for q, at in zip(QUANTILES, _quantiles(tokens.values[name][mask]), strict=True):
             metrics[f"{name}_p{100 * q:.0f}"] = at
     metrics |= _class_metrics(found, everything, states.weight, centre, settings.pairs)
     metrics |= spectrum(part)._asdict()

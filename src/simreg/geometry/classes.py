@@ -70,6 +70,17 @@ def classes(sample: Sample, least: int = 1) -> Classes:
     return Classes(ids, count, mean, variance / count, within / n, centre, total / n)
 
 
+def unit_sums(sample: Sample, centre: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`(place, count, sums)`: of each token its class `[T]`, of each class its tokens `[K]` and the
+    sum `[K, d]` float64 of their unit vectors, `centre` being subtracted before."""
+    ids, place, count = torch.unique(sample.labels, return_inverse=True, return_counts=True)
+    device, shift = sample.hidden.device, 0 if centre is None else centre
+    sums = torch.zeros(len(ids), sample.hidden.shape[-1], dtype=torch.float64, device=device)
+    for part, hidden in sample.blocks():
+        sums.index_add_(0, place[part], unit(hidden - shift))
+    return place, count, sums
+
+
 def token_cosines(sample: Sample, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`(intra, inter)`, each `[T]` float64: a token's mean cosine to the others of its class, and
     to the tokens of all other classes; NaN where there are none. `centre` `[d]` is subtracted from
@@ -78,11 +89,8 @@ def token_cosines(sample: Sample, centre: Tensor | None = None) -> tuple[Tensor,
     From sums of unit vectors s_c = Σ e_j, S = Σ_c s_c, exactly and without pairs:
     intra_i = (e_i·s_c − e_i·e_i) / (n_c − 1), inter_i = e_i·(S − s_c) / (T − n_c).
     """
-    ids, place, count = torch.unique(sample.labels, return_inverse=True, return_counts=True)
+    place, count, sums = unit_sums(sample, centre)
     device, shift = sample.hidden.device, 0 if centre is None else centre
-    sums = torch.zeros(len(ids), sample.hidden.shape[-1], dtype=torch.float64, device=device)
-    for part, hidden in sample.blocks():
-        sums.index_add_(0, place[part], unit(hidden - shift))
     everything = sums.sum(0)
     intra, inter = torch.empty(2, len(sample), dtype=torch.float64, device=device)
     for part, hidden in sample.blocks():

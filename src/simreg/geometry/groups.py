@@ -44,7 +44,13 @@ def mean_se(values: Tensor, rows: Tensor) -> tuple[float, float, int]:
     mean = x.mean()
     clusters, place = torch.unique(rows[kept], return_inverse=True)
     sums = torch.zeros(len(clusters), dtype=x.dtype).index_add_(0, place, x - mean)
-    r = len(clusters)
-    if r < 2:
-        return float(mean), math.nan, n
-    return float(mean), math.sqrt(r / (r - 1) * float(sums.square().sum())) / n, n
+    return float(mean), se_of_rows(sums, n), n
+
+
+def se_of_rows(moved: Tensor, n: int) -> float:
+    """The standard error of a mean of `n` tokens that rows move by `moved` `[R]` / n each; NaN for
+    one row."""
+    r = len(moved)
+    if r < 2 or not n:
+        return math.nan
+    return math.sqrt(r / (r - 1) * float(moved.square().sum())) / n
