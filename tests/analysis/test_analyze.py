@@ -236,9 +236,8 @@ def test_pictures_are_the_same_each_time(analysed, tmp_path, monkeypatch):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         run.write(analysed, tmp_path / name)
-    assert (tmp_path / "one/cosines.svg").read_bytes() == (
-        tmp_path / "other/cosines.svg"
-    ).read_bytes()
+    one, other = ((tmp_path / name / "cosines.svg").read_bytes() for name in ("one", "other"))
+    assert one == other
 
 
 def test_bars_are_the_differences_and_lines_their_intervals(analysed):
@@ -396,7 +395,10 @@ def test_groups_are_measured_on_their_own_tokens():
         assert own["classes_measured"] == len(found)
         assert own["variance_share"] == pytest.approx(found.variance_share, rel=1e-4)
         intra, _ = token_cosines(sample)  # against the whole sample
-        assert own["intra_cos"] == pytest.approx(float(intra[mask].nanmean()), rel=1e-4)
+        alone, se, _ = mean_se(intra[mask], part.rows)
+        assert own["intra_cos"] == pytest.approx(alone, rel=1e-4)
+        own_se = own["se"]["intra_cos"]  # larger than that of tokens alone; by position not known
+        assert own_se is None if name == "position-3" else own_se > 1.3 * se
         centre = sample.hidden.double().mean(0)  # of the whole sample, of which others are too
         for metric, shift in (("inter_max_cos", None), ("inter_max_cos_centred", centre)):
             nearest = collapse.nearest_other(found, classes(sample, 4), shift)

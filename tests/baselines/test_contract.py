@@ -198,6 +198,13 @@ def test_segments_of_any_integer_dtype(name, kind):
 
 
 @every
+def test_rows_without_a_batch_are_refused(name):
+    p = problem()
+    with pytest.raises(ValueError, match=r"hidden: expected \[B, L, d\], got"):
+        make(name, p)(p["hidden"][0], p["labels"][0])
+
+
+@every
 def test_options(name):
     p = problem()
     known = registry.options(name)

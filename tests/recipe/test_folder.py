@@ -78,7 +78,7 @@ def test_the_folder_of_a_study_is_none_of_a_run(make: Make) -> None:
     (out / "study.yaml").write_text("name: s\n")
     with pytest.raises(UserError, match="is the folder of a study"):
         train(config)
-    assert {path.name for path in out.iterdir()} <= {"study.yaml", ".lock"}
+    assert [path.name for path in out.iterdir()] == ["study.yaml"]
 
 
 def test_a_run_does_not_begin_in_a_model_or_around_runs(make: Make) -> None:
@@ -325,12 +325,40 @@ def test_what_fails_leaves_no_empty_folders(tmp_path: Path) -> None:
     fail(tmp_path / "a" / "b" / "c")
     assert not [*tmp_path.iterdir()]
     fail(tmp_path / "a" / "b", "mine")
-    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {".lock", "mine"}
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["mine"]
     fail(tmp_path / "a" / "c")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     (tmp_path / "own").mkdir()
     fail(tmp_path / "own")
     assert (tmp_path / "own").is_dir()  # it was there before
+
+    def move() -> None:
+        with locked_folder(tmp_path / "gone"):
+            shutil.rmtree(tmp_path / "gone")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # not that the folder has gone
+        move()
+    with locked_folder(tmp_path / "done"):
+        pass
+    assert not [*(tmp_path / "done").iterdir()]
+
+
+def test_results_that_come_before_the_folder_is_held_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def late(path: Path) -> Iterator[bool]:
+        path.mkdir()
+        (path / "results.json").write_text('{"positive_rate": 1}')
+        yield True
+
+    monkeypatch.setattr(outputs, "locked_folder", late)
+    with (
+        pytest.raises(UserError, match="that `simreg eval` did not write"),
+        outputs.folder(tmp_path / "out", "suite", "simreg eval"),
+    ):
+        pytest.fail("would replace them")
 
 
 def test_who_waits_for_a_folder_that_goes_makes_it_again(tmp_path: Path) -> None:

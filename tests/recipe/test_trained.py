@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +45,9 @@ def test_a_run_with_its_checkpoints_in_order(tmp_path):
     assert half.name == str(half.model) == str(run / "checkpoints" / "step-0000010")
     assert whole == model
     named = trained.find([f"mine={run}", str(run / "model")])
-    assert [m.title for m in named] == ["mine, seed 2", "model"]
+    assert [m.title for m in named] == ["mine, seed 2"]  # of one and the same
+    elsewhere = shutil.copytree(run / "model", tmp_path / "model")
+    assert [m.title for m in trained.find([str(elsewhere)])] == ["model"]
 
 
 def test_a_run_without_a_model_is_known_by_its_checkpoints(tmp_path):
@@ -111,9 +115,17 @@ def test_arms_are_called_as_their_folders(tmp_path):
 
 
 def test_a_run_made_twice_is_two_arms(tmp_path):
-    one, two = (make(tmp_path / name / "run", 1, steps=(10,)) for name in ("a", "b"))
+    one, two = (
+        make(tmp_path / name / "run", 1, steps=steps) for name, steps in (("a", [10]), ("b", [15]))
+    )
     assert arms(one, two) == [("a/run", 1), ("b/run", 1)]
     assert arms(one, two, series=True) == [(f"{n}/run", 1) for n in ("a", "a", "b", "b")]
+    a, b = (
+        [make(tmp_path / name / "1" / f"seed-{seed}", seed) for seed in seeds]
+        for name, seeds in (("c", (1, 3)), ("d", (1, 2)))
+    )
+    assert arms(*a, *b) == [("c", 1), ("c", 3), ("d", 1), ("d", 2)]  # not d's second to c
+    assert arms(a[1], *b) == [("c", 3), ("c", 1), ("c", 2)]
 
 
 def test_two_models_of_one_name_are_refused(tmp_path):
@@ -121,8 +133,43 @@ def test_two_models_of_one_name_are_refused(tmp_path):
     message = f"{one} and {two} would both be of the arm x and seed 3: give them names"
     with pytest.raises(UserError, match=message):
         arms(f"x={one}", f"x={two}")
+    copies = [shutil.copytree(run / "model", tmp_path / f"copy-{run.name}") for run in (one, two)]
     with pytest.raises(UserError, match="would both be of the arm x: give"):
-        arms(*(f"x={run}/model" for run in (one, two)))
+        arms(*(f"x={copy}" for copy in copies))
+    for budget in ("1", "0.5"):  # trained to other ends
+        make(tmp_path / "s" / "arm" / budget / "seed-1", 1, lr=float(budget))
+    with pytest.raises(UserError, match="would both be of the arm x and seed 1"):
+        arms(f"x={tmp_path}/s/arm")
+    with pytest.raises(UserError, match=f"{one} is named as a and as b"):
+        arms(f"a={one}", f"b={one}")
+
+
+def test_a_run_that_diverged_is_called_so(tmp_path):
+    run = make(tmp_path / "run", finished=False)
+    (run / "diverged.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run diverged, so it has no trained model$"):
+        trained.find([str(run)])
+
+
+def test_folders_that_are_numbers_are_no_budgets(tmp_path, monkeypatch):
+    for lr in (1, 2):
+        make(tmp_path / "sweep" / str(lr), lr=lr)
+    assert arms(tmp_path / "sweep") == [("1", 0), ("2", 0)]
+    run = make(tmp_path / "arm" / "0.5" / "seed-1", 1)
+    monkeypatch.chdir(run)
+    assert arms(".") == arms("../seed-1/") == [("arm/0.5", 1)]
+    assert trained.arms.path_of(Path("/")) == ("/",)
+
+
+def test_said_names_are_kept(tmp_path):
+    for seed, lr in ((1, 1), (2, 2)):  # of one folder, but two arms
+        make(tmp_path / "odd" / "simreg" / f"seed-{seed}", seed, lr=lr)
+    other = make(tmp_path / "other" / "simreg" / "seed-1", 1, lr=3)
+    plain = make(tmp_path / "plain", lr=4)
+    found = arms(tmp_path / "odd", other, f"simreg={plain}")
+    assert found == [
+        ("odd/simreg", 1), ("odd/simreg (2)", 2), ("other/simreg", 1), ("simreg", 0),
+    ]  # fmt: skip
 
 
 def test_a_path_may_have_an_equals_sign(tmp_path, monkeypatch):
@@ -133,6 +180,14 @@ def test_a_path_may_have_an_equals_sign(tmp_path, monkeypatch):
     assert arms("~/lr=3/run") == arms(run)
     assert arms("mine=~/lr=3/run") == [("mine", 0)]
     assert trained.parts_of("mine=~/lr=3/run") == ("mine", run)
+    assert arms(f"lr=1=a={run}") == [("lr=1=a", 0)]
+    assert trained.parts_of("a=owner/name=x")[0] == "a"
+    asked = []
+    monkeypatch.setattr(trained.hub, "folder", lambda name, patterns: asked.append(name) or run)
+    monkeypatch.chdir(tmp_path)
+    for absent in ("lr=3/absent", "a/b=c", "=x", "x="):
+        trained.find([absent])
+    assert {*asked} == {"lr=3/absent", "a/b=c", "=x", "x="}
 
 
 def test_a_model_of_the_hub(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def test_a_study_is_its_runs_at_the_full_budget(study, capsys):
     assert not capsys.readouterr().err
     plan.save(replace(study, reference="simreg", out="elsewhere"), Path(study.out) / STUDY_FILE)
     found = models.find([study.out])
-    assert found[0].arm == models.reference(Path(study.out), found) == "simreg"
+    assert found[0].arm == models.reference([Path(study.out)], found) == "simreg"
 
 
 def test_arms_are_those_of_the_study(study):
@@ -57,13 +57,36 @@ def test_arms_are_those_of_the_study(study):
     assert brief(models.find([study.out])) == expected
 
 
+def test_a_run_of_a_study_is_of_its_arm_wherever_it_is_named(study, tmp_path):
+    out = Path(study.out)
+    one = str(out / "simreg" / "1" / "seed-1")
+    expected = [(arm, seed) for arm in ("baseline", "simreg", "other") for seed in (1, 2)]
+    assert sorted(brief(models.find([one, study.out]))) == sorted(expected)
+    named = models.find([f"mine={one}", study.out])
+    assert brief(named)[:2] == [("mine", 1), ("baseline", 1)]
+    extra = tmp_path / "extra" / "simreg" / "seed-3"  # another seed of it, made by hand
+    fakes.write_run(replace(study, seeds=[3], out=str(extra)).config(plan.Cell("simreg", 1.0, 3)))
+    shutil.move(extra / "simreg/1/seed-3", tmp_path / "moved")
+    shutil.copytree(out / "simreg/1/seed-1/model", tmp_path / "moved" / "model")
+    found = brief(models.find([study.out, str(tmp_path / "moved")]))
+    assert found == [*expected, ("simreg", 3)]
+
+
+def test_the_reference_is_rather_the_studys_own(study):
+    out = Path(study.out)
+    found = models.find([f"base={out}/baseline/1/seed-1", study.out])
+    assert found[0].arm == "base"
+    assert models.reference([out], found) == "baseline"
+
+
 def test_two_studies(study, tmp_path):
     copy = shutil.copytree(study.out, tmp_path / "t")
     found = models.find([str(copy), study.out, f"{study.out}/simreg/1/seed-1"])
     arms = [f"{name}/{arm}" for name in "ts" for arm in ("baseline", "simreg", "other")]
     assert brief(found) == [(arm, seed) for arm in arms for seed in (1, 2)]
-    assert models.reference(copy, found) == "t/baseline"
-    assert models.reference(tmp_path / "s", found) == "s/baseline"
+    assert models.reference([copy, tmp_path / "s"], found) == "t/baseline"
+    assert models.reference([tmp_path / "s"], found) == "s/baseline"
+    assert models.reference([copy, tmp_path / "s"], found[6:]) == "s/baseline"
     with pytest.raises(UserError, match="would both be of the arm mine and seed 1"):
         models.find([f"mine={study.out}"])
 
@@ -106,7 +129,7 @@ def test_a_study_without_models(study):
     assert models.of_study(study) == []
     with pytest.raises(UserError, match="has no trained models at its full budget"):
         models.find([study.out])
-    assert models.reference(Path(study.out), []) is None
+    assert models.reference([Path(study.out)], []) is None
     (Path(study.out) / STUDY_FILE).write_text("")
     with pytest.raises(UserError, match=r"study.yaml is damaged \(it is empty\)"):
         models.find([study.out])
@@ -135,11 +158,19 @@ def test_analyze_takes_the_reference_and_the_folder_of_a_study(study, monkeypatc
         ([study.out], "other"),
         ([run], None),
     ):
-        out = tmp_path / "out" if names == [run] else None
+        out = None if names == [study.out] else tmp_path / "out"
         with pytest.raises(UserError, match="enough"):
             geometry.main(AnalyzeOptions(names, reference=reference, out=out))
     assert asked == [("simreg", "simreg"), ("base", "simreg"), ("simreg", "other"), ("base", None)]
-    (Path(study.out) / "geometry").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(geometry.run, "analyze", lambda *args, **options: options)
+    monkeypatch.setattr(geometry.run, "write", lambda results, out: asked.append(out))
+    monkeypatch.setattr(geometry.summary, "show", lambda *args: None)
+    asked.clear()
+    for names in ([study.out], [study.out, run], [f"mine={run}"]):
+        geometry.main(AnalyzeOptions(names))
+    assert asked == [Path(study.out) / "geometry", *[Path("runs/geometry")] * 2]
+    (Path(study.out) / "geometry").mkdir(exist_ok=True)
     (Path(study.out) / "geometry" / "results.json").write_text("mine")
     with pytest.raises(UserError, match=f"there is a {study.out}/geometry/results.json that"):
         geometry.main(AnalyzeOptions([study.out]))

@@ -186,7 +186,8 @@ def _identity(target: Trained, weights_hash: str) -> dict[str, Any]:
     checkpoint), `weights` of what was loaded."""
     own = {k: getattr(target, k) for k in ("arm", "seed", "step", "tokens", "final")}
     fingerprint = target.fingerprint() if target.final else None
-    return own | {"path": target.name, "weights": weights_hash, "fingerprint": fingerprint}
+    path = target.name if target.run is None else str(target.model)
+    return own | {"path": path, "weights": weights_hash, "fingerprint": fingerprint}
 
 
 def _ids(names: list[str], tokenizer: Any) -> dict[str, int]:

@@ -33,7 +33,7 @@ ROWS = (
     ("pair_cos", "cosine of random pairs"),
 )
 GROUPS = ("all", "head", "tail")
-CONTRASTS = ("loss", "margin_cos", "intra_cos_centred", "variance_share")
+CONTRASTS = ("loss", "margin_cos", "intra_cos_centred")
 """Of which metrics a sentence says whether the change differs between rare and frequent labels."""
 
 

@@ -16,7 +16,7 @@ from simreg.recipe.errors import UserError
 from simreg.recipe.held_out import require_one_text, require_unchanged, rows_of
 from simreg.recipe.trained import Trained
 
-_TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
+_TOKENIZERS = "*token*", "vocab*", "merges*", "*.model"
 _OTHERWISE = "restore it, or name other text with --source"
 _STREAM = 1 << 18  # tokens that positive rates are counted in
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -88,7 +88,7 @@ def check_tokenizers(targets: Sequence[Trained], corpus: Corpus) -> None:
     """UserError if a model comes with another vocabulary than the text was cut into."""
     vocabulary = corpus.tokenizer.get_vocab()
     for target in targets:
-        if not any((target.model / name).is_file() for name in _TOKENIZERS):
+        if not any(any(target.model.glob(name)) for name in _TOKENIZERS):
             continue  # a checkpoint of a run
         if hub.tokenizer(target.model).get_vocab() != vocabulary:
             advice = "; analyze it alone" if len(targets) > 1 else ""

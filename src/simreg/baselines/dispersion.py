@@ -25,7 +25,7 @@ class Dispersion(OfLayers):
     temperature of its code (KrishnaswamyLab/LM-Dispersion), which adds the mean over all layers.
     Adapted: every token of a row is used, of the final hidden states (after the final norm) and,
     with `depths`, of those fractions of the depth too, of which the mean is taken. The weight is
-    ours. Embeddings of the same direction, whose angle has no gradient, are not parted.
+    that of its README. Embeddings of one direction, whose angle has no gradient, are not parted.
     """
 
     def __init__(

@@ -44,6 +44,8 @@ class Rival(nn.Module):
         """
         terms.check("weight", self.weight, 0, self._highest)  # which trainers set
         check_tensors(hidden, labels, segments)
+        if hidden.dim() != 3:
+            raise ValueError(f"hidden: expected [B, L, d], got {tuple(hidden.shape)}")
         some = labels.numel() > 0
         total = (self.losses(hidden, labels, segments, **read) if some else hidden).sum()
         count = terms.valid(labels).sum().clamp_min(1)

@@ -6,17 +6,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 Wait = Callable[[], object] | None
 """Called before another's lock is waited for; None: it is not waited for."""
+_TRIES = 100
 
 
 @contextmanager
 def locked(path: Path, waiting: Wait = None) -> Iterator[bool]:
-    """Hold the lock that is the file `path`, made where it is not; yields whether it is held."""
+    """Hold the lock that is the file `path`, which is there as long as it is held; yields whether
+    it is."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        with _opened(path) as file:
             held = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -26,7 +28,12 @@ def locked(path: Path, waiting: Wait = None) -> Iterator[bool]:
                     fcntl.flock(file, fcntl.LOCK_EX)
             if held and not _is_still(path, file.fileno()):
                 continue  # who held it has removed it: another process may make it anew
-            yield held
+            try:
+                yield held
+            finally:
+                if held:
+                    with contextlib.suppress(OSError):  # the folder may have gone
+                        path.unlink()
             return
 
 
@@ -37,16 +44,26 @@ def locked_folder(folder: Path, waiting: Wait = None) -> Iterator[bool]:
     If what follows fails and has left nothing there, the folders that were made for it go again.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with locked(folder / ".lock", waiting) as held:
-        try:
+    try:
+        with locked(folder / ".lock", waiting) as held:
             yield held
-        except BaseException:
-            if held and [*folder.iterdir()] == [folder / ".lock"]:
-                (folder / ".lock").unlink()
-                with contextlib.suppress(OSError):  # others are in it
-                    for path in made:
-                        path.rmdir()
-            raise
+    except BaseException:
+        with contextlib.suppress(OSError):  # others are in it
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, made with the folders above it, which another process may be removing."""
+    for left in reversed(range(_TRIES)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("w")
+        except (FileNotFoundError, FileExistsError):
+            if not left:
+                raise
+    raise AssertionError
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

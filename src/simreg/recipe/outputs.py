@@ -30,6 +30,7 @@ def folder(out: Path, key: str, writer: str) -> Iterator[Path]:
             held = until_done.enter_context(locked_folder(out))
         if not held:
             raise UserError(f"another command is at work in {out}: wait for it, or give --out")
+        check_results(out / "results.json", key, writer)  # of one that has ended meanwhile
         yield out
 
 

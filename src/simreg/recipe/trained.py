@@ -2,13 +2,12 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simreg.recipe import checkpoints, hub, provenance
+from simreg.recipe import arms, checkpoints, hub, provenance
 from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
@@ -52,8 +51,6 @@ class Trained:
         return provenance.fingerprint(self.model)
 
 
-_Named = tuple[str, ...]
-"""A path of which an arm is named by the last parts, as many as tell it from the others."""
 _Runs = Callable[[Path, bool], list[Trained]]
 
 
@@ -69,17 +66,25 @@ def find(
     gives the models of a folder with study.yaml, with the study's own arms.
 
     Raises:
-        UserError: no name, one that is none of these, or two models of one arm, seed and step.
+        UserError: no name, one that is none of these, a model of two arms, or an arm with two
+            models of one seed.
     """
     if not names:
         raise UserError("name a model: the folder of a run, a study or a model, or a Hub id")
-    found: dict[tuple[str, Path], tuple[str, _Named, Trained]] = {}
+    found: dict[Path, Trained] = {}
+    given: dict[Path, str] = {}  # arms that were said
     for name in names:
         arm, rest = _split(name)
         for model in _resolve(rest, series, of_study):
-            kind, named = (f"{arm}=", (arm,)) if arm else _of_itself(model, rest)
-            found.setdefault((arm, model.model.resolve()), (kind, named, model))
-    return _with_arms(list(found.values()))
+            path = model.model.resolve()
+            if arm and given.setdefault(path, arm) != arm:
+                raise UserError(f"{model.name} is named as {given[path]} and as {arm}")
+            if path not in found or model.arm:  # a study knows the arms of its runs
+                found[path] = model
+    runs = {model.run or path: (path, model) for path, model in found.items()}
+    members = [_member(model, given.get(path, "")) for path, model in runs.values()]
+    names_of = dict(zip(runs, arms.named(members), strict=True))
+    return [replace(m, arm=names_of[m.run or path]) for path, m in found.items()]
 
 
 def parts_of(name: str) -> tuple[str, Path]:
@@ -89,8 +94,14 @@ def parts_of(name: str) -> tuple[str, Path]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    arm, _, rest = name.partition("=")
-    return (arm, rest) if arm and rest and not expanded(name).exists() else ("", name)
+    """Arms and paths may have an = themselves: what is after it is there, or is no path."""
+    splits = [(name[:i], name[i + 1 :]) for i, letter in enumerate(name) if letter == "=" and i]
+    above = [path for path in expanded(name).parents if "=" in path.name and path.exists()]
+    if not splits or above or expanded(name).exists():
+        return "", name
+    there = ((arm, rest) for arm, rest in splits if rest and expanded(rest).exists())
+    arm, rest = next(there, splits[0])
+    return (arm, rest) if rest and "/" not in arm else ("", name)
 
 
 def _resolve(name: str, series: bool, of_study: _Runs | None) -> list[Trained]:
@@ -150,6 +161,8 @@ def of_run(path: Path, *, series: bool = False) -> list[Trained]:
     found = [trained(each, each, step, False) for step, each in before if series]
     if finished:
         found.append(trained(path, folder.model, config.steps, True))
+    if not found and folder.failure.exists():
+        raise UserError(f"the run in {path} diverged, so it has no trained model")
     if not found:
         way = "finish it" if corpus is None else f"remove {folder.result} and finish it again"
         other = "; simreg analyze --series looks at the checkpoints it has kept" if kept else ""
@@ -164,20 +177,20 @@ def _natural(text: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def _of_itself(model: Trained, name: str) -> tuple[str, _Named]:
-    """What a model shares with others of its arm, and the path that the arm is named by."""
+def _member(model: Trained, arm: str) -> arms.Member:
     if model.config is None:
-        return name, model.model.absolute().parts[1:] if expanded(name).exists() else (name,)
+        there = expanded(model.name).exists()
+        path = arms.path_of(model.model) if there else (model.name,)
+        return arms.Member(model.name, None, str(model.model), path, arm)
     assert model.run is not None
-    path = model.run.absolute()
-    if model.arm:  # a study's: PATH/ARM/BUDGET/seed-N
-        return str(path.parents[1]), path.parents[1].parts[1:]
-    parts = (path.parent if SEED_FOLDER.fullmatch(path.name) else path).parts[1:]
-    if parts[-1] == "1":
-        parts = parts[:-1]
-    elif re.fullmatch(r"[\d.]+", parts[-1]):
-        parts = (*parts[:-2], "/".join(parts[-2:]))
-    return _apart_from_seed(model.config), parts
+    path, study = arms.path_of(model.run), bool(model.arm)
+    if SEED_FOLDER.fullmatch(path[-1]) and len(path) > 1:
+        path = path[:-1]
+        if re.fullmatch(r"[\d.]+", path[-1]) and len(path) > 1:  # ARM/BUDGET/seed-N
+            whole = path[-1] == "1"
+            path = path[:-1] if whole else (*path[:-2], "/".join(path[-2:]))
+    kind = _apart_from_seed(model.config)
+    return arms.Member(str(model.run), model.seed, kind, path, arm, study)
 
 
 def _apart_from_seed(config: RunConfig) -> str:
@@ -186,41 +199,3 @@ def _apart_from_seed(config: RunConfig) -> str:
         section, _, key = field.rpartition(".")
         (values[section] if section else values).pop(key)
     return json.dumps(values, sort_keys=True)
-
-
-def _with_arms(found: list[tuple[str, _Named, Trained]]) -> list[Trained]:
-    """The models, their arms named such that those of one kind, and they alone, share one."""
-    seen: dict[tuple[str, int | None, int | None], Trained] = {}
-    paths: dict[str, _Named] = {}  # of each kind, in the order of first mention
-    kinds = []
-    for kind, path, model in found:
-        while (other := seen.setdefault((kind, model.seed, model.step), model)) is not model:
-            if kind.endswith("="):
-                raise UserError(
-                    f"{other.name} and {model.name} would both be of the arm {path[0]}"
-                    + ("" if model.seed is None else f" and seed {model.seed}")
-                    + ": give them names of their own, as in ARM=PATH"
-                )
-            kind += " again"  # the same run made twice
-        paths.setdefault(kind, path)
-        kinds.append(kind)
-    names = dict(zip(paths, _apart(list(paths.values())), strict=True))
-    return [
-        replace(model, arm=names[kind]) for kind, (_, _, model) in zip(kinds, found, strict=True)
-    ]
-
-
-def _apart(paths: list[_Named]) -> list[str]:
-    """Of each path its end, as long as it takes to tell it from the others; where none does, the
-    last part, with a number."""
-    ends = Counter(path[-n:] for path in paths for n in range(1, len(path) + 1))
-    names: list[str] = []
-    for path in paths:
-        lengths = range(1, len(path) + 1)
-        length = next((n for n in lengths if ends[path[-n:]] == 1), 1)
-        name = wanted = "/".join(path[-length:])
-        number = 2
-        while name in names:
-            name, number = f"{wanted} ({number})", number + 1
-        names.append(name)
-    return names

@@ -23,7 +23,8 @@ def main(options: AnalyzeOptions) -> None:
     run.check(options)
     console, command = progress.console(), outputs.command()
     studies = models.named(options.models)
-    if options.out or studies:
+    alone = len(options.models) == 1 and studies == [expanded(options.models[0])]
+    if options.out or alone:
         named = expanded(options.out) if options.out else studies[0] / FOLDER
         place = outputs.folder(named, "positive_rate", "simreg analyze")
     else:
@@ -31,7 +32,7 @@ def main(options: AnalyzeOptions) -> None:
     with place as out:
         found = models.find(options.models, series=options.series)
         if studies and options.reference is None:
-            options = replace(options, reference=models.reference(studies[0], found))
+            options = replace(options, reference=models.reference(studies, found))
         results = run.analyze(found, options, console, command=command)
         with storage_errors(out):
             run.write(results, out)

@@ -27,10 +27,16 @@ def named(names: Sequence[str]) -> list[Path]:
     return [folder for folder in folders if (folder / STUDY_FILE).is_file()]
 
 
-def reference(folder: Path, found: Sequence[Trained]) -> str | None:
-    """What the reference of the study in a folder is called among `found`; None: not there."""
-    runs = folder / load(folder).reference
-    return next((each.arm for each in found if each.run and runs in each.run.parents), None)
+def reference(folders: Sequence[Path], found: Sequence[Trained]) -> str | None:
+    """What the reference of the first of these studies that has one among `found` is called there;
+    None: of none."""
+    for folder in folders:
+        name = load(folder).reference
+        runs = folder.resolve() / name
+        arms = [each.arm for each in found if each.run and runs in each.run.resolve().parents]
+        if arms:  # rather the study's own than what was said of one run
+            return next((arm for arm in arms if arm.split("/")[-1] == name), arms[0])
+    return None
 
 
 def of_study(study: Study) -> list[Trained]:

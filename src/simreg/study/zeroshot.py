@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
+from simreg.recipe.locks import locked_folder
 from simreg.recipe.trained import Trained
 from simreg.study import models, plan, records, report
 from simreg.study.plan import Study
@@ -89,24 +92,25 @@ def after_training(
     """
     out = Path(study.out) / FOLDER / "offline"
     found = models.of_study(study)
-    earlier = _read(out / "results.json")
-    prints = _prints(found)
     if not found:
         return False
     limit = _items(study, step_time, len(found))
-    if earlier and _covers(earlier, study, prints, limit):
-        return False
-    options = EvalOptions([study.out], limit=limit)
-    options.cache_dir = Path(study.base.data.cache_dir)
-    console.print("\nzero-shot, on held-out documents:")
-    try:
-        results = run.evaluate(found, options, console, corpus=corpus)
-    except UserError as error:  # a report can be drawn from records alone, without their data
-        console.print(f"left out: {error}")
-        return False
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    outputs.write(out / "results.json", results)
+    waiting = partial(console.print, "waiting for another process that evaluates the study ...")
+    with ExitStack() as until_done:
+        with storage_errors(out):
+            until_done.enter_context(locked_folder(out, waiting))
+        earlier = _read(out / "results.json")
+        if earlier and _covers(earlier, study, _prints(found), limit):
+            return False
+        options = EvalOptions([study.out], limit=limit)
+        options.cache_dir = Path(study.base.data.cache_dir)
+        console.print("\nzero-shot, on held-out documents:")
+        try:
+            results = run.evaluate(found, options, console, corpus=corpus)
+        except UserError as error:  # a report can be drawn from records alone, without their data
+            console.print(f"left out: {error}")
+            return False
+        outputs.write(out / "results.json", results)
     return True
 
 
