@@ -170,6 +170,8 @@ def test_said_names_are_kept(tmp_path):
     assert found == [
         ("odd/simreg", 1), ("odd/simreg (2)", 2), ("other/simreg", 1), ("simreg", 0),
     ]  # fmt: skip
+    found = arms(tmp_path / "odd", f"simreg (2)={plain}")
+    assert found == [("simreg", 1), ("simreg (3)", 2), ("simreg (2)", 0)]
 
 
 def test_a_path_may_have_an_equals_sign(tmp_path, monkeypatch):

@@ -55,6 +55,8 @@ def test_arms_are_those_of_the_study(study):
     plan.save(same, out / STUDY_FILE)
     expected = [("baseline", 1), ("baseline", 2), ("simreg", 1), ("other", 2)]
     assert brief(models.find([study.out])) == expected
+    one = str(out / "simreg/1/seed-1")  # named first, it is the study's all the same
+    assert {*brief(models.find([one, study.out]))} == {*expected}
 
 
 def test_a_run_of_a_study_is_of_its_arm_wherever_it_is_named(study, tmp_path):

@@ -35,11 +35,12 @@ def path_of(folder: Path) -> tuple[str, ...]:
 @dataclass
 class _Arm:
     first: Member
+    study: bool
     seeds: set[int | None] = field(default_factory=set)
 
     def takes(self, group: list[Member]) -> bool:
         """Whether runs of another folder are further seeds of it."""
-        apart = self.first.given or (self.first.study and group[0].study)
+        apart = self.first.given or (self.study and _of_study(group))
         alike = self.first.kind == group[0].kind
         return alike and not apart and self.seeds.isdisjoint({member.seed for member in group})
 
@@ -61,7 +62,7 @@ def named(members: Sequence[Member]) -> list[str]:
         given = group[0].given
         arm = None if given else next((each for each in arms if each.takes(group)), None)
         if arm is None:
-            arms.append(arm := _Arm(group[0]))
+            arms.append(arm := _Arm(group[0], _of_study(group)))
         for member in group:
             if member.seed in arm.seeds:
                 _refuse(member, next(m for m in group if m.seed == member.seed))
@@ -69,6 +70,10 @@ def named(members: Sequence[Member]) -> list[str]:
             of[id(member)] = arm
     names = dict(zip(map(id, arms), _names([arm.first for arm in arms]), strict=True))
     return [names[id(of[id(member)])] for member in members]
+
+
+def _of_study(group: list[Member]) -> bool:
+    return any(member.study for member in group)  # some may have been named alone
 
 
 def _refuse(member: Member, other: Member) -> None:
