@@ -107,7 +107,7 @@ def test_a_head_with_other_logits_is_refused(tmp_path):
 
 def test_no_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot load") as caught:
+    with pytest.raises(UserError, match="cannot load the model x ") as caught:
         collect(Trained("x", tmp_path), tmp_path)
     assert "\n" not in str(caught.value)
 

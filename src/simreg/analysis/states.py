@@ -43,7 +43,7 @@ def collect(target: Trained, ids: Tensor, cache_dir: str, tell: Callable[[str], 
         UserError: the model cannot be loaded, has other tokens or shorter rows, its states are not
             finite, or its logits are not W·h + b.
     """
-    model = hub.load(target.model)
+    model = hub.load(target.model, target.name)
     weight, bias = _head(model, target)
     if int(ids.max()) >= len(weight):
         raise UserError(

@@ -150,7 +150,9 @@ class _Model:
     def loaded(self) -> tuple[Scorer, Any]:
         """The model and its tokenizer."""
         if self._loaded is None:
-            self._loaded = scoring.load(self.trained.model, self._row, bf16=self.bf16)
+            self._loaded = scoring.load(
+                self.trained.model, self._row, bf16=self.bf16, name=self.trained.name
+            )
         return self._loaded
 
     def unload(self) -> None:

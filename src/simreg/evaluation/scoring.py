@@ -24,13 +24,16 @@ CPU_TOKENS, DEVICE_TOKENS = 2048, 65_536
 _LOGITS = 1 << 28  # elements of a batch's logits, at most
 
 
-def load(folder: Path, row: int | None, *, bf16: bool) -> tuple["Scorer", Any]:
-    """The model in a folder, ready to score, and its tokenizer; UserError if they can't be loaded.
+def load(
+    folder: Path, row: int | None, *, bf16: bool, name: str | None = None
+) -> tuple["Scorer", Any]:
+    """The model in a folder, ready to score, and its tokenizer; UserError, which calls the model
+    `name`, if they can't be loaded.
 
     It uses the positions that it has, not more than `row`, which it was trained with.
     """
     tokenizer = hub.tokenizer(folder)
-    model = hub.load(folder)
+    model = hub.load(folder, name)
     if prefix_token(tokenizer) is None:
         raise UserError(f"the tokenizer in {folder} has no bos or eos token: add one to it")
     model.to(assemble.device()).train(False)  # type: ignore[arg-type]

@@ -33,25 +33,26 @@ def folder(name: str, patterns: list[str]) -> Path:
         ) from None
 
 
-def load(model: str | Path) -> PreTrainedModel:
-    """A causal language model of a folder or of the Hub, in float32.
+def load(model: str | Path, name: str | None = None) -> PreTrainedModel:
+    """A causal language model of a folder or of the Hub, in float32; messages call it `name`.
 
     UserError if it can't be loaded, or has not all of its weights (transformers would draw the
     missing ones at random), or reads the tokens that it is to predict.
     """
     auto: Any = AutoModelForCausalLM.from_pretrained
+    name = name or str(model)
     try:
         with quiet():
             loaded, info = auto(model, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # many kinds: missing, damaged or unknown files
         raise UserError(
-            f"cannot load the model {model} (it must be a causal language model): {one_line(error)}"
+            f"cannot load the model {name} (it must be a causal language model): {one_line(error)}"
         ) from None
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"the model {model} lacks weights: {', '.join(missing[:3])}")
+        raise UserError(f"the model {name} lacks weights: {', '.join(missing[:3])}")
     found: PreTrainedModel = loaded
     with quiet():
-        _require_causal(found, model)
+        _require_causal(found, name)
     return found
 
 
@@ -66,7 +67,7 @@ def tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 @torch.no_grad()
-def _require_causal(model: PreTrainedModel, name: str | Path) -> None:
+def _require_causal(model: PreTrainedModel, name: str) -> None:
     """UserError for BERT and its like, which load as causal models without being one."""
     ids = torch.tensor([[1, 1, 1], [1, 1, 2]])
     try:
