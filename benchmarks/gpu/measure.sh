@@ -2,8 +2,8 @@
 # benchmarks/gpu/measure.sh WHAT: one measurement, to benchmarks/results/. At most eight minutes; no network.
 source "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 out=benchmarks/results
-limit() { timeout --signal INT "${seconds:-440}" "$@"; }
-step() { seconds=150 limit python benchmarks/step.py --seconds 30 --pairs 12 --out "$out/$1" --set "$2"; }
+limit() { timeout --signal INT "${seconds:-400}" "$@"; }
+step() { seconds=130 limit python benchmarks/step.py --seconds 30 --pairs 12 --out "$out/$1" --set "$2"; }
 case "${1:-}" in
   captured) # what Python costs where the loss is launched kernel by kernel
     limit python -m simreg.cli bench --shapes 1024x768 2048x768 4096x768 4096x2048 8192x4096 \

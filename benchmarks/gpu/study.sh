@@ -3,7 +3,9 @@
 # processes that share its runs; again until it says that none is missing. JOBS=14 for small models.
 source "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 # Without it processes take turns on the GPU.
-if command -v nvidia-cuda-mps-control >/dev/null; then nvidia-cuda-mps-control -d 2>/dev/null || true; fi
+if command -v nvidia-cuda-mps-control >/dev/null && nvidia-cuda-mps-control -d 2>/dev/null; then
+  trap 'echo quit | nvidia-cuda-mps-control >/dev/null 2>&1 || true' EXIT # what is measured later is not to be its client
+fi
 mkdir -p runs
 rm -f runs/study-*.log # of more processes than now, perhaps
 export OMP_NUM_THREADS=1

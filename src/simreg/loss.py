@@ -307,8 +307,10 @@ def per_token(
         nothing = h.sum(-1).to(torch.promote_types(h.dtype, torch.float32)).view(labels.shape)
         return nothing, nothing.detach(), nothing.detach(), valid
     chunk = length if chunk_size is None else min(chunk_size, length)
-    if chunk < length:  # a chunk is a shorter row; the last one is filled with ignored tokens
-        pad = -length % chunk
+    pad = -length % chunk
+    if pad and g is None:  # chunks as documents: nothing is copied
+        g = (torch.arange(length, device=y.device) // chunk).expand(batch, length)
+    elif chunk < length:  # a chunk is a shorter row; the last one is filled with ignored tokens
         rows = batch * ((length + pad) // chunk)
         if pad:
             h, y = F.pad(h, (0, 0, 0, pad)), F.pad(y, (0, pad), value=-1)

@@ -114,6 +114,7 @@ def test_without_a_figure_none_is_named(tmp_path, capsys, measured, monkeypatch)
         ("--dtypes int8", "--dtypes: expected any of float32, bfloat16, float16, float64, got"),
         ("--shapes 8by4", "--shapes: expected LENGTHxDIM or BATCHxLENGTHxDIM"),
         ("--tokens 0", "--tokens: expected a positive number, got 0"),
+        ("--chunks 1", "--chunks: expected 0 (whole rows), or 2 or more, got 1"),
         ("--chunks 7", "--chunks: 7 does not divide the length 256"),
         ("--variants up", "--variants: expected any of out, in, decoupled, got 'up'"),
         ("--contenders fast", "--contenders: expected any of 'bare matmuls', naive,"),

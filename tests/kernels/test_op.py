@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import types
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_strided_labels_and_hidden(backend):
 
 
 @each_backend
-def test_chunks_copy_nothing(backend):
+@pytest.mark.parametrize("chunk", [24, 20])
+def test_chunks_copy_nothing(backend, chunk):
     hidden, labels, _ = problem(1, 48, 8, 5, dtype=torch.float32)
     saved = set()
 
@@ -107,7 +109,7 @@ def test_chunks_copy_nothing(backend):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        simreg_loss(hidden.requires_grad_(), labels, chunk_size=24, backend=backend)
+        simreg_loss(hidden.requires_grad_(), labels, chunk_size=chunk, backend=backend)
     assert hidden.untyped_storage().data_ptr() in saved
 
 
@@ -183,6 +185,57 @@ def test_autocast_and_checkpointing_change_nothing(backend, reentrant, device):
     plain = value_and_gradient(loss)
     for changed in (under_autocast, checkpointed):
         assert both_equal(value_and_gradient(changed), plain)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reduced_precision_of_products_is_not_for_the_loss(backend, dtype, monkeypatch):
+    """TF32 and the like, which a program may have allowed for its model; it stays allowed."""
+    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    seen = []
+    kernel = op._kernel
+
+    def watched(name):
+        def call(function):
+            def with_a_look(*args):
+                seen.extend(switch.fp32_precision for switch in switches)
+                return function(*args)
+
+            return with_a_look
+
+        found = kernel(name)
+        return types.SimpleNamespace(forward=call(found.forward), backward=call(found.backward))
+
+    monkeypatch.setattr(op, "_kernel", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = [switch.fp32_precision for switch in switches]
+        assert "ieee" not in before
+        hidden, labels, _ = problem(1, 9, 4, 3, dtype=dtype)
+        value_and_grad(per_token, hidden, labels, backend=backend)
+        assert seen == ["ieee"] * 4  # forward and backward
+        assert [switch.fp32_precision for switch in switches] == before
+        monkeypatch.setattr(op, "_kernel", lambda name: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            simreg_loss(hidden, labels, backend=backend)
+        assert [switch.fp32_precision for switch in switches] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-10, 1e-30])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_tiny_temperatures_leave_gradients_finite(temperature, variant):
+    """Roundings of similarities, divided by them, would otherwise be exponents above 0."""
+    pytest.importorskip("triton")
+    hidden, labels, _ = problem(2, 70, 20, 9, dtype=torch.float32)
+    options = {"temperature": temperature, "variant": variant}
+    exact = value_and_grad(per_token, hidden.double(), labels, backend="reference", **options)
+    for backend in ("triton", "blockwise"):
+        loss, grad = value_and_grad(per_token, hidden, labels, backend=backend, **options)
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-3, atol=0)
+        assert grad.isfinite().all()
+        assert grad.abs().max() < 10 * exact[1].abs().max()
 
 
 @each_backend

@@ -109,8 +109,8 @@ def _chunked(shape: Shape, chunks: Sequence[int | None]) -> Iterator[Shape]:
     for chunk in chunks:
         if chunk is None or chunk >= shape.length:
             yield shape
-        elif chunk < 1:
-            raise UserError(f"--chunks: expected 0 or more, got {chunk}")
+        elif chunk < 2:
+            raise UserError(f"--chunks: expected 0 (whole rows), or 2 or more, got {chunk}")
         elif shape.length % chunk:
             raise UserError(f"--chunks: {chunk} does not divide the length {shape.length}")
         else:

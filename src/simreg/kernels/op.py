@@ -71,11 +71,27 @@ def _kernel(name: str) -> ModuleType:
 
 @contextmanager
 def plainly(hidden: Tensor) -> Iterator[None]:
-    """Without autograd and autocast, on the device of `hidden` (where Triton would launch)."""
+    """Without autograd, autocast and reduced float32 products (TF32), on the device of `hidden`
+    (where Triton would launch)."""
     plain = torch.autocast(hidden.device.type, enabled=False)
     device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]
-    with torch.no_grad(), plain, device:
+    with torch.no_grad(), plain, device, _whole_products():
         yield
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the program has allowed."""
+    backends: Any = torch.backends
+    switches = backends.cuda.matmul, backends.mkldnn.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 @torch.library.custom_op("simreg::loss", mutates_args=())

@@ -286,7 +286,10 @@ def _softmax(s, e, row_lse, row_weight, col_lse, col_weight, largest, BOUNDED: t
     if BOUNDED:
         # NaN for a token without such pairs (0 · ∞), of which none is read.
         return e * (row_weight * tl.exp(largest - row_lse) + col_weight * tl.exp(largest - col_lse))
-    return tl.exp(s - row_lse) * row_weight + tl.exp(s - col_lse) * col_weight
+    # s is computed again, with other roundings than when lse was made: at a tiny τ they count.
+    row_share = tl.minimum(s - row_lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    col_share = tl.minimum(s - col_lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp(row_share) * row_weight + tl.exp(col_share) * col_weight
 
 
 @triton.jit
