@@ -22,13 +22,29 @@ def test_as_accurate_as_the_naive_loss(backend, seed):
     assert max(ratios) <= 2, f"{dict(zip(fuzz.NAMES, ratios, strict=True))}: {problem}"
 
 
-def test_a_long_sequence_keeps_to_its_memory():
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+def test_tf32_is_not_for_the_loss(backend):
+    """Though the program has allowed it, as `TrainingArguments(torch_compile=True)` does."""
+    matmul = torch.backends.cuda.matmul
+    problem = fuzz.random_problem(0, 128, "cuda")
+    plain = fuzz.evaluate(problem, backend, torch.float32)
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        allowed = fuzz.evaluate(problem, backend, torch.float32)
+    finally:
+        matmul.fp32_precision = before
+    for one, other in zip(plain, allowed, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("chunk", [None, 30_000])
+def test_a_long_sequence_keeps_to_its_memory(chunk):
     length, dim = 32_768, 1024
     hidden = torch.randn(1, length, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(0, 5000, (1, length), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    simreg_loss(hidden, labels, backend="triton").backward()
+    simreg_loss(hidden, labels, chunk_size=chunk, backend="triton").backward()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= 2 * hidden.numel() * 2 + 64 * 2**20  # twice hidden, and 64 MiB
 
