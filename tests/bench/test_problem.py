@@ -31,7 +31,7 @@ def test_other_words_are_no_sizes(size):
 
 @pytest.mark.parametrize(
     ("chunk", "message"),
-    [(3, "3 does not divide the length 8"), (5, "5 does not"), (-1, "0 or more, got -1")],
+    [(3, "3 does not divide the length 8"), (5, "5 does not"), (-1, "or 2 or more, got -1")],
 )
 def test_chunks_must_divide_the_row(chunk, message):
     with pytest.raises(UserError, match=message):
