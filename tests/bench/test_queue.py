@@ -79,7 +79,7 @@ def test_the_tests_that_scripts_name_are_there(stand_in, monkeypatch):
     done = shell("benchmarks/gpu/tests.sh", first=stand_in)
     assert done.returncode == 0, done.stdout + done.stderr
     check, *_, everything = re.findall(r"^(\d+)(?:/\d+)? tests collected", done.stdout, re.M)
-    assert int(check) == 2 + 6
+    assert int(check) == 3 + 6
     assert int(everything) > 100
 
 
