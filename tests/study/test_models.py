@@ -57,6 +57,10 @@ def test_arms_are_those_of_the_study(study):
     assert brief(models.find([study.out])) == expected
     one = str(out / "simreg/1/seed-1")  # named first, it is the study's all the same
     assert {*brief(models.find([one, study.out]))} == {*expected}
+    fakes.write_run(replace(study, seeds=[9]).config(plan.Cell("simreg", 1.0, 9)))
+    shutil.copytree(out / "simreg/1/seed-1/model", out / "simreg/1/seed-9/model")
+    beside = str(out / "simreg/1/seed-9")  # which is of no plan
+    assert {*brief(models.find([beside, study.out]))} == {*expected, ("simreg", 9)}
 
 
 def test_a_run_of_a_study_is_of_its_arm_wherever_it_is_named(study, tmp_path):
