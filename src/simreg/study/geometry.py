@@ -23,10 +23,10 @@ def main(options: AnalyzeOptions) -> None:
     run.check(options)
     console, command = progress.console(), outputs.command()
     studies = models.named(options.models)
-    alone = len(options.models) == 1 and studies == [expanded(options.models[0])]
-    if options.out or alone:
-        named = expanded(options.out) if options.out else studies[0] / FOLDER
-        place = outputs.folder(named, "positive_rate", "simreg analyze")
+    alone = models.alone(options.models)
+    named = options.out or (alone and alone / FOLDER)
+    if named is not None:
+        place = outputs.folder(expanded(named), "positive_rate", "simreg analyze")
     else:
         place = outputs.unused(Path("runs", FOLDER), command)
     with place as out:

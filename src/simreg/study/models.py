@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simreg.recipe import trained
 from simreg.recipe.errors import UserError
+from simreg.recipe.files import expanded
 from simreg.recipe.folder import STUDY_FILE, RunFolder, warn
 from simreg.recipe.trained import Trained
 from simreg.study import plan
@@ -25,6 +26,12 @@ def named(names: Sequence[str]) -> list[Path]:
     """The folders of studies among what a command is given."""
     folders = [trained.parts_of(name)[1] for name in names]
     return [folder for folder in folders if (folder / STUDY_FILE).is_file()]
+
+
+def alone(names: Sequence[str]) -> Path | None:
+    """The folder of the study that is all a command is given, without an arm; results go there."""
+    studies = named(names)
+    return studies[0] if len(names) == 1 and studies == [expanded(names[0])] else None
 
 
 def reference(folders: Sequence[Path], found: Sequence[Trained]) -> str | None:

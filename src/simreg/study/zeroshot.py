@@ -16,7 +16,7 @@ from simreg.recipe import outputs, progress
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, storage_errors, warn
+from simreg.recipe.folder import storage_errors, warn
 from simreg.recipe.locks import locked_folder
 from simreg.recipe.trained import Trained
 from simreg.study import models, plan, records, report
@@ -35,23 +35,22 @@ _KEPT = ("limit", "tasks", "reference", "arms", "differences")
 
 def main(options: EvalOptions) -> None:
     """`simreg eval`: of a study's folder its runs at N, for its report; else of any models."""
-    folder = expanded(options.models[0]) if len(options.models) == 1 else Path()
-    alone = len(options.models) == 1 and (folder / STUDY_FILE).is_file()
-    default = folder / FOLDER / _suite(options) if alone else Path("runs", "eval")
+    folder = models.alone(options.models)
+    default = folder / FOLDER / _suite(options) if folder else Path("runs", "eval")
     console, command = progress.console(), outputs.command()
     # A suite's in the study's folder make way; others have a folder each.
-    if options.out is None and (options.tasks or not alone):
+    if options.out is None and (options.tasks or folder is None):
         place = outputs.unused(default, command)
     else:
         place = outputs.folder(expanded(options.out or default), "suite", "simreg eval")
     with place as out:
         found = models.find(options.models)
-        if alone:
+        if folder is not None:
             found = [replace(each, name=_within(folder, each)) for each in found]
             _check_fuller(out, options, found)
         results = run.evaluate(found, options, console, command=command)
         run.write(results, out, console)
-    if alone and options.out is None and (folder / "results.json").is_file():
+    if folder is not None and options.out is None and (folder / "results.json").is_file():
         with plan.exclusive(folder, console):
             _redraw(models.load(folder))
         console.print(f"report  {folder / 'report.html'}")
