@@ -111,6 +111,9 @@ def test_layers_that_are_none_are_refused():
         attach(build(), at, layers=[])
     with pytest.raises(ValueError, match="layers: SimRegLoss reads none within the model"):
         attach(model, SimRegLoss(), module=norm, layers=blocks)
+    for here, end in ((model, norm), (build(), None)):
+        with pytest.raises(ValueError, match=r"layers: .* got one that is not in it"):
+            attach(here, at, module=end, layers=Deep(False).parts["blocks"])
     with pytest.raises(ValueError, match="depths: a model of one layer has none within it"):
         attach(model, at, module=norm, layers=blocks[:1])
     reg = attach(model, at, module=norm, layers=blocks)
@@ -139,6 +142,23 @@ def test_the_head_of_a_model_that_does_not_name_it_is_refused(tied):
     with pytest.raises(ValueError, match="module: this is the LM head"):
         attach(model, SimRegLoss(), module=head)
     attach(model, SimRegLoss(), module=square)
+
+
+def test_logits_are_refused_where_hidden_states_are_expected():
+    ids, head = torch.zeros(1, 3, dtype=torch.long), nn.Sequential(nn.Linear(8, 11))
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), head)
+    for wrong in (model, head):
+        refused = pytest.raises(ValueError, match="as wide as the vocabulary: logits; name what")
+        with attach(model, SimRegLoss(), module=wrong), refused:
+            model(ids)
+    body = model[:2]
+    with attach(body, SimRegLoss(), module=body) as reg:  # the head is elsewhere
+        body(ids)
+        reg(ids)
+    model = nn.ModuleList([nn.Embedding(11, 8), nn.Embedding(8, 8), nn.Linear(8, 8)])
+    with attach(model, SimRegLoss(), module=model[2]) as reg:  # as wide as positions are many
+        model[2](torch.ones(1, 3, 8))
+        reg(ids)
 
 
 def test_hidden_states_with_the_batch_second_are_told():
@@ -418,33 +438,6 @@ def test_a_compiled_layer_is_read_before_it_is_changed_in_place():
         reg(labels).backward()
         found.append((reg.metrics["earlier"], blocks[0].inner.weight.grad))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-
-
-def test_a_checkpointed_model_leaves_nothing_of_its_second_pass():
-    model, (ids, labels) = Deep(False), batch()
-    norm, blocks = model.parts["norm"], model.parts["blocks"]
-    for objective, layers in ((SimRegLoss(), None), (AtDepths(SimRegLoss(), [0.5]), blocks)):
-        with attach(model, objective, module=norm, layers=layers) as reg:
-            out = checkpoint(model, ids, use_reentrant=False)
-            (out.logsumexp(-1).sum() + reg(labels)).backward()
-            assert reg._hidden is None
-            assert not reg._earlier
-            with pytest.raises(RuntimeError, match="no hidden states to regularize"):
-                reg(labels)
-
-
-def test_a_pass_without_gradients_is_not_answered_with_an_earlier_one():
-    model, (ids, labels) = build(), batch()
-    reg = attach(model, SimRegLoss())
-    model(ids)
-    with torch.no_grad():
-        model(ids.flip(0))
-        with pytest.raises(RuntimeError, match="with gradients, before each call"):
-            reg(labels)
-    assert reg(labels) > 0  # generation may come between
-    model(ids)
-    with torch.no_grad():
-        assert reg(labels) > 0
 
 
 def test_a_weight_that_is_a_parameter_is_the_objectives_own():

@@ -1,10 +1,6 @@
 import copy
-import gc
 import os
 import pickle
-import warnings
-import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -285,39 +281,6 @@ def test_heads_that_bypass_lm_head():
     assert objective.seen[0][0].shape == (2, 12, 16)
 
 
-def test_hidden_states_serve_one_call():
-    model, (ids, labels) = build(), batch()
-    objective = HeadCrossEntropy(model.lm_head)
-    reg = attach(model, objective)
-    with pytest.raises(RuntimeError, match="no hidden states"):
-        reg(labels)
-    model(ids)
-    reg(labels)
-    with pytest.raises(RuntimeError, match="a call consumes them"):
-        reg(labels)
-    model(ids)
-    model(ids[:1])  # of two passes the last one counts, and a misfit does not pass
-    with pytest.raises(ValueError, match=r"labels: expected shape \[1, 12\].* got \[2, 12\]"):
-        reg(labels)
-    reg(labels[:1])  # what was refused consumed nothing
-
-
-def test_passes_without_gradients_are_passed_by():
-    model, (ids, labels) = build(), batch()
-    reg = attach(model, SimRegLoss())
-    model(ids)
-    expected = reg(labels)
-    model(ids)
-    with torch.no_grad():
-        model(ids.flip(1))  # of the same shape: an evaluation between a pass and its loss
-    loss = reg(labels)
-    assert loss == expected
-    assert loss.requires_grad
-    model.generate(ids, max_new_tokens=2, do_sample=False)
-    with pytest.raises(RuntimeError, match="no hidden states"):
-        reg(labels)
-
-
 def test_copies_of_the_model_are_free_of_the_handle():
     model, (ids, labels) = build(), batch()
     reg = attach(model, SimRegLoss())
@@ -365,64 +328,6 @@ def test_two_handles_of_one_objective_are_independent():
     loss = first(labels)
     first.detach()
     torch.testing.assert_close(second(labels), loss)
-
-
-def test_consumed_hidden_states_are_released():
-    model, (ids, labels) = build(), batch()
-    objective = HeadCrossEntropy(model.lm_head)
-    reg = attach(model, objective)
-    model(ids)
-    reg(labels)
-    hidden = weakref.ref(objective.seen.pop()[0])
-    gc.collect()
-    assert hidden() is None
-
-
-def test_what_an_abandoned_step_left_is_not_kept_through_the_next_forward_pass():
-    model, (ids, labels) = build(), batch()
-    reg = attach(model, SimRegLoss())
-    states, alive = [], []
-    model.model.register_forward_hook(lambda *args: states.append(weakref.ref(args[-1][0])))
-
-    def look(*_):
-        gc.collect()
-        alive.append([state() is not None for state in states])
-
-    model.model.layers[0].register_forward_pre_hook(look)
-    model(ids)
-    look()
-    model(ids)
-    assert alive == [[], [True], [False]]
-    with torch.no_grad():  # a pass without gradients does not touch what waits for its call
-        model(ids)
-    assert reg(labels).requires_grad
-
-
-def test_a_pass_that_no_call_followed_is_told():
-    model, (ids, labels) = build(), batch()
-    reg = attach(model, SimRegLoss())
-
-    def told(*passes):
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            for each in passes:
-                each()
-            reg(labels)
-        return [str(each.message) for each in found]
-
-    forward = partial(model, ids)
-    [message] = told(forward, forward)
-    assert message.startswith("two forward passes with gradients before a call, which reads the l")
-    evaluation = torch.no_grad()(forward)
-    assert not told(forward, evaluation)
-    assert not told(forward, reg.forget, forward)
-
-    def unheard():
-        reg.listening = False
-        forward()
-        reg.listening = True
-
-    assert not told(unheard, forward, unheard)
 
 
 def test_an_exported_pass_is_none_to_regularize():

@@ -246,3 +246,19 @@ def test_layers_that_return_no_hidden_states_are_named(output, got):
     attach(model, AtDepths(SimRegLoss(), [0.3]), module=model.norm, layers=model.blocks)
     with pytest.raises(TypeError, match=f"layers: expected an output that is.*{got}"):
         model(torch.arange(6)[None])
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16])
+def test_metrics_are_exact_where_the_default_dtype_is_half(default):
+    """As Lightning sets it for models in half precision; float16 ends at 65,504."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(70, 1000, 4), torch.randint(0, 999, (70, 1000))
+    found = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            found.append(AtDepths(SimRegLoss())(hidden, labels, earlier=(hidden,))[1])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[0] == found[1]
+    assert all(value.dtype == torch.float32 for value in found[1].values())

@@ -275,7 +275,15 @@ def test_divisors():
     for nothing in (0, torch.tensor(0), None):
         loss, _ = objective(hidden, torch.full_like(labels, -100), num_items=nothing)
         assert loss == 0
-    for bad in (-5, float("nan"), float("inf"), "7", torch.tensor([7, 8])):
+    for bad in (
+        -5,
+        float("nan"),
+        float("inf"),
+        "7",
+        torch.tensor([7, 8]),
+        torch.tensor(True),
+        7j * torch.ones(()),
+    ):
         with pytest.raises(ValueError, match="num_items: expected a finite number"):
             objective(hidden, labels, num_items=bad)
 
@@ -469,6 +477,7 @@ def test_temperatures_that_float32_cannot_hold_are_refused(temperature):
     ("hidden", "says"),
     [
         ([1], "expected a tensor, got list"),
+        (torch.ones(1, 2, 3).to_sparse(), "expected a dense tensor"),
         (torch.ones(2, 3, dtype=torch.long), r"expected \[B, L, d\] or"),
         (torch.ones(3), r"expected \[B, L, d\] or"),
     ],

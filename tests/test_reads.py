@@ -11,7 +11,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from simreg.baselines import registry
 from simreg.capture import attach
+from simreg.loss import SimRegLoss
 from simreg.objectives import Reads, Sum, layer_at, reads
 from tests.test_capture import CONFIGS, SMALL, batch, build
 
@@ -319,3 +321,15 @@ def test_sum_gives_each_what_it_asked_for():
     alone, ones = Sum(None, other), torch.ones(1, 2, 3)
     _, metrics = alone(ones, torch.zeros(1, 2), logits=ones, earlier=(ones,))
     assert metrics.keys() == {"auxiliary"}
+
+
+def test_what_simreg_ignores_the_other_does_too():
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(2, 30, 6), torch.randint(0, 4, (2, 30))
+    other = registry.build("simctg", {}, hidden_size=6, vocab_size=4)
+    both = Sum(SimRegLoss(ignore_index=0), other)
+    loss, metrics = both(hidden, labels)
+    left = hidden, labels.masked_fill(labels == 0, -100)
+    torch.testing.assert_close(loss, SimRegLoss()(*left)[0] + other(*left)[0])
+    assert metrics["auxiliary"] == other(*left)[1]["loss"]
+    assert both(hidden, labels)[0] != Sum(SimRegLoss(), other)(hidden, labels)[0]

@@ -15,7 +15,7 @@ reads more (`objectives.Reads`) gets a hook on the model itself, whose logits cr
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -33,6 +33,7 @@ from simreg.decoders import (
     find_head,
     find_layers,
     is_head,
+    logits_widths,
     unwrap,
 )
 from simreg.objectives import Objective, reads, switched_off
@@ -61,19 +62,25 @@ def attach(
     as a whole: hidden states are what enters it.
 
     A forward pass raises TypeError where `module`, or a layer that is read, returns none of these,
-    and (not compiled) RuntimeError where a layer that is read runs twice.
+    ValueError where `module` returns logits, and RuntimeError where a layer that is read (not if
+    compiled), or `module` beside one, runs twice.
 
     Raises:
         ValueError: no decoder can be found, or the model is an encoder-decoder or a decoder of one
             (Bart's: its labels are aligned with its positions, not shifted) or no language model,
             or it has not what the objective reads besides (a `get_output_embeddings()`, a list of
             layers, one of its own for each depth of `AtDepths`, that runs once); or `objective`,
-            `module` or one of `layers` is none.
+            `module` or one of `layers` is none, or not of the model.
     """
     _check_objective(objective)
     wanted = reads(objective)
     if layers is not None and not wanted.depths:
         raise ValueError(f"layers: {type(objective).__name__} reads none within the model")
+    parts = {*model.modules()}
+    if isinstance(layers, Iterable):
+        layers = [*layers]
+        if any(isinstance(layer, nn.Module) and layer not in parts for layer in layers):
+            raise ValueError("layers: expected layers of the model, got one that is not in it")
     if module is None:
         decoder = find_decoder(model)
         if wanted.depths and layers is None:
@@ -89,7 +96,7 @@ def attach(
             f"module: {type(objective).__name__} reads logits or the head, which are found only in "
             "a model with a get_decoder(); leave module out"
         )
-    if not isinstance(module, nn.Module) or all(module is not part for part in model.modules()):
+    if not isinstance(module, nn.Module) or module not in parts:
         raise ValueError(f"module: expected a submodule of the model, got {module!r}")
     if getattr(module.forward, "__func__", None) is nn.Module.forward:  # a ModuleList, say
         raise ValueError(f"module: {type(module).__name__} is never called, name one that is")
@@ -97,10 +104,10 @@ def attach(
         raise ValueError("module: this is an embedding, name what feeds the LM head")
     if is_head(module, unwrap(model)):
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
-    if not wanted.depths:
-        return Attached(module, objective)
-    read = at_depths(objective, layers)
-    return Attached(module, objective, start=around(model, {module, *read}), layers=read)
+    read = at_depths(objective, layers) if wanted.depths else []
+    start = around(model, {module, *read}) if read else None
+    widths = logits_widths(model)
+    return Attached(module, objective, start=start, layers=read, no_hidden=widths)
 
 
 def shift_left(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -123,9 +130,11 @@ class Attached:
         start: nn.Module | None = None,
         causal: nn.Module | None = None,
         layers: Sequence[nn.Module] = (),
+        no_hidden: Collection[int] = (),
     ) -> None:
         """The objective reads logits or the head of `causal`, and what `layers` (one a depth)
-        return in a pass from the start of `start` (else of `module`) to the end of `module`."""
+        return in a pass from the start of `start` (else of `module`) to the end of `module`, whose
+        output is refused where it is as wide as one of `no_hidden`."""
         self.objective = objective
         self.metrics: dict[str, Tensor] = {}
         self.listening = True
@@ -133,10 +142,12 @@ class Attached:
         self._logits: Tensor | None = None
         self._earlier: dict[int, tuple[Tensor, int | None]] = {}  # with its version
         self._layers = len(layers)
+        self._no_hidden = no_hidden
         # Weak: the model has the hooks that have this, and would wait for the garbage collector.
         self._causal = None if causal is None else weakref.ref(causal)
         self._running = False  # the decoder, in a forward pass with gradients
         self._passed_by = False  # the last pass, for it had none
+        self._waits = False  # a pass, for a call
         self._unused = False  # a pass before the last one
         self._attached = True
         self._hooks = [
@@ -229,7 +240,7 @@ class Attached:
         """Let go of what the last forward pass left, instead of a call: after it failed, say."""
         self._hidden = self._logits = None
         self._earlier = {}
-        self._running = False
+        self._running = self._waits = False
 
     def detach(self) -> None:
         """Remove the hooks and let go of what they hold; twice is harmless."""
@@ -258,6 +269,7 @@ class Attached:
             "_logits": None,
             "_earlier": {},
             "_running": False,
+            "_waits": False,
         }
         return {**vars(self), **empty, "_attached": False}
 
@@ -266,7 +278,7 @@ class Attached:
         if self.listening:
             self._passed_by = not torch.is_grad_enabled()
         if running:  # what an abandoned step left would hold its graph through this one
-            self._unused = not torch.compiler.is_compiling() and self._hidden is not None
+            self._unused = self._waits
             self.forget()
         self._running = running
 
@@ -287,7 +299,19 @@ class Attached:
     def _capture(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Without gradients (evaluation, generation) there is nothing to train, nothing to keep.
         if self._capturing():
-            self._hidden = _as_the_head_reads(_last_hidden(output))
+            if self._waits:
+                raise RuntimeError(
+                    f"module: {type(module).__name__} ran twice in one forward pass, or once more "
+                    "before a call; which of its passes the objective is to read cannot be told"
+                )
+            hidden = _last_hidden(output)
+            if hidden.shape[-1] in self._no_hidden:
+                raise ValueError(
+                    f"module: {type(module).__name__} returns [B, L, {hidden.shape[-1]}], as wide "
+                    "as the vocabulary: logits; name what feeds the LM head (the final norm, say)"
+                )
+            self._hidden = _as_the_head_reads(hidden)
+            self._waits = True
         self._running = False
 
     def _capture_logits(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -302,6 +326,11 @@ class Attached:
         """The final hidden states and what else the objective reads, by keyword."""
         if not self._attached:
             raise RuntimeError("the objective was detached from the model: attach it again")
+        if _in_backward():
+            raise RuntimeError(
+                "called within activation checkpointing, which runs it again in the backward pass: "
+                "call it after what is checkpointed"
+            )
         passed_by = self._passed_by and not torch.is_grad_enabled()
         if self._hidden is None or passed_by:  # what waits is of an earlier pass
             raise RuntimeError(
@@ -330,8 +359,8 @@ class Attached:
                 raise RuntimeError(
                     "no hidden states of earlier layers: reentrant activation checkpointing hides "
                     "them (use_reentrant=False does not), so does calling parts of the model "
-                    "apart, and so a graph compiled for an objective that does not read them "
-                    "(torch.compiler.reset() first)"
+                    "apart or in several threads, and so a graph compiled for an objective that "
+                    "does not read them (torch.compiler.reset() first)"
                 )
             read["earlier"] = tuple(_unchanged(*self._earlier[i]) for i in range(self._layers))
         return read

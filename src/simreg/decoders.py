@@ -39,7 +39,7 @@ def find_layers(decoder: nn.Module) -> nn.ModuleList:
     if not lists:
         raise ValueError(
             f"model: found no list of layers in {type(decoder).__name__}, whose earlier hidden "
-            "states the objective reads"
+            "states the objective reads; pass layers=, all of them in their order"
         )
     return max(lists, key=len)
 
@@ -177,9 +177,18 @@ def is_head(module: nn.Module, model: nn.Module) -> bool:
     known = find_head(model)
     if known is not None or not isinstance(module, nn.Linear):
         return module is known
-    tables = (part for part in model.modules() if isinstance(part, nn.Embedding))
-    tokens = {table.num_embeddings for table in tables}
+    tokens = {table.num_embeddings for table in _tables(model)}
     return module.out_features in tokens and module.out_features != module.in_features
+
+
+def logits_widths(model: nn.Module) -> set[int]:
+    """Which widths are those of logits, not of hidden states, going by the tables of embeddings."""
+    tables = _tables(model)
+    return {table.num_embeddings for table in tables} - {table.embedding_dim for table in tables}
+
+
+def _tables(model: nn.Module) -> list[nn.Embedding]:
+    return [part for part in model.modules() if isinstance(part, nn.Embedding)]
 
 
 def unwrap(model: Any, *, inside: bool = False) -> Any:

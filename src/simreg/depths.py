@@ -111,7 +111,7 @@ class AtDepths(nn.Module):
             later = labels_at(labels, segments, self.offset, ignored)
             items, fewer = (labelled(y, ignored).sum().clamp_min(1) for y in (labels, later))
             num_items = items if num_items is None else num_items
-            share = (fewer / items).to(loss.device)  # of the labels that a mean is over
+            share = (fewer.to(loss.dtype) / items).to(loss.device)  # of what a mean is over
         below = []
         for states in earlier:
             ids, documents, items = (moved(v, states.device) for v in (later, segments, num_items))

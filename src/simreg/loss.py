@@ -224,7 +224,7 @@ class Sums(NamedTuple):
 
     def means(self) -> dict[str, Tensor]:
         """The metrics of `SimRegLoss`."""
-        tokens = self.tokens.clamp_min(1)
+        tokens = self.tokens.clamp_min(1).to(self.loss.dtype)  # whole ones divide in the default
         return {
             "loss": self.loss.detach() / tokens,
             "pos_fraction": self.positives / tokens,
@@ -265,14 +265,20 @@ def per_item(total: Tensor, count: Tensor, num_items: Tensor | float | None) -> 
 def check_items(num_items: Tensor | float | None) -> None:
     """Refuse a divisor that is none; a tensor's value is not read, which would wait for a GPU."""
     if isinstance(num_items, Tensor):
-        good = num_items.numel() == 1
+        good = num_items.numel() == 1 and _is_real(num_items)
     else:
         good = num_items is None or (is_number(num_items) and 0 <= num_items < math.inf)
     if not good:  # only then: a number that changes has no repr under torch.compile
-        got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
+        got = repr(num_items)
+        if isinstance(num_items, Tensor):
+            got = f"{list(num_items.shape)} in {num_items.dtype}"
         raise ValueError(
             f"num_items: expected a finite number ≥ 0, or a tensor with one, got {got}"
         )
+
+
+def _is_real(value: Tensor) -> bool:
+    return value.dtype != torch.bool and not value.is_complex()
 
 
 def per_token(
@@ -404,6 +410,8 @@ def check_tensors(hidden: Tensor, labels: Tensor, segments: Tensor | None) -> No
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
     if hasattr(value, "device_mesh"):
         raise ValueError(
             f"{name}: expected a plain tensor, got a DTensor: use "

@@ -135,7 +135,8 @@ def switched_off(objective: object) -> bool:
 class Sum(nn.Module):
     """SimReg and another objective as one: their losses add.
 
-    The metrics are those of `simreg`, and the other's `loss` as `auxiliary`.
+    What `simreg` ignores the other does too. The metrics are those of `simreg`, and the other's
+    `loss` as `auxiliary`.
     """
 
     def __init__(self, simreg: Objective | None, auxiliary: Objective) -> None:
@@ -159,8 +160,10 @@ class Sum(nn.Module):
         **read: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective`."""
+        ignored = getattr(self.simreg, "ignore_index", -1)
+        others = labels.masked_fill(labels == ignored, -1) if ignored >= 0 else labels
         loss, metrics = self.auxiliary(
-            hidden, labels, segments, num_items=num_items, **self._share(self.auxiliary, read)
+            hidden, others, segments, num_items=num_items, **self._share(self.auxiliary, read)
         )
         found = {"auxiliary": metrics["loss"]}
         if self.simreg is not None and not switched_off(self.simreg):

@@ -3,25 +3,19 @@ import json
 import math
 import re
 import shutil
-import types
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from simreg import cli
-from simreg.analysis import compare, describe, figures, measure, plots, run, summary, text
+from simreg.analysis import compare, describe, figures, measure, plots, run, summary
 from simreg.analysis.options import AnalyzeOptions
 from simreg.geometry import collapse
 from simreg.geometry.classes import classes, token_cosines
 from simreg.geometry.groups import mean_se
 from simreg.geometry.margins import margins
-from simreg.recipe import config as recipe
-from simreg.recipe import trained
-from simreg.recipe.data import prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.trained import Trained
 from simreg.study import geometry
 from simreg.theme import PRINT
 from tests.analysis.running import analyze
@@ -177,14 +171,6 @@ def test_correlations_over_tokens():
     assert "intra_cos" not in found
 
 
-def test_positive_rates_are_shares_and_grow(analysed):
-    whole = [r for r in analysed["positive_rate"] if r["chunk"] is None]
-    assert whole[0]["length"] == 64
-    assert all(r["chunk"] is None or r["chunk"] < r["length"] for r in analysed["positive_rate"])
-    assert all(a["all"] < b["all"] for a, b in pairwise(whole))
-    assert all(r["head"] >= r["tail"] for r in whole)
-
-
 def test_what_was_logged_in_training_is_there(analysed):
     assert [c["seed"] for c in analysed["training"]] == [1, 2, 3] * 2
     assert [r["step"] for r in analysed["training"][0]["records"]] == [10, 20]
@@ -286,26 +272,6 @@ def test_one_model_alone_on_other_text_has_pictures_too(study, analysed, tmp_pat
     assert bars.patches
     assert bars.collections  # errors over rows, since there are no seeds
     assert figures.PICTURES[3].draw(found, PRINT) is None
-
-
-def test_other_text_is_cut_into_the_models_tokens(study, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text(
-        "".join(json.dumps({"text": f"abc {i} dcba lk " * 60}) + "\n" for i in range(40))
-    )
-    run_folder = str(study / "simreg" / "1" / "seed-1")
-    found = trained.find([run_folder])
-    data = text.data_of(found, {"source": str(other), "validation_fraction": 0.5})
-    corpus = prepare(data)
-    text.check_tokenizers(found, corpus)
-    assert data.tokenizer == str(found[0].model)
-    assert text.data_of(found, {"validation": str(other)}).tokenizer == str(found[0].model)
-    assert text.data_of(found, {}).tokenizer == found[0].config.data.tokenizer
-    with pytest.raises(UserError, match="another vocabulary"):
-        text.check_tokenizers(found, prepare(recipe.DataConfig(
-            source=str(other), tokenizer="bpe:270", seq_len=32, cache_dir=str(tmp_path),
-            validation_fraction=0.5,
-        )))  # fmt: skip
 
 
 def test_the_command(study, tmp_path, capsys, monkeypatch):
@@ -423,77 +389,3 @@ def test_nc1_takes_twice_as_many_classes_as_dimensions(labels, given):
     assert groups["tail"]["classes_measured"] > 1
     assert groups["tail"]["nc1"] is None
     assert groups["tail"]["cdnv"] is not None
-
-
-@pytest.mark.parametrize("files", [["vocab.json", "merges.txt"], ["tokenizer.json"]])
-def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkeypatch, files):
-    """A slow tokenizer's files, a fast one's."""
-    run_folder = Path(study / "simreg" / "1" / "seed-1")
-    found = trained.find([str(run_folder)])
-    corpus = prepare(found[0].config.data)
-    other = tmp_path / "other"
-    other.mkdir()
-    for name in files:
-        (other / name).write_text("{}")
-    load = text.hub.AutoTokenizer.from_pretrained
-    vocabulary = {"a": 0}
-
-    def from_pretrained(path):
-        fake = types.SimpleNamespace(get_vocab=lambda: vocabulary)
-        return fake if path == other else load(path)
-
-    monkeypatch.setattr(text.hub.AutoTokenizer, "from_pretrained", from_pretrained)
-    both = [*found, Trained("other", other)]
-    with pytest.raises(UserError, match="another vocabulary"):
-        text.check_tokenizers(both, corpus)
-    vocabulary = corpus.tokenizer.get_vocab()
-    text.check_tokenizers(both, corpus)
-
-    def missing(path):
-        raise OSError("no such file")
-
-    monkeypatch.setattr(text.hub.AutoTokenizer, "from_pretrained", missing)
-    with pytest.raises(UserError, match="cannot load the tokenizer in"):
-        text.check_tokenizers(both, corpus)
-
-
-def test_a_model_of_no_run_needs_text(study):
-    model = str(study / "simreg" / "1" / "seed-1" / "model")
-    with pytest.raises(UserError, match=r"model is no run of .*: name some with --source"):
-        analyze(AnalyzeOptions([model]))
-
-
-def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
-    def edit(run, **data):
-        config = run / "config.yaml"
-        changed = recipe.with_overrides(recipe.load(config), {"data": data})
-        config.write_text(recipe.to_yaml(changed))
-        return str(run)
-
-    def ask(*names, **options):
-        cache = str(study.parent / "cache")
-        chosen = AnalyzeOptions([*names], tokens=200, least=2, cache_dir=cache, **options)
-        return analyze(chosen)
-
-    first = study / "baseline" / "1" / "seed-1"
-
-    def of_another_corpus(run):
-        result = json.loads((run / "result.json").read_text())
-        result["corpus"]["fingerprint"] = "0" * 32
-        (run / "result.json").write_text(json.dumps(result))
-        return run
-
-    other = of_another_corpus(shutil.copytree(study / "simreg/1/seed-1", tmp_path / "other"))
-    with pytest.raises(UserError, match=r"were trained on different text: analyze them one by"):
-        ask(str(first), str(other))
-    with pytest.raises(UserError, match=r"of .*/other has changed since it"):
-        ask(str(other))
-    given = tmp_path / "given.jsonl"
-    lines = (study.parent / "text.jsonl").read_text().splitlines(keepends=True)
-    given.write_text("".join(lines[:60]))
-    ask(str(first), str(other), source=str(given))
-    short = edit(of_another_corpus(shutil.copytree(first, tmp_path / "short")), seq_len=16)
-    ask(str(first), short)  # the same text in other rows
-    elsewhere = edit(shutil.copytree(first, tmp_path / "elsewhere"), source=str(given), seq_len=16)
-    with pytest.raises(UserError, match="were trained on different text"):
-        ask(str(first), elsewhere)

@@ -159,6 +159,13 @@ def test_shuffled_labels_are_the_same_ones_elsewhere_in_their_row():
     assert not torch.equal(_shuffled(numbered + 1)[0] - 1, first)  # another batch, another deal
 
 
+def test_the_deal_does_not_depend_on_the_default_device():
+    labels = torch.randint(0, 6, (4, 40))
+    dealt = _shuffled(labels)
+    with torch.device("meta"):
+        assert torch.equal(_shuffled(labels), dealt)
+
+
 def test_without_segments_and_chunks_the_deal_is_that_of_the_records():
     """Runs are on record: another deal would make others of them."""
     labels = torch.arange(8).repeat(3, 1)

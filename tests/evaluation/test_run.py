@@ -13,6 +13,7 @@ from simreg.evaluation import offline, run, scoring
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import config as recipe
 from simreg.recipe import trained
+from simreg.recipe.data import prepare
 from simreg.recipe.sources import HubDataset
 from simreg.recipe.tokenizer import Encoder
 from tests.evaluation import tiny
@@ -166,11 +167,16 @@ def change(run, tmp_path, **values):
     return copy
 
 
-def with_other_corpus(run):
+def recorded(run, fingerprint):
+    """The run, as if it had been trained on the text of that fingerprint."""
     result = json.loads((run / "result.json").read_text())
-    result["corpus"]["fingerprint"] = "0" * 32
+    result["corpus"]["fingerprint"] = fingerprint
     (run / "result.json").write_text(json.dumps(result))
     return run
+
+
+def with_other_corpus(run):
+    return recorded(run, "0" * 32)
 
 
 def test_runs_of_other_text_are_refused(runs, evaluate, tmp_path):
@@ -192,9 +198,15 @@ def test_runs_of_the_same_text_in_other_files_are_compared(runs, evaluate, tmp_p
 
 def test_runs_of_other_rows_share_their_text(runs, evaluate, tmp_path):
     run = runs / "plain" / "seed-1"
-    other = with_other_corpus(change(run, tmp_path, data={"seq_len": 8}))
+    other = change(run, tmp_path, data={"seq_len": 8, "tokenizer": "bpe:280"})
+    recorded(other, prepare(recipe.load(other / "config.yaml").data, progress=False).fingerprint)
     status, _, _, error = evaluate(run, other)
     assert status == 0, error
+    recorded(other, "0" * 32)  # it was trained when the files held other text
+    for order in ((run, other), (other, run)):
+        status, _, _, error = evaluate(*order)
+        assert status == 2
+        assert f"the text of {other} has changed since it was trained" in error
 
 
 def test_a_later_run_of_other_content_is_refused(runs, evaluate, tmp_path):

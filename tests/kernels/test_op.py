@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 import types
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import simreg
 from simreg import SimRegLoss, simreg_loss
-from simreg.kernels import op
+from simreg.kernels import op, precision
 from tests.kernels.problems import (
     each_backend,
     each_device,
@@ -219,6 +220,49 @@ def test_reduced_precision_of_products_is_not_for_the_loss(backend, dtype, monke
         with pytest.raises(ZeroDivisionError):
             simreg_loss(hidden, labels, backend=backend)
         assert [switch.fp32_precision for switch in switches] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_precision_that_a_program_inherits_stays_inherited():
+    hidden, labels, _ = problem(1, 9, 4, 3)
+    backends = torch.backends
+    switches = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "none"
+        backends.fp32_precision = "tf32"
+        simreg_loss(hidden, labels)
+        assert [switch.fp32_precision for switch in switches] == ["tf32"] * 2
+        backends.fp32_precision = "ieee"
+        assert [switch.fp32_precision for switch in switches] == ["ieee"] * 2
+    finally:
+        backends.fp32_precision = "none"
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+def test_precision_is_whole_until_the_last_thread_has_left():
+    matmul, whole = torch.backends.cuda.matmul, precision.whole_products
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert matmul.fp32_precision == "tf32"
+        inside, leave = threading.Event(), threading.Event()
+
+        def other():
+            with whole:
+                inside.set()
+                leave.wait(60)
+
+        thread = threading.Thread(target=other)
+        with whole:
+            thread.start()
+            assert inside.wait(60)
+        assert matmul.fp32_precision == "ieee"  # of the thread that is still there
+        leave.set()
+        thread.join()
+        assert matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -13,7 +13,7 @@ from simreg.recipe import hub
 from simreg.recipe.config import DataConfig
 from simreg.recipe.data import Corpus, prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.held_out import require_one_text, require_unchanged, rows_of
+from simreg.recipe.held_out import require_one_text, require_unchanged
 from simreg.recipe.trained import Trained
 
 _TOKENIZERS = "*token*", "vocab*", "merges*", "*.model"
@@ -26,14 +26,14 @@ _CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
 @dataclass(frozen=True)
 class Text:
     """`ids` `[R, L]` int64: rows spread evenly over the split. `frequency` `[V]` int64: how often
-    each token stands in the training split, whose deciles labels are sorted into. `rows`: what
-    rows depend on besides the text (`held_out.rows_of`)."""
+    each token stands in the training split, whose deciles labels are sorted into. `data`: what
+    names the text."""
 
     corpus: Corpus
     ids: Tensor
     frequency: Tensor
     stream: Tensor
-    rows: tuple[str, int]
+    data: DataConfig
 
 
 def read(data: DataConfig, tokens: int, split: str) -> Text:
@@ -48,7 +48,7 @@ def read(data: DataConfig, tokens: int, split: str) -> Text:
         part = corpus.train.tokens[start : start + (1 << 24)]
         counts += np.bincount(part, minlength=corpus.vocab_size)
     stream = torch.from_numpy(rows.tokens[:_STREAM].astype(np.int64))
-    return Text(corpus, ids, torch.from_numpy(counts), stream, rows_of(data))
+    return Text(corpus, ids, torch.from_numpy(counts), stream, data)
 
 
 def data_of(targets: Sequence[Trained], changes: dict[str, Any]) -> DataConfig:
@@ -79,9 +79,7 @@ def check_held_out(targets: Sequence[Trained], text: Text, changes: dict[str, An
     if changes.keys() & {"source", "validation"}:
         return
     require_one_text(runs, "analyze them one by one, or name other text with --source")
-    for run in runs:
-        if run.config is not None and rows_of(run.config.data) == text.rows:
-            require_unchanged(run, text.corpus.fingerprint, _OTHERWISE)
+    require_unchanged(runs, text.corpus, text.data, _OTHERWISE)
 
 
 def check_tokenizers(targets: Sequence[Trained], corpus: Corpus) -> None:

@@ -165,11 +165,11 @@ def _shuffled(
     Drawn from the labels themselves: the same batch is dealt alike after a resume, and the
     random numbers of the training are those of an unshuffled run.
     """
-    generator = torch.Generator().manual_seed(int(labels.sum()) % 2**32)
+    generator = torch.Generator("cpu").manual_seed(int(labels.sum()) % 2**32)
     dealt = labels.clone()
     for row, pools in zip(dealt, _pools(labels, segments, chunk_size), strict=True):
         where = terms.valid(row).nonzero().squeeze(1)
-        order = torch.randperm(len(where), generator=generator).to(row.device)
+        order = torch.randperm(len(where), generator=generator, device="cpu").to(row.device)
         source, pool = where[order], pools[where]
         # Sorted by pool, the places and what is dealt to them stand side by side.
         row[where[pool.argsort(stable=True)]] = row[source[pools[source].argsort(stable=True)]]

@@ -195,7 +195,7 @@ def _from_runs(models: Sequence[Trained], corpus: Corpus | None) -> tuple[list[s
             corpus = data.prepare(first.config.data)
         except UserError as error:
             raise UserError(f"the text of {first.name} is not there ({error}): {advice}") from None
-    require_unchanged(first, corpus.fingerprint, advice)
+    require_unchanged(runs, corpus, first.config.data, advice)
     kept = [text for text in documents(corpus) if text.strip()]
     return kept, f"validation split of corpus {corpus.fingerprint[:12]}"
 

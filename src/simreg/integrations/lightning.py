@@ -139,7 +139,7 @@ class SimRegCallback(Callback):
         added = self._reg(labels, segments, shift=self.shift)
         metrics = {f"simreg/{key}": value for key, value in self._reg.metrics.items()}
         if (found := regularizer(self.objective)) is not None:
-            metrics["simreg/weight"] = torch.tensor(found.weight)
+            metrics["simreg/weight"] = torch.tensor(found.weight, dtype=torch.float32)
         pl_module.log_dict(metrics, on_step=True, on_epoch=False)
         if isinstance(output, Mapping):
             return {**output, "loss": output["loss"] + added}

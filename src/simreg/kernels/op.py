@@ -21,6 +21,7 @@ from torch import Tensor
 
 from simreg.kernels import blockwise, reference
 from simreg.kernels.order import Form
+from simreg.kernels.precision import whole_products
 
 log = logging.getLogger("simreg")
 _name = cache(torch.cuda.get_device_name)
@@ -75,23 +76,8 @@ def plainly(hidden: Tensor) -> Iterator[None]:
     (where Triton would launch)."""
     plain = torch.autocast(hidden.device.type, enabled=False)
     device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]
-    with torch.no_grad(), plain, device, _whole_products():
+    with torch.no_grad(), plain, device, whole_products:
         yield
-
-
-@contextmanager
-def _whole_products() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the program has allowed."""
-    backends: Any = torch.backends
-    switches = backends.cuda.matmul, backends.mkldnn.matmul
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
 
 
 @torch.library.custom_op("simreg::loss", mutates_args=())
