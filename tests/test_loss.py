@@ -275,15 +275,8 @@ def test_divisors():
     for nothing in (0, torch.tensor(0), None):
         loss, _ = objective(hidden, torch.full_like(labels, -100), num_items=nothing)
         assert loss == 0
-    for bad in (
-        -5,
-        float("nan"),
-        float("inf"),
-        "7",
-        torch.tensor([7, 8]),
-        torch.tensor(True),
-        7j * torch.ones(()),
-    ):
+    tensors = torch.tensor([7, 8]), torch.tensor(True), torch.tensor(7j)
+    for bad in (-5, float("nan"), float("inf"), "7", *tensors):
         with pytest.raises(ValueError, match="num_items: expected a finite number"):
             objective(hidden, labels, num_items=bad)
 
@@ -358,6 +351,7 @@ def test_metrics_are_mean_cosines(backend, segmented):
     torch.manual_seed(8)
     hidden, labels = torch.randn(2, 15, 4), torch.randint(0, 6, (2, 15))
     labels[1, 3:6] = -100
+    labels[0] = 2  # none of which has a negative
     segments = torch.randint(0, 2, (2, 15)) if segmented else None
     _, metrics = SimRegLoss(backend=backend)(hidden, labels, segments)
     cosines: dict[bool, list[float]] = {True: [], False: []}

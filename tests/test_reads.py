@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from simreg.baselines import registry
 from simreg.capture import attach
+from simreg.decoders import find_layers
 from simreg.loss import SimRegLoss
 from simreg.objectives import Reads, Sum, layer_at, reads
 from tests.test_capture import CONFIGS, SMALL, batch, build
@@ -333,3 +334,24 @@ def test_what_simreg_ignores_the_other_does_too():
     torch.testing.assert_close(loss, SimRegLoss()(*left)[0] + other(*left)[0])
     assert metrics["auxiliary"] == other(*left)[1]["loss"]
     assert both(hidden, labels)[0] != Sum(SimRegLoss(), other)(hidden, labels)[0]
+
+
+def test_sum_asks_both_about_layers_and_leaves_out_a_simreg_that_is_off():
+    other = registry.build("cosine", {}, hidden_size=4, vocab_size=6)
+    hidden, labels = torch.randn(2, 5, 4), torch.randint(0, 6, (2, 5))
+    _, metrics = Sum(SimRegLoss(weight=0.0), other)(hidden, labels)
+    assert metrics.keys() == {"auxiliary"}
+
+    def refuse(layers):
+        raise ValueError(f"{layers} will not do")
+
+    other.check_layers = refuse
+    with pytest.raises(ValueError, match="3 will not do"):
+        Sum(SimRegLoss(), other).check_layers(3)
+
+
+def test_the_layers_of_a_decoder_are_its_longest_list():
+    decoder = nn.Module()
+    decoder.adapters = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    decoder.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    assert find_layers(decoder) is decoder.layers

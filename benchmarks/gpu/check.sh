@@ -4,8 +4,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python - <<'EOF'
 import sys
-import torch
 
+try:
+    import torch
+except ImportError:
+    sys.exit(f"{sys.executable} has no torch: activate the environment that simreg is installed in")
 if not torch.cuda.is_available():
     sys.exit("no CUDA GPU: torch.cuda.is_available() is False")
 print(torch.cuda.get_device_name(), "torch", torch.__version__)

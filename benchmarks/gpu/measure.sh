@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
 # benchmarks/gpu/measure.sh WHAT: one measurement, to benchmarks/results/. At most eight minutes; no network.
+names="captured loss variants chunks long rows step fuzz-triton fuzz-blockwise tune"
+if ! printf '%s\n' $names | grep -qxF -- "${1:-}"; then
+  echo "expected one of: $names" >&2
+  exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 out=benchmarks/results
 limit() { timeout --signal INT "${seconds:-400}" "$@"; }
 step() { seconds=130 limit python benchmarks/step.py --seconds 30 --pairs 12 --out "$out/$1" --set "$2"; }
-case "${1:-}" in
+case "$1" in
   captured) # what Python costs where the loss is launched kernel by kernel
     limit python -m simreg.cli bench --shapes 1024x768 2048x768 4096x768 4096x2048 8192x4096 \
       --contenders triton "triton, captured" --seconds 2 --out $out/captured-cuda.json ;;
@@ -31,7 +36,4 @@ case "${1:-}" in
     python benchmarks/fuzz.py "${1#fuzz-}" --jobs 7 --minutes 6.5 ;;
   tune)
     limit python benchmarks/tune.py --jobs 8 ;;
-  *)
-    echo "expected captured, loss, variants, chunks, long, rows, step, fuzz-triton, fuzz-blockwise or tune" >&2
-    exit 2 ;;
 esac

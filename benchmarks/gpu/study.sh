@@ -10,10 +10,21 @@ mkdir -p runs
 rm -f runs/study-*.log # of more processes than now, perhaps
 export OMP_NUM_THREADS=1
 jobs=()
+# TERM, since processes that a script starts heed INT only once they train; they save, and stop.
+stop() {
+  trap '' INT TERM
+  kill -TERM "${jobs[@]}" 2>/dev/null || true
+  wait
+  exit 130
+}
+trap stop INT TERM
 for i in $(seq "${JOBS:-6}"); do
   python -m simreg.cli compare "$@" --stop-after 6.5 >"runs/study-$i.log" 2>&1 &
   jobs+=($!)
-  if [ "$i" = 1 ]; then sleep 15; fi # the first tokenises
+  if [ "$i" = 1 ]; then # it tokenises
+    sleep 15 &
+    wait $! # which signals interrupt
+  fi
 done
 failed=0
 for job in "${jobs[@]}"; do

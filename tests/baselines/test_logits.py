@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from simreg.baselines.reweighting import STRATEGIES
+from simreg.baselines.reweighting import STRATEGIES, Reweighting
 from simreg.capture import attach, shift_left
 from tests.baselines.problems import (
     assert_equals,
@@ -219,3 +219,9 @@ def test_reweighting_prefers_what_its_strategies_say():
     assert ignored == 1
     for found in weights.values():
         assert sum(found[:4]) / 4 == pytest.approx(1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ignored_tokens_beside_one_label_do_not_make_weights_nan(strategy):
+    losses, valid = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[True, False, False]])
+    assert Reweighting(strategy=strategy).weights(losses, valid).tolist() == [[1.0, 1.0, 1.0]]

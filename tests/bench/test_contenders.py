@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simreg import simreg_loss
 from simreg.bench import contenders as module
-from simreg.bench.contenders import BARE, CAPTURED, COMPILED, METRIC_LEARNING, contenders
+from simreg.bench.contenders import BARE, CAPTURED, COMPILED, METRIC_LEARNING, ROUNDED, contenders
 from simreg.bench.problem import Shape
 from simreg.bench.recompute import chunked_recompute
 from simreg.loss import BACKENDS, VARIANTS
@@ -53,6 +53,24 @@ def test_equals_the_reference_in_value_and_gradient(contender, chunk, monkeypatc
     tolerance = 1e-5 if contender.name == METRIC_LEARNING else 1e-10  # it adds 1e-6 to counts
     torch.testing.assert_close(found, value, rtol=tolerance, atol=0)
     torch.testing.assert_close(hidden.grad, grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_peer_on_cuda_multiplies_in_the_dtype_of_the_embeddings(monkeypatch):
+    (peer,) = (c for c in contenders(torch.device("cuda")) if c.name == ROUNDED)
+    assert ROUNDED not in {c.name for c in contenders(CPU)}
+    assert ROUNDED not in {c.name for c in contenders(torch.device("cuda"), ["in"])}
+    products, seen = torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda a, b: [seen.append(a.dtype), products(a, b)][1])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    shape = Shape(batch=3, length=40, dim=6, dtype="bfloat16", chunk=20)
+    hidden, labels = problem(shape)
+    value, grad = truth(hidden, labels, chunk_size=20)
+    assert peer.prepare(hidden, labels, shape)() == pytest.approx(value.item(), rel=1e-10)
+    torch.testing.assert_close(hidden.grad, grad)
+    half = hidden.detach().bfloat16().requires_grad_()
+    assert peer.prepare(half, labels, shape)() == pytest.approx(value.item(), rel=0.03)
+    assert seen == [torch.float64, torch.bfloat16]
+    assert half.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

@@ -3,8 +3,11 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,45 @@ def test_without_a_gpu_a_script_says_so(script):
     done = shell(str(script), "tune")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "no CUDA GPU: torch.cuda.is_available() is False\n"
+
+
+BUSY = """#!/bin/sh
+[ "$1" = - ] || [ "$2" = pytest ] && exit 0
+trap 'echo saved >> "$RECORD"; exit 130' TERM
+echo begun >> "$RECORD"
+while :; do sleep 0.1; done
+"""
+"""A `python` that trains until it is told to stop, by TERM alone."""
+
+
+@pytest.mark.parametrize("to", [os.killpg, os.kill], ids=["Ctrl-C", "to the script"])
+def test_a_study_that_is_interrupted_leaves_no_process(stand_in, to):
+    (stand_in / "python").write_text(BUSY)
+    record = stand_in / "record"
+    own = {"PATH": f"{stand_in}{os.pathsep}{os.environ['PATH']}", "RECORD": str(record)}
+    script = subprocess.Popen(
+        ["benchmarks/gpu/study.sh", "any.yaml"],
+        cwd=ROOT,
+        env={**os.environ, **own, "JOBS": "1"},
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 60
+        while not record.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        to(script.pid, signal.SIGINT)
+        assert script.wait(60) == 130
+        assert record.read_text().split() == ["begun", "saved"]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
+
+
+def test_a_measurement_that_is_none_is_refused_before_any_check():
+    for arguments in ([], ["nope"], ["loss variants"]):
+        done = shell("benchmarks/gpu/measure.sh", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("expected one of: captured loss ")
 
 
 def test_the_tests_that_scripts_name_are_there(stand_in, monkeypatch):

@@ -93,6 +93,7 @@ def test_an_interruption_costs_the_shape_that_is_measured(tmp_path, capsys, monk
     assert bench("--shapes", *shapes, *flags) == 130
     found = json.loads(out.read_text())
     assert {record["length"] for record in found["records"]} == {4, 8}
+    assert (tmp_path / "b.png").exists()  # of these
     later = problem.shapes(shapes[2:], 4, ["float32"], [None])
     assert found["left"] == [str(shape) for shape in later]
 

@@ -124,3 +124,21 @@ def test_several_texts_stay_whole_and_a_single_one_is_many_documents(tmp_path):
         path.write_text(text)
     assert sorted(offline._from_text(list(map(str, paths)))[0]) == sorted(texts)
     assert len(offline._from_text([str(paths[0])])[0]) > 1
+
+
+class Letters:
+    """A tokenizer of a token a letter."""
+
+    bos_token_id = eos_token_id = 0
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_bits_are_per_byte_of_utf8_not_per_letter():
+    def scorer(pairs, advance):
+        return [(-float(len(continuation)), False) for _, continuation in pairs]
+
+    scorer.max_length = 4
+    found = offline.Bits(["aé€", "ab"], "").run(scorer, Letters(), lambda count: None)
+    assert found.weights == [6.0, 2.0]

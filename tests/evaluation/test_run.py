@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -418,3 +419,16 @@ def test_weights_of_the_hub_in_either_format(weights, model, tmp_path, monkeypat
         logits = scoring.load(found.model, None, bf16=False)[0].model(ids).logits
         expected = scoring.load(model, None, bf16=False)[0].model(ids).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+def test_a_cached_score_is_of_the_positions_and_precision_it_was_made_with(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    plain = trained.Trained("m", tmp_path)
+    models = [
+        run._Model(plain),
+        run._Model(replace(plain, config=recipe.RunConfig())),
+        run._Model(plain),
+    ]
+    models[-1].bf16 = not models[-1].bf16
+    keys = [model.key() for model in models]
+    assert all(keys.count(key) == 1 for key in keys)

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from simreg.evaluation.scoring import Scorer, encode_pair
+from simreg.evaluation.scoring import Scorer, encode_pair, prefix_token
 from simreg.recipe.errors import UserError
 
 rng = torch.Generator().manual_seed(0)
@@ -197,3 +198,10 @@ def test_the_name_of_a_special_token_is_text(loaded):
     tokenizer = loaded[1]
     context, continuation = encode_pair(tokenizer, f"the {tokenizer.eos_token} river ", "ran")
     assert tokenizer.eos_token_id not in [*context, *continuation]
+
+
+def test_a_text_begins_with_bos_before_eos():
+    tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=2)
+    assert prefix_token(tokenizer) == 0
+    tokenizer.bos_token_id = None
+    assert prefix_token(tokenizer) == 2

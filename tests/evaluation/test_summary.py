@@ -50,3 +50,12 @@ def test_one_accuracy_is_named_and_arms_without_common_seeds_are_not_compared():
     assert summary.sentences(found)[0].startswith("ours on piqa: accuracy")
     found["differences"]["ours"]["average"]["score"] = None
     assert summary.sentences(found) == ["ours shares no seed with plain: not compared."]
+
+
+def test_tasks_without_a_normalised_score_count_by_their_plain_one():
+    tasks = [
+        {"metric": "acc", "score": 0.5, "normalised": 0.75},
+        {"metric": "acc", "score": 0.25, "normalised": None},
+        {"metric": "bits_per_byte", "score": 2.0, "normalised": None},
+    ]
+    assert summary.average(tasks) == {"score": 0.375, "normalised": 0.5, "tasks": 2}

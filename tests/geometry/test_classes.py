@@ -68,3 +68,9 @@ def test_a_zero_vector_has_cosine_zero():
     h = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
     intra, _ = token_cosines(Sample.of(h, torch.zeros(3, dtype=torch.int64)))
     assert intra.tolist() == [0, 0.5, 0.5]
+
+
+def test_one_class_has_no_others_whatever_is_rounded():
+    torch.manual_seed(0)
+    alone = Sample.of(torch.randn(50, 64), torch.zeros(50, dtype=torch.int64))
+    assert token_cosines(alone)[1].isnan().all()

@@ -208,3 +208,10 @@ def test_equals_the_package_neural_collapse(sample):
     assert collapse.equinorm(found) == pytest.approx(0.29738702468244, **near)
     agreement = collapse.agreement(sample, found, weight)
     assert float(agreement.mean()) == pytest.approx(0.00695652173913, **near)
+
+
+def test_all_pairs_of_classes_have_no_sampling_error():
+    torch.manual_seed(0)
+    found = classes(Sample.of(torch.randn(40, 5), torch.arange(40) % 5))
+    every = collapse.cdnv(found, pairs=10)
+    assert (every.se, every.pairs) == (0, 10)

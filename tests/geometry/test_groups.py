@@ -36,6 +36,7 @@ def test_parts_cover_the_deciles_once():
 
 def test_position_bins():
     assert groups.position_bins(torch.arange(7), 7, 4).tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert groups.position_bins(torch.arange(8), 8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_the_error_of_a_mean_counts_rows_not_tokens():

@@ -28,6 +28,22 @@ def test_the_table_of_the_docs_is_what_the_command_prints(
     assert table.count("\n") == 2 + 25
 
 
+def test_a_model_by_its_numbers_costs_what_the_preset_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spread = " --seq 131072 --gpus 64 --cp 16"
+    numbers = "--params 8030261248 --active-params 7504924672 --hidden 4096 --layers 32"
+    preset = printed("--model llama-8b" + spread, capsys).partition("\n")[2]
+    own, shared = (printed(numbers + keys + spread, capsys) for keys in ("", " --kv-width 1024"))
+    assert shared.partition("\n")[2] == preset
+    assert own.partition("\n")[2] != preset
+
+
+def test_a_setting_at_the_bound_is_within_it() -> None:
+    every = options(Job(find("llama-130m"), length=1024), "out", **RATE)
+    assert within(every, every[0].shares.time) is every[0]
+
+
 def test_the_example_of_the_docs_is_what_the_command_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -145,6 +161,12 @@ def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama-8b --bound nan", "--bound: expected a positive, finite number, got nan"),
         ("--model llama-8b --tflops inf", "--tflops: expected a positive, finite number, got inf"),
         ("--params inf --hidden 64 --layers 2", "--params: expected a positive, finite number"),
+        ("--model llama-8b --kv-width 1024", "--model: give a preset, or"),
+        ("--params 1e9 --hidden 64 --layers 2 --kv-width 0", "--kv-width: expected from 1 to --h"),
+        (
+            "--params 1e9 --hidden 64 --layers 2 --kv-width 65",
+            "--kv-width: expected from 1 to --hidden, 64; got 65",
+        ),
         ("--params 0.5 --hidden 64 --layers 2", "--params: expected a number of parameters"),
         ("--params 1e3 --hidden 4096 --layers 32", "--params: 1000 are too few for 32 layers of w"),
         ("--model llama-8b --chunk 1", "--chunk: expected 2 or more"),

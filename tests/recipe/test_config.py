@@ -216,3 +216,11 @@ def test_an_auxiliary_loss_may_be_named_after_its_options() -> None:
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (4096, 1), (4097, 2), (40_960, 10)])
 def test_steps_round_up(tokens: int, steps: int) -> None:
     assert config.from_dict({"train": {"tokens": tokens}}).steps == steps
+
+
+def test_a_record_without_a_field_is_of_before_there_was_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("simreg: {weight: 0.3}")
+    own = config.recorded(path).simreg
+    assert (own.push, own.depths, own.depths_offset) == (0.0, [], 0)
+    assert (own.schedule, own.schedule_fraction) == ("constant", 0.5)

@@ -215,3 +215,13 @@ def test_ordered_rows_are_rows(config):
     rows = prepared(config).train
     order = Ordered(rows, 0, 5)
     assert order[2]["input_ids"].equal(rows[order.index(2)]["input_ids"])
+
+
+def test_the_digest_knows_where_documents_end(tmp_path):
+    digests = set()
+    for name, documents in (("a", [[1, 2], [3]]), ("b", [[1], [2, 3]])):
+        with data._Writer(tmp_path / name) as writer:
+            for ids in documents:
+                writer.add(np.array(ids, dtype=np.uint16))
+        digests.add(writer.digest.hexdigest())
+    assert len(digests) == 2

@@ -150,3 +150,8 @@ def test_a_width_that_heads_do_not_fit_is_named(preset: str, hidden: int) -> Non
     config = from_dict({"model": {"preset": preset, "hidden_size": hidden}})
     with pytest.raises(UserError, match=rf"model.hidden_size={hidden}: expected a multiple of"):
         models.of_run(config, vocab_size=100)
+
+
+@pytest.mark.parametrize("preset", ["mixtral-tiny", "mixtral-8x7b"])
+def test_the_router_loss_counts_as_published(preset: str) -> None:
+    assert models.model_config(preset, vocab_size=64, seq_len=16).router_aux_loss_coef == 0.02

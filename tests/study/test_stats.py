@@ -173,3 +173,16 @@ def test_interpolate_stays_inside():
     assert stats.interpolate([4, 16], [3.0, 1.0], 8) == pytest.approx(2.0)
     assert stats.interpolate([4, 16], [3.0, 1.0], 3.9) is None
     assert stats.interpolate([4, 16], [3.0, 1.0], 16.1) is None
+
+
+def test_a_loss_on_the_target_is_reached_at_its_own_tokens():
+    """Without a rounding that would be a difference, as of an arm that is the reference."""
+    third = stats.crossing([50, 1e6 / 3], [3.0, 1.7], 1.7)
+    assert third == Crossing("ok", 1e6 / 3, True)
+    assert stats.first_passing([7, 1e6 / 3], [3.0, 1.7], 1.7).tokens == 1e6 / 3
+    same = stats.saving(dict.fromkeys(range(3), third), dict.fromkeys(range(3), 1e6 / 3))
+    assert same["mean"] == same["low"] == same["high"] == 0
+
+
+def test_a_plateau_is_not_monotone():
+    assert stats.crossing([1, 2, 4], [3.0, 3.0, 2.0], 2.5).monotone is False

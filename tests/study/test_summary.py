@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from simreg.recipe import progress
+from simreg.recipe.errors import UserError
 from simreg.study import plan, report, results, summary
 from simreg.study.plan import Cell
 from simreg.study.records import Run
@@ -245,6 +246,8 @@ def test_a_seed_whose_reference_diverged_leaves_no_interval(five):
         saved = found["isoloss"]["fast"][kind]
         assert (saved["n"], saved["missing"], saved["diverged"]) == (4, [3], [3])
         assert saved["low"] is saved["high"] is saved["bootstrap"] is None
+    gap = found["arms"]["fast"]["budgets"]["1"]["ce_minus_reference"]
+    assert (gap["n"], gap["diverged"], gap["low"], gap["high"]) == (4, [3], None, None)
     headline = summary.headlines(found)[0]
     assert "(4 seeds that did not diverge, which are no sample of all: no interval; a" in headline
     assert headline.endswith("1 of 5 runs of baseline diverged.")
@@ -273,8 +276,9 @@ def test_tokens_in_words(tokens, text):
 
 def test_a_mean_over_lines_is_one_over_their_steps():
     lines = [{"step": 10, "clipped": 1.0}, {"step": 11, "clipped": 0.0}, {"step": 12}]
+    lines += [{"step": 13, "clipped": 0.0}]
     run = Run(Cell("a", 1.0, 0), {}, lines, [])
-    assert run.mean("clipped") == pytest.approx(10 / 11)
+    assert run.mean("clipped") == pytest.approx(10 / 12)
     assert run.mean("grad_norm") is None
 
 
@@ -313,3 +317,25 @@ def test_equal_time_is_of_seeds_that_have_the_budgets_it_lies_between(five):
     times = {"fast": {**TIMES, "ratio": 1.0}}
     seeds = results.build(study, [*ended, *longer], times, [])["equal_time"]["fast"]
     assert [each["seed"] for each in seeds["ce_difference"]["per_seed"]] == [0, 1, 3, 4]
+
+
+def test_a_study_whose_missing_runs_diverged_is_complete(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    lost = Cell("fast", 0.6, 3)
+    ended = [run for run in runs if run.cell != lost]
+    assert results.build(study, ended, {}, [], {lost.folder: "NaN"})["complete"]
+    assert not results.build(study, ended, {}, [])["complete"]
+
+
+def test_runs_that_saw_two_texts_are_refused(five):
+    runs, found = five
+    study = plan.from_dict({**found["study"], "out": "x"})
+    other = runs[-1].result | {"corpus": {"fingerprint": "beef"}}
+    with pytest.raises(UserError, match=r"saw different data .*f00d.*beef"):
+        results.build(study, [*runs[:-1], replace(runs[-1], result=other)], {}, [])
+
+
+def test_budgets_ascend_whichever_seed_has_them(five):
+    fast = [run for run in five[0] if run.cell.arm == "fast" and run.cell != Cell("fast", 0.6, 0)]
+    assert list(results.grid(fast)["fast"]) == [0.6, 0.8, 1.0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simreg import simreg_loss
 from simreg.bench.problem import Shape, rows
-from simreg.bench.recompute import chunked_recompute, pairs_at_a_time
+from simreg.bench.recompute import at_once, chunked_recompute, pairs_at_a_time
 from simreg.kernels.order import Form
 from simreg.kernels.reference import reference
 from simreg.loss import BACKENDS, TEMPERATURE
@@ -20,6 +20,7 @@ from simreg.parallel.loss import per_token as sharded
 
 BARE = "bare matmuls"
 NAIVE, COMPILED, RECOMPUTE = "naive", "compiled naive", "chunked recompute"
+ROUNDED = "compiled, rounded"
 METRIC_LEARNING = "pytorch-metric-learning"
 SHARDED = "sharded, one rank"
 CAPTURED = "triton, captured"
@@ -67,11 +68,15 @@ def contenders(device: torch.device, variants: Sequence[str] = ("out",)) -> list
 
     Peers know the "out" loss alone, and are left out if it is not among the variants.
     """
+    no_compiler = _no_compiler(device)
     peers = [
-        Contender(COMPILED, _compiled, _compiled_bytes, "out", _no_compiler(device), True),
+        Contender(COMPILED, _compiled(_naive_out), _compiled_bytes, "out", no_compiler, True),
         Contender(RECOMPUTE, _recompute, _recompute_bytes(device), "out"),
         Contender(METRIC_LEARNING, _metric_learning, _metric_bytes, "out", _no_metric_learning()),
     ]
+    if device.type == "cuda":  # where it matters in which dtype products are
+        rounded = _compiled(at_once)
+        peers.insert(1, Contender(ROUNDED, rounded, _compiled_bytes, "out", no_compiler, True))
     ours = [
         Contender(
             backend, _backend(backend, variant), _linear_bytes, variant, _missing(backend, device)
@@ -190,10 +195,17 @@ def _naive(variant: str) -> Prepare:
     return prepare
 
 
-def _compiled(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
-    torch.compiler.reset()  # a shape each: else the second one would compile for any length
-    compiled = torch.compile(_textbook, dynamic=False, fullgraph=True)
-    return _step(hidden, lambda: compiled(*rows(hidden, labels, shape), "out"))
+def _naive_out(hidden: Tensor, labels: Tensor) -> Tensor:
+    return _textbook(hidden, labels, "out")
+
+
+def _compiled(loss: Callable[[Tensor, Tensor], Tensor]) -> Prepare:
+    def prepare(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
+        torch.compiler.reset()  # a shape each: else the second one would compile for any length
+        compiled = torch.compile(loss, dynamic=False, fullgraph=True)
+        return _step(hidden, lambda: compiled(*rows(hidden, labels, shape)))
+
+    return prepare
 
 
 def _recompute(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:

@@ -1,4 +1,4 @@
-"""The peer to beat: what one writes in plain PyTorch to avoid the L×L matrix."""
+"""Peers in plain PyTorch with products in the dtype of the embeddings."""
 
 import torch
 from torch import Tensor
@@ -35,10 +35,7 @@ def chunked_recompute(hidden: Tensor, labels: Tensor, pairs: int | None = None) 
     pairs = pairs or pairs_at_a_time(hidden.device)
     step = max(1, min(length, pairs // length))
     group = max(1, pairs // (step * length))  # rows of the batch that share a chunk
-    valid = labels >= 0
-    e = hidden.masked_fill(~valid[..., None], 0)
-    e = e if e.dtype == torch.float64 else e.float()
-    e = F.normalize(e, dim=-1, eps=EPS).to(hidden.dtype)
+    e = _normalised(hidden, labels)
     total = e.new_zeros((), dtype=torch.promote_types(e.dtype, torch.float32))
     # `split` gathers gradients once; a slice each would add a whole-size tensor for each chunk.
     for e_group, y_group in zip(torch.split(e, group), torch.split(labels, group), strict=True):
@@ -53,7 +50,19 @@ def chunked_recompute(hidden: Tensor, labels: Tensor, pairs: int | None = None) 
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-    return total / valid.sum().clamp_min(1)
+    return total / (labels >= 0).sum().clamp_min(1)
+
+
+def at_once(hidden: Tensor, labels: Tensor) -> Tensor:
+    """As `chunked_recompute`, all of S at a time and kept."""
+    e = _normalised(hidden, labels)
+    return _chunk_loss(e, e, labels, 0, TEMPERATURE) / (labels >= 0).sum().clamp_min(1)
+
+
+def _normalised(hidden: Tensor, labels: Tensor) -> Tensor:
+    e = hidden.masked_fill((labels < 0)[..., None], 0)
+    e = e if e.dtype == torch.float64 else e.float()
+    return F.normalize(e, dim=-1, eps=EPS).to(hidden.dtype)
 
 
 def _chunk_loss(chunk: Tensor, e: Tensor, labels: Tensor, start: int, temperature: float) -> Tensor:

@@ -62,7 +62,7 @@ class BenchOptions:
     memory: bool = True
     """Measure memory too (on the CPU each figure takes a process of its own)."""
     out: Annotated[Path | None, default_of("benchmarks/results/bench-DEVICE.json")] = None
-    """The JSON file, written after each shape; the figure goes beside it as .png and .svg."""
+    """The JSON file, written after each shape, and the figure beside it as .png and .svg."""
 
 
 def main(options: BenchOptions) -> None:
@@ -70,7 +70,7 @@ def main(options: BenchOptions) -> None:
     console = progress.console()
     out = expanded(options.out or _default_out(find_device(options.device)))
     check_writable(out)
-    results = bench(options, console, command=outputs.command(), save=partial(outputs.write, out))
+    results = bench(options, console, command=outputs.command(), save=partial(write, out=out))
     drawn = write(results, out)
     console.print(f"results {out}")
     if drawn:
@@ -82,7 +82,7 @@ def bench(
     console: Console,
     *,
     command: str,
-    save: Callable[[dict[str, Any]], None] | None = None,
+    save: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Measure what the options ask for and print each shape's table; the results as in the JSON.
 

@@ -36,6 +36,9 @@ class PlanOptions:
     """The width d of the hidden states."""
     layers: int | None = None
     """Transformer layers."""
+    kv_width: int | None = None
+    """With --params, the width of all keys of a token: heads of keys times their dimension.
+    Default: --hidden, as where each head has its own."""
     seq: Annotated[int, tyro.conf.arg(aliases=("--seq-len",))] = 8192
     """Tokens of a row."""
     rows: int = 1
@@ -145,7 +148,7 @@ def _model(chosen: PlanOptions) -> Model:
     params, hidden, layers = chosen.params, chosen.hidden, chosen.layers
     active = params if chosen.active_params is None else chosen.active_params
     if chosen.model is not None:
-        if (params, active, hidden, layers) != (None,) * 4:
+        if (params, active, hidden, layers, chosen.kv_width) != (None,) * 5:
             raise UserError("--model: give a preset, or --params, --hidden and --layers; not both")
         return models.find(chosen.model)
     if params is None or active is None or hidden is None or layers is None:
@@ -163,7 +166,10 @@ def _model(chosen: PlanOptions) -> Model:
             )
     if active > params:
         raise UserError(f"--active-params: expected at most --params, got {active:g}")
-    return Model("your model", hidden, layers, int(params), int(active), keys=hidden)
+    keys = hidden if chosen.kv_width is None else chosen.kv_width
+    if not 1 <= keys <= hidden:
+        raise UserError(f"--kv-width: expected from 1 to --hidden, {hidden}; got {keys}")
+    return Model("your model", hidden, layers, int(params), int(active), keys=keys)
 
 
 def _situation(job: Job) -> Iterator[str]:

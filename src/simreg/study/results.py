@@ -47,7 +47,7 @@ def build(
         "schema": SCHEMA,
         "study": {key: value for key, value in to_dict(study).items() if key != "out"},
         "seeds": list(study.seeds),
-        "complete": len(runs) == len(study.cells()),
+        "complete": len(runs) + len(failures) == len(study.cells()),
         "commands": commands,
         "versions": _distinct(runs, "versions"),
         "machine": _distinct(runs, "machine"),

@@ -37,6 +37,8 @@ class Crossing:
 
 def _between(tokens: np.ndarray, ce: np.ndarray, i: int, target: float) -> float:
     """Token count in segment [i - 1, i] where the loss, linear in log tokens, equals the target."""
+    if ce[i] == target:  # but for rounding
+        return float(tokens[i])
     x0, x1 = np.log(tokens[i - 1 : i + 1])
     share = (ce[i - 1] - target) / (ce[i - 1] - ce[i])
     return float(np.exp(x0 + share * (x1 - x0)))
