@@ -149,6 +149,7 @@ def main(
             options={
                 "num_warps": warps,
                 "num_stages": stages,
+                **host.FUSION,
                 **(more if kernel is tiles.gradients else {}),
             },
         )

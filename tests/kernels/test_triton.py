@@ -5,8 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import fuzz
+from simreg import simreg_loss
 from simreg.kernels.order import Form
+from simreg.parallel.loss import per_token as sharded
 from tests.kernels.problems import each_variant, needs_triton, problem, quiet, small_tiles
+from tests.parallel import worlds
 from tests.peak import Peak
 from tests.test_loss import per_token, value_and_grad
 
@@ -313,3 +316,24 @@ def test_nothing_is_computed_around_the_kernels(monkeypatch, push):
     with Operations() as backward:
         triton.backward(loss, hidden, labels, None, saved, form)
     assert backward.names == []
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's launches are watched")
+def test_every_launch_says_that_it_wants_fused_arithmetic(monkeypatch):
+    """Of which newer versions of Triton warn, or make none, where it is not said."""
+    from triton.runtime.interpreter import GridExecutor
+
+    said, launch = {}, GridExecutor.__call__
+
+    def watched(self, *args, **options):
+        said.setdefault(self.fn.__name__, set()).add(options.get("enable_fp_fusion"))
+        launch(self, *args, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", watched)
+    worlds.as_on_cuda(monkeypatch)
+    hidden, labels, _ = problem(1, 6, 4, 2, dtype=torch.bfloat16)
+    leaf = hidden.requires_grad_()
+    simreg_loss(leaf, labels, backend="triton").backward()
+    sharded(leaf, labels, form=Form(0.1, "out"), whole_rows=False).loss.sum().backward()
+    one = {"find_runs", "inverses", "sums", "merge", "results", "ends", "gradients", "apply"}
+    assert said == {name: {True} for name in one | {"row_sums", "entries"}}

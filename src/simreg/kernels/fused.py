@@ -12,7 +12,7 @@ from simreg.kernels.order import Ends, Form, Sums
 from simreg.kernels.pairs import Gaps, logarithm
 from simreg.kernels.rectangular import Pair, Piece, Rows
 from simreg.kernels.tokens import POSITIVES
-from simreg.kernels.triton import INTERPRETED, MODES
+from simreg.kernels.triton import FUSION, INTERPRETED, MODES
 
 ROWS, COLS = 8, 128  # of a tile, at a time
 
@@ -59,7 +59,7 @@ class Fused:
         entries[grid](
             products, *places, *mine, *given, m, *numbers,
             MODE=MODES[self.form.variant], PUSH=self.form.push != 0, ROWS=ROWS, COLS=COLS,
-            INTERPRETED=INTERPRETED,
+            INTERPRETED=INTERPRETED, **FUSION,
         )  # fmt: skip
         return rectangular.product(m, theirs)
 
@@ -67,7 +67,7 @@ class Fused:
         products, places, numbers = self._tile(cols, pair)
         row_sums[(triton.cdiv(products.shape[1], ROWS),)](
             products, *places, lse, sums, self.inverse.numel(), *numbers,
-            ROWS=ROWS, COLS=COLS, **flags,
+            ROWS=ROWS, COLS=COLS, **FUSION, **flags,
         )  # fmt: skip
 
     def _tile(

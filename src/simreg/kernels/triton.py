@@ -32,6 +32,7 @@ TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.inverses, triton.JITFunction)
 MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
 _TOKENS = 128  # to a program that looks at each token alone
+FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where a launch does not say; later ones: no
 capability = cache(torch.cuda.get_device_capability)
 
 
@@ -123,7 +124,7 @@ class Problem:
         tokens.find_runs[(self.parts * self.batch,)](
             self.index, labels.long().contiguous(), ids, runs, count,
             self.batch, self.length, self.parts, self.length.bit_length(),
-            SEGMENTED=segments is not None, TOKENS=_TOKENS,
+            SEGMENTED=segments is not None, TOKENS=_TOKENS, **FUSION,
         )  # fmt: skip
         return runs, count
 
@@ -132,7 +133,7 @@ class Problem:
         parts = triton.cdiv(self.length, 16)
         tokens.inverses[(parts * self.batch,)](
             self.hidden, self.index, self.count, inverse, parts, self.length, self.dim,
-            SMALLEST=EPS, TOKENS=16, DEPTH=128,
+            SMALLEST=EPS, TOKENS=16, DEPTH=128, **FUSION,
         )  # fmt: skip
         return inverse
 
@@ -174,7 +175,7 @@ class Problem:
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * b.tile,
             PUSH=form.push != 0, BOUNDED=form.bounded, EVEN=self.dim % b.depth == 0,
             TILE=b.tile, DEPTH=b.depth, PARTS=b.parts, INTERPRETED=INTERPRETED,
-            num_warps=b.warps, num_stages=b.stages, **flags,
+            num_warps=b.warps, num_stages=b.stages, **FUSION, **flags,
         )  # fmt: skip
 
     def merge(
@@ -196,7 +197,7 @@ class Problem:
             launch.first_row, launch.first_tile, self.tiles, launch.tiles * self.blocks.tile,
             SUMS=len(into), LOGS=logs, LABELS=labels, SYMMETRIC=symmetric,
             AGAIN=symmetric and launch.first_tile > 0, TILE=self.blocks.tile,
-            num_warps=MERGING[bool(logs)],
+            num_warps=MERGING[bool(logs)], **FUSION,
         )  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def forward(
         loss, pos_cos, neg_cos,
         problem.batch, problem.length, problem.parts,
         form.temperature, form.largest, form.push,
-        MODE=mode, PUSH=form.push != 0, BOUNDED=form.bounded, TOKENS=_TOKENS,
+        MODE=mode, PUSH=form.push != 0, BOUNDED=form.bounded, TOKENS=_TOKENS, **FUSION,
     )  # fmt: skip
     return loss, pos_cos, neg_cos, problem.index, problem.inverse, lse, statistic
 
@@ -262,7 +263,7 @@ def backward(
         grad, index, problem.runs, lse, statistic, stacked,
         problem.batch, problem.length, problem.parts, *grad.stride(),
         form.largest, form.push,
-        MODE=MODES[form.variant], PUSH=form.push != 0, TOKENS=_TOKENS,
+        MODE=MODES[form.variant], PUSH=form.push != 0, TOKENS=_TOKENS, **FUSION,
     )  # fmt: skip
     rescaled = hidden.dtype == torch.float16
     powers = unit = inverse  # which are not read
@@ -297,7 +298,7 @@ def backward(
             launch.first_row, launch.first_tile, problem.tiles, launch.tiles * b.tile,
             RESCALED=rescaled, EVEN=problem.dim % b.wide == 0,
             TILE=b.tile, DEPTH=b.step, WIDE=b.wide, SMALLEST=EPS, INTERPRETED=INTERPRETED,
-            num_warps=b.wide_warps, num_stages=b.wide_stages,
+            num_warps=b.wide_warps, num_stages=b.wide_stages, **FUSION,
         )  # fmt: skip
     del problem, slots, m  # before what may be another copy
     return out[..., : hidden.shape[-1]].contiguous()
