@@ -79,6 +79,7 @@ def test_one_of_several_processes_leaves_out_finalization(
         env=os.environ | {"WORLD_SIZE": str(processes), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == expected, done.stderr
     assert done.stdout == "thread\nlate handler\nearly handler\n"
@@ -89,14 +90,19 @@ def test_a_closed_output_is_no_failure_of_one_of_several_processes() -> None:
     for closed in (">&-", "2>&-", "| true"):
         command = f'set -o pipefail; "{sys.executable}" -c "{code}" {closed}'
         done = subprocess.run(
-            ["bash", "-c", command], env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True
+            ["bash", "-c", command],
+            env=os.environ | {"WORLD_SIZE": "2"},
+            capture_output=True,
+            timeout=300,
         )
         assert done.returncode == 0, (closed, done.stderr)
 
 
 def test_several_processes_end_as_one_does_where_nothing_was_run() -> None:
     command = [sys.executable, "-m", "simreg.cli", "no-such-verb"]
-    done = subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True)
+    done = subprocess.run(
+        command, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, timeout=300
+    )
     assert done.returncode == 2
     assert b"no-such-verb" in done.stderr
     assert b"Traceback" not in done.stderr
@@ -293,7 +299,7 @@ def test_version_and_help_do_not_load_transformers() -> None:
         "    except SystemExit as stop: assert not stop.code\n"
         "assert 'transformers' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"simreg {__version__}\n")
 

@@ -50,7 +50,8 @@ class AtDepths(nn.Module):
     over the same number of labels: those that have no later one count 0.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for an objective that is no `SimRegLoss` of whole sequences, depths that are no
+            fractions, or stand twice, and an offset that is no whole number from 0.
     """
 
     def __init__(

@@ -27,6 +27,11 @@ def pairing(seed: int | None) -> int:
     return NO_SEED if seed is None else seed
 
 
+def t_factor(freedom: int) -> float:
+    """How many standard errors the limits lie from a mean, with so many degrees of freedom."""
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+
+
 def t_interval(values: Sequence[float]) -> Interval:
     """Mean and two-sided Student-t interval; no limits from fewer than two values."""
     x = np.asarray(values, dtype=float)
@@ -36,7 +41,7 @@ def t_interval(values: Sequence[float]) -> Interval:
     mean = float(x.mean())
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * x.std(ddof=1) / np.sqrt(n))
+    half = float(t_factor(n - 1) * x.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 

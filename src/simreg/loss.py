@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from simreg.kernels import op
 from simreg.kernels.order import Form
+from simreg.kernels.pairs import wide
 
 Variant = Literal["out", "in", "decoupled"]
 VARIANTS = get_args(Variant)
@@ -127,6 +128,9 @@ class SimRegLoss(nn.Module):
             finite), and the metrics are still computed.
         temperature, variant, chunk_size, ignore_index, backend, push, push_above: as in
             `simreg_loss`, except that `push` is 3.333 by default. It is weighted by λ too.
+
+    Raises:
+        ValueError: for an option of no meaning.
     """
 
     def __init__(
@@ -180,6 +184,10 @@ class SimRegLoss(nn.Module):
             labels of this call, without λ), ``pos_fraction`` (share of valid tokens with a
             positive), ``pos_cos`` (mean over tokens with a positive of the mean cosine to their
             positives), ``neg_fraction`` and ``neg_cos`` (the same for negatives).
+
+        Raises:
+            ValueError: for tensors as in `simreg_loss`, a `num_items` that is no divisor, or a
+                `weight` set to what is no λ.
         """
         found = per_token(
             hidden.detach() if self.weight == 0 else hidden,
@@ -310,7 +318,7 @@ def per_token(
         h, y, g = h[None], y[None], None if g is None else g[None]
     batch, length = y.shape
     if y.numel() == 0:
-        nothing = h.sum(-1).to(torch.promote_types(h.dtype, torch.float32)).view(labels.shape)
+        nothing = h.sum(-1).to(wide(h.dtype)).view(labels.shape)
         return nothing, nothing.detach(), nothing.detach(), valid
     chunk = length if chunk_size is None else min(chunk_size, length)
     pad = -length % chunk

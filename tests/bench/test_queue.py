@@ -45,7 +45,12 @@ def stand_in(tmp_path):
 def shell(*command: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = f"{first or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 

@@ -306,13 +306,6 @@ def test_the_standard_error_of_clusters_is_that_of_their_sums():
     )
 
 
-def test_outcomes_of_a_cache_without_clusters_are_read():
-    old = {"metric": "acc", "values": [1.0], "normalised": None, "weights": None, "extra": {}}
-    assert Outcome.from_dict(old).clusters is None
-    told = outcome([1.0, 0.0], clusters=[2, 2])
-    assert Outcome.from_dict(told.to_dict()) == told
-
-
 def test_an_arm_over_its_seeds():
     scores = {1: outcome([1, 1, 0, 0], normalised=[1, 1, 1, 0]), 2: outcome([1, 1, 1, 0])}
     found = paired.over_seeds(scores)

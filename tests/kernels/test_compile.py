@@ -21,6 +21,7 @@ def compiled(*arguments):
         [sys.executable, "-m", "tests.kernels.compile", *arguments],
         capture_output=True,
         text=True,
+        timeout=900,
         cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "0"},
     )

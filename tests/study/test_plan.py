@@ -365,3 +365,13 @@ def test_a_size_among_what_all_arms_share_is_the_size(tmp_path):
         plan.from_options(CompareOptions(minutes=3, set=["train.tokens=2000000"]))
     with pytest.raises(UserError, match="--set out"):
         plan.from_options(CompareOptions(set=["out=runs/mine"]))
+
+
+def test_a_recorded_plan_is_of_before_the_fields_that_it_lacks() -> None:
+    """As results.json of older studies are, whose defaults were others."""
+    found = plan.to_dict(plan.from_dict({"name": "a", "out": "x", "arms": {"baseline": {}}}))
+    for field in ("depths", "depths_offset"):
+        del found["base"]["simreg"][field]
+    simreg = plan.recorded(found).base.simreg
+    assert (simreg.depths, simreg.depths_offset) == ([], 0)
+    assert plan.from_dict(found).base.simreg.depths_offset == 1

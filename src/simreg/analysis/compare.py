@@ -10,7 +10,14 @@ from torch import Tensor
 
 from simreg.analysis.measure import Tokens
 from simreg.geometry.groups import mean_se, se_of_rows
-from simreg.intervals import CONFIDENCE, NO_SEED, paired_difference, pairing, t_interval
+from simreg.intervals import (
+    CONFIDENCE,
+    NO_SEED,
+    paired_difference,
+    pairing,
+    t_factor,
+    t_interval,
+)
 
 Model = dict[str, Any]
 PARTS = ("all", "head", "torso", "tail")
@@ -134,7 +141,7 @@ def over_tokens(
 def _limits(mean: float, se: float, n: int, clusters: int) -> dict[str, Any] | None:
     if clusters < 2 or not n:
         return None
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, clusters - 1)) * se
+    half = t_factor(clusters - 1) * se
     return _rounded(
         {"mean": mean, "low": mean - half, "high": mean + half, "n": n, "rows": clusters}
     )

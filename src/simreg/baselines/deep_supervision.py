@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from simreg.baselines import terms
 from simreg.baselines.rival import Rival
+from simreg.kernels.reference import EPS
 from simreg.objectives import Reads
 
 
@@ -44,7 +45,7 @@ class DeepSupervision(Rival):
                 f"depth: the LM head takes states of width {hidden.shape[-1]}, those of the layer "
                 f"have {states.shape[-1]}"
             )
-        units = F.rms_norm(terms.seen(states, labels), states.shape[-1:], eps=terms.EPS)
+        units = F.rms_norm(terms.seen(states, labels), states.shape[-1:], eps=EPS)
         half = states.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(states.device.type, states.dtype) if half else nullcontext():
             logits: Tensor = head(units)

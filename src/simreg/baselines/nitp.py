@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from simreg.baselines import terms
 from simreg.baselines.rival import Rival
+from simreg.kernels.reference import EPS
 from simreg.objectives import Reads
 
 
@@ -42,7 +43,7 @@ class NITP(Rival):
         (shallow,) = earlier
         targets = terms.unit(shallow.detach(), labels)[:, 1:]
         states = terms.seen(hidden, labels)[:, :-1]
-        guesses = F.normalize(self.project(states).to(states.dtype), dim=-1, eps=terms.EPS)
+        guesses = F.normalize(self.project(states).to(states.dtype), dim=-1, eps=EPS)
         losses = 1 - (guesses * targets).sum(-1)
         return F.pad(losses.masked_fill(~terms.together(labels, segments, 1), 0), (0, 1))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from simreg.baselines import terms
 from simreg.baselines.rival import Rival
 from simreg.kernels.order import Form
+from simreg.kernels.reference import EPS
 from simreg.loss import TEMPERATURE, WEIGHT, check_options, simreg_loss
 from simreg.objectives import Reads, labels_at
 
@@ -139,7 +140,7 @@ class SimRegVariant(Rival):
         same = (labels.unsqueeze(2) == labels.unsqueeze(1)) & valid.unsqueeze(1)
         weights = same.sum(-1).clamp_min(1).float().pow(-self.rarity).masked_fill(~valid, 0)
         count = valid.sum(-1, keepdim=True)
-        return weights * (count / weights.sum(-1, keepdim=True).clamp_min(terms.EPS))
+        return weights * (count / weights.sum(-1, keepdim=True).clamp_min(EPS))
 
     def _plain(self, hidden: Tensor, labels: Tensor, segments: Tensor | None) -> Tensor:
         """Variant "out" in plain PyTorch, L×L, so that it can differ in what kernels fix."""

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simreg.kernels.pairs import wide
+from simreg.kernels.reference import EPS
 from simreg.loss import is_number
-
-EPS = 1e-6
-"""Least norm that embeddings are divided by, as in `simreg_loss`."""
 
 
 def valid(labels: Tensor) -> Tensor:
@@ -36,14 +35,13 @@ def products(states: Tensor) -> Tensor:
 
 def seen(hidden: Tensor, labels: Tensor) -> Tensor:
     """Hidden states in float32 or wider; 0 where the label is ignored."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.to(wide).masked_fill(~valid(labels).unsqueeze(-1), 0)
+    return hidden.to(wide(hidden.dtype)).masked_fill(~valid(labels).unsqueeze(-1), 0)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """`[B, L]` of each token, in float32 or wider; 0 where the label is ignored."""
-    wide = seen(logits, labels)
-    losses = wide.logsumexp(-1) - pick(wide, labels)
+    exact = seen(logits, labels)
+    losses = exact.logsumexp(-1) - pick(exact, labels)
     return losses.masked_fill(~valid(labels), 0)
 
 

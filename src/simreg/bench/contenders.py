@@ -13,6 +13,7 @@ from simreg import simreg_loss
 from simreg.bench.problem import Shape, rows
 from simreg.bench.recompute import at_once, chunked_recompute, pairs_at_a_time
 from simreg.kernels.order import Form
+from simreg.kernels.pairs import wide
 from simreg.kernels.reference import reference
 from simreg.loss import BACKENDS, TEMPERATURE
 from simreg.parallel.loss import Found
@@ -227,8 +228,7 @@ def _metric_learning(hidden: Tensor, labels: Tensor, shape: Shape) -> Step:
 
     def step() -> Tensor:
         hidden.grad = None
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         for embeddings, label in zip(*rows(hidden, labels, shape), strict=True):
             if ignored:
                 embeddings, label = embeddings[label >= 0], label[label >= 0]

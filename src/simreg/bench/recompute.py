@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from simreg.kernels.pairs import wide
 from simreg.kernels.reference import EPS
 from simreg.loss import TEMPERATURE
 
@@ -36,7 +37,7 @@ def chunked_recompute(hidden: Tensor, labels: Tensor, pairs: int | None = None) 
     step = max(1, min(length, pairs // length))
     group = max(1, pairs // (step * length))  # rows of the batch that share a chunk
     e = _normalised(hidden, labels)
-    total = e.new_zeros((), dtype=torch.promote_types(e.dtype, torch.float32))
+    total = e.new_zeros((), dtype=wide(e.dtype))
     # `split` gathers gradients once; a slice each would add a whole-size tensor for each chunk.
     for e_group, y_group in zip(torch.split(e, group), torch.split(labels, group), strict=True):
         for k, e_chunk in enumerate(torch.split(e_group, step, dim=1)):

@@ -1,7 +1,7 @@
 """What a model scored on the items of a task, and the figures that follow from it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,6 @@ class Outcome:
     independent."""
     extra: dict[str, float] = field(default_factory=dict)
     """Other figures of the whole task, such as LAMBADA's perplexity."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the cache."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Outcome":
-        """What `to_dict` gave, of this version or of one that knew no clusters."""
-        return cls(**values)
 
     @property
     def n(self) -> int:

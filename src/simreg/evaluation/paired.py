@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from simreg.evaluation.outcome import Outcome, cluster_sums, ratio
-from simreg.intervals import CONFIDENCE
+from simreg.intervals import CONFIDENCE, t_factor
 
 RESAMPLES = 4000
 Scores = Mapping[int, Outcome]
@@ -123,7 +122,7 @@ def _limits(gaps: Sequence[_Gaps]) -> tuple[float | None, float | None]:
     if variance == 0:  # all alike: few that agree do not say that all would
         return None, None
     kinds = [count for count in (seeds, fewest) if count > 1]
-    half = stats.t.ppf(0.5 + CONFIDENCE / 2, min(kinds) - 1) * np.sqrt(variance)
+    half = t_factor(min(kinds) - 1) * np.sqrt(variance)
     return float(by_seed.mean() - half), float(by_seed.mean() + half)
 
 

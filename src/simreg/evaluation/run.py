@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,11 +168,11 @@ def _cached(model: _Model, task: Task, cache_dir: Path, bar: "_Bar") -> Outcome:
     facts = cache.stored(folder)
     if facts is None:
         scorer, tokenizer = model.loaded()
-        facts = task.run(scorer, tokenizer, bar.advance).to_dict()
+        facts = asdict(task.run(scorer, tokenizer, bar.advance))
         made = facts  # what mypy knows not to be None
         cache.entry(folder, lambda _: made, setting="--cache-dir")
     bar.next()
-    return Outcome.from_dict(facts)
+    return Outcome(**facts)
 
 
 class _Bar:

@@ -1,1 +1,1 @@
-"""SimReg in the training engines people already use, a file an engine."""
+"""SimReg in the training engines people use: a module or package an engine, and what they share."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simreg.kernels.order import Form
+from simreg.kernels.pairs import wide
 from simreg.loss import (
     INTEGERS,
     PUSH,
@@ -108,6 +109,9 @@ class ShardedSimRegLoss(SimRegLoss):
         weight, temperature, variant, chunk_size, ignore_index, push, push_above: as in
             `SimRegLoss`.
         group, replicas: as in `sharded_simreg_loss`.
+
+    Raises:
+        ValueError: for an option of no meaning.
     """
 
     def __init__(
@@ -169,6 +173,9 @@ class ShardedSimRegLoss(SimRegLoss):
 
         Returns:
             As `SimRegLoss`; the parts of the ranks of `group` add up to its loss.
+
+        Raises:
+            ValueError: as `SimRegLoss` and `sharded_simreg_loss`, on every rank.
         """
         found: Found = per_token(
             hidden.detach() if self.weight == 0 else hidden,
@@ -244,7 +251,7 @@ def per_token(
     hidden = local
     valid = labelled(labels, ignore_index)
     if max(lengths) == 0 or 0 in hidden.shape[:-2]:  # of no rank any token
-        nothing = hidden.sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
+        nothing = hidden.sum(-1).to(wide(hidden.dtype))
         return Found(nothing, nothing.detach(), nothing.detach(), valid, valid.sum())
     scopes = [] if segments is None else [segments.long()]
     at_home = False  # whether chunks end with the shards, so that ranks have nothing to exchange

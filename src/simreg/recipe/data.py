@@ -112,12 +112,15 @@ class Corpus:
     tokenizer: PreTrainedTokenizerBase
     train: Rows
     validation: Rows
-    tokens: int
-    """Training tokens in the cache."""
     vocab_size: int
     """What a model must hold: the largest id plus one."""
     fingerprint: str
     """Hash of all tokens, document ends, the tokenizer and the row length."""
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens in the cache."""
+        return len(self.train.tokens)
 
     def require_batch(self, batch_rows: int) -> None:
         """Raise UserError if the training rows do not fill one batch."""
@@ -224,7 +227,7 @@ def _corpus(
             f"{config.seq_len}{held}: {', '.join(ways)}"
         )
     fingerprint = cache.name([facts, identity(tokenizer), config.seq_len])
-    return Corpus(tokenizer, train, validation, len(train.tokens), facts["vocab_size"], fingerprint)
+    return Corpus(tokenizer, train, validation, facts["vocab_size"], fingerprint)
 
 
 def _by_chance(validation: Rows, train: Rows, config: DataConfig) -> str:

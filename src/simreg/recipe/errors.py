@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-if TYPE_CHECKING:  # not needed for the loss
+if TYPE_CHECKING:  # the command starts without it, to say what is missing
     from pydantic import ValidationError
 
 

@@ -65,7 +65,7 @@ class Picture:
 
         Without arms whose measurement the results reject as noise.
         """
-        study = plan.from_dict(self.results["study"])
+        study = plan.recorded(self.results["study"])
         times = {
             arm: found
             for arm, found in self.results["step_time"].items()

@@ -209,13 +209,18 @@ def exclusive(out: Path, console: Console) -> Iterator[None]:
         yield
 
 
+def recorded(values: dict[str, Any]) -> Study:
+    """What `to_dict` gave, of this version or of one that lacked a field; UserError as there."""
+    base = recipe.merge(recipe.BEFORE, _section(values, "base", "base"))
+    return from_dict({**values, "base": base})
+
+
 def load(path: str | Path) -> Study:
     """Read a file that `save` wrote; UserError names it if it is damaged."""
     values = recipe.read_yaml(path)
     try:
         if values:
-            base = recipe.merge(recipe.BEFORE, _section(values, "base", "base"))
-            return from_dict({**values, "base": base})
+            return recorded(values)
         error = "it is empty"
     except UserError as wrong:
         error = str(wrong)

@@ -1,6 +1,7 @@
 """From finished runs to `results.json` (its schema: docs/results-schema.md)."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from simreg.intervals import paired_difference
@@ -126,7 +127,7 @@ def _isoloss(
     whose reference diverged has no loss to reach: without it the rest is no sample of all.
     """
     full, budgets = table[study.reference][1.0], table[arm]
-    lost = seeds_diverged(study, [(study.reference, 1.0)], failures)
+    lost = seeds_diverged(study.seeds, [(study.reference, 1.0)], failures)
     crossings, midrun, diverged = {}, {}, [*lost]
     never = stats.Crossing("not_reached", None, None)
     for seed in full:
@@ -182,7 +183,8 @@ def _equal_time(
         return answer
     cells = [(arm, 1.0), *((study.reference, b) for b in study.budgets_of(study.reference))]
     own = {seed: run.final_ce for seed, run in full.items()}
-    difference = loss_difference(own, reference_ce, seeds_diverged(study, cells, failures))
+    lost = seeds_diverged(study.seeds, cells, failures)
+    difference = loss_difference(own, reference_ce, lost)
     return {**answer, "status": "ok", "ce_difference": difference}
 
 
@@ -196,10 +198,10 @@ def loss_difference(
 
 
 def seeds_diverged(
-    study: Study, runs: list[tuple[str, float]], failures: dict[str, str]
+    seeds: Sequence[int], runs: list[tuple[str, float]], failures: dict[str, str]
 ) -> list[int]:
     """The seeds of which one of these runs (arm, budget) diverged."""
-    return [seed for seed in study.seeds if any(Cell(*r, seed).folder in failures for r in runs)]
+    return [seed for seed in seeds if any(Cell(*r, seed).folder in failures for r in runs)]
 
 
 def _arm(study: Study, table: Grid, arm: str, failures: dict[str, str]) -> dict[str, Any]:
@@ -237,7 +239,7 @@ def _budget(
         difference = loss_difference(
             {s: run.final_ce for s, run in runs.items()},
             {s: run.final_ce for s, run in reference.items()},
-            seeds_diverged(study, [(a, budget) for a in (arm, study.reference)], failures),
+            seeds_diverged(study.seeds, [(a, budget) for a in (arm, study.reference)], failures),
         )
     some = next(iter(runs.values()), None)
     return {

@@ -147,7 +147,7 @@ def recorded(study: Study, failures: dict[str, str]) -> dict[str, Any]:
     """
     found, now = {}, dict(_prints(models.of_study(study)))
     pairs = {arm: [(arm, 1.0), (study.reference, 1.0)] for arm in study.others}
-    lost = {arm: seeds_diverged(study, pair, failures) for arm, pair in pairs.items()}
+    lost = {arm: seeds_diverged(study.seeds, pair, failures) for arm, pair in pairs.items()}
     lost = {arm: seeds for arm, seeds in lost.items() if seeds}
     for path in sorted((Path(study.out) / FOLDER).glob("*/results.json")):
         if (results := _read(path)) is None:

@@ -141,9 +141,7 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
     def _whole_rows(self, positions: Tensor | None) -> Rows:
         if self.scope == "row":
             return Rows()
-        if positions is None:
-            raise ValueError("loss.scope: 'document' needs a dataloader that gives positions")
-        return Rows(documents_of(_plain(positions)))
+        return Rows(documents_of(None if positions is None else _plain(positions)))
 
 
 def checked(config: ChunkedSimRegLoss.Config) -> tuple[SimRegLoss, Schedule]:

@@ -17,8 +17,13 @@ class Rows(NamedTuple):
     within: Tensor | None = None
 
 
-def documents_of(positions: Tensor) -> Tensor:
-    """Document ids `[B, L]` of whole rows, from positions that start at 0 in every document."""
+def documents_of(positions: Tensor | None) -> Tensor:
+    """Document ids `[B, L]` of whole rows, from positions that start at 0 in every document.
+
+    ValueError if there are none.
+    """
+    if positions is None:
+        raise ValueError("loss.scope: 'document' needs a dataloader that gives positions")
     return (positions == 0).cumsum(1)
 
 

@@ -74,11 +74,7 @@ class SimRegTrainer(Trainer):
         return inputs, labels, others
 
     def _rows(self, positions: Tensor | None, labels: Tensor) -> Rows:
-        documents = None
-        if self.loss_fn.scope == "document":
-            if positions is None:
-                raise ValueError("loss.scope: 'document' needs a dataloader that gives positions")
-            documents = documents_of(positions)
+        documents = documents_of(positions) if self.loss_fn.scope == "document" else None
         if not self.parallel_dims.cp_enabled:
             return Rows(documents)
         chosen = self.config.loss

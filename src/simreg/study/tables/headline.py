@@ -3,7 +3,7 @@
 from typing import Any
 
 from simreg.recipe.errors import UserError
-from simreg.study import plan, summary
+from simreg.study import summary
 from simreg.study.results import loss_difference, seeds_diverged
 from simreg.study.tables import markdown
 from simreg.study.tables.request import Request
@@ -88,9 +88,9 @@ def final_losses(results: dict[str, Any], arm: str) -> dict[int, float]:
 
 def final_difference(results: dict[str, Any], arm: str, other: str) -> dict[str, Any]:
     """Paired difference of two arms' `final_losses`; no limits where a run of theirs diverged."""
-    study, full = plan.from_dict(results["study"]), [(arm, 1.0), (other, 1.0)]
+    full = [(arm, 1.0), (other, 1.0)]
     own, base = (final_losses(results, each) for each, _ in full)
-    return loss_difference(own, base, seeds_diverged(study, full, results["failures"]))
+    return loss_difference(own, base, seeds_diverged(results["seeds"], full, results["failures"]))
 
 
 def and_diverged(cell: str, found: dict[str, Any]) -> str:

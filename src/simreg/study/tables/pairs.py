@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from simreg.recipe.errors import UserError
-from simreg.study import plan, summary
+from simreg.study import summary
 from simreg.study.results import unpaired
 from simreg.study.tables import markdown
 from simreg.study.tables.headline import and_diverged, final_difference
@@ -23,9 +23,8 @@ def table(request: Request) -> str:
         present = [pair for pair in pairs if set(pair) <= source.content["arms"].keys()]
         if not present:
             raise UserError(f"pairs: {source.name} has both arms of none")
-        study = plan.from_dict(source.content["study"])
         for pair in present:
-            if changed := unpaired(study, *pair):
+            if changed := unpaired(source.study, *pair):
                 raise UserError(
                     f"pairs: in {source.name} {':'.join(pair)} differ in {', '.join(changed)}, so "
                     "that the same seed starts from other weights or sees other batches"

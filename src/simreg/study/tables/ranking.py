@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from simreg.recipe.errors import UserError
-from simreg.study import plan, summary
+from simreg.study import summary
 from simreg.study.results import unpaired
 from simreg.study.tables import markdown
 from simreg.study.tables.headline import and_diverged, final_difference, final_losses
@@ -72,10 +72,10 @@ def standings(request: Request) -> tuple[str, list[Standing]]:
     base = final_losses(results, against)
     if not base:
         raise UserError(f"against: {against!r} has no finished run at the full budget")
-    study, found = plan.from_dict(results["study"]), []
+    found = []
     for arm in dict.fromkeys([against, *wanted]):
         losses = final_losses(results, arm)
-        other = unpaired(study, against, arm)
+        other = unpaired(request.source.study, against, arm)
         found.append(Standing(arm, losses, final_difference(results, arm, against), other))
     return against, sorted(found, key=lambda each: _order(each.gap["mean"]))
 

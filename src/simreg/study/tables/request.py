@@ -2,10 +2,13 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from simreg.recipe.errors import UserError
+from simreg.study import plan
+from simreg.study.plan import Study
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,11 @@ class Source:
     """Its path as the marker has it."""
     path: Path
     content: dict[str, Any]
+
+    @cached_property
+    def study(self) -> Study:
+        """Of a results.json."""
+        return plan.recorded(self.content["study"])
 
 
 @dataclass(frozen=True)
