@@ -370,3 +370,31 @@ def test_hub_failures_are_explained(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     with pytest.raises(UserError, match=r"dataset owner/name, config en \(.*no route to host"):
         resolve("hf:owner/name:en", "text")
+
+
+def test_a_split_of_the_hub_is_the_same_at_whatever_commit():
+    train, test = (HubDataset.parse("hf:owner/name", "text", split) for split in ("train", "test"))
+    again = HubDataset.parse("hf:owner/name", "content", "test")  # no network is asked
+    assert sources.shared([test], [train, again]) is test
+    assert sources.shared([test], [train]) is None
+
+
+def test_what_is_still_there_of_several_sources(tmp_path):
+    there = tmp_path / "b.txt"
+    there.write_text("text")
+    found = sources.still_there([str(tmp_path / "gone.txt"), str(there), "hf:owner/name"])
+    assert [source.title for source in found] == [str(there), "hf:owner/name:None:train"]
+
+
+def test_a_file_and_a_link_to_it_count_once(tmp_path):
+    file, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    file.write_text("text")
+    link.symlink_to(file)
+    assert len(sources.resolve([str(file), str(link)], "text")) == 1
+
+
+def test_a_file_that_is_read_in_another_way_is_another_source(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    keys = {sources.LocalFile(tmp_path / name).key for name in ("a.txt", "a.jsonl")}
+    assert len(keys) == 2

@@ -236,3 +236,15 @@ def test_words_without_an_end_are_cut_for_training():
         parts = list(module._parts(text))
         assert "".join(parts) == text
         assert len(parts) == count
+
+
+def test_another_end_of_documents_is_another_tokenizer():
+    one, other = (train_bpe(["some text"], 300) for _ in range(2))
+    assert identity(one) == identity(other)
+    for each in (one, other):
+        each.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    assert identity(one) == identity(other)
+    other.eos_token = "<end>"
+    assert other.eos_token_id != one.eos_token_id
+    assert one.eos_token == EOS
+    assert identity(one) != identity(other)

@@ -226,3 +226,9 @@ def test_mistakes(tmp_path):
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(UserError, match=rf"{path} is no run .* and has no runs below it"):
             trained.find([str(path)])
+
+
+def test_a_name_that_was_said_is_of_what_it_was_said_of_alone(tmp_path):
+    a, b, c = (make(tmp_path / name, seed) for seed, name in enumerate("abc"))
+    assert arms(f"mine={a}", b, c) == [("mine", 0), ("b", 1), ("b", 2)]
+    assert arms(a, f"mine={b}", c) == [("a", 0), ("mine", 1), ("a", 2)]

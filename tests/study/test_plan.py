@@ -375,3 +375,21 @@ def test_a_recorded_plan_is_of_before_the_fields_that_it_lacks() -> None:
     simreg = plan.recorded(found).base.simreg
     assert (simreg.depths, simreg.depths_offset) == ([], 0)
     assert plan.from_dict(found).base.simreg.depths_offset == 1
+
+
+def test_what_is_set_on_the_command_line_overrides_the_study_file(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("base: {optim: {lr: 1e-2, clip: 0.5}, train: {tokens: 1000000}}\n")
+    study = plan.from_options(CompareOptions(study=str(path), set=["optim.lr=1e-3"]))
+    assert (study.base.optim.lr, study.base.optim.clip) == (1e-3, 0.5)
+
+
+def test_an_arm_is_added_to_the_demo(tmp_path):
+    study = plan.from_options(CompareOptions(tokens=1_000_000, arm=["strong:simreg.weight=1"]))
+    assert list(study.arms) == ["baseline", "simreg", "strong"]
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [(0.29, 29), (0.57, 57), (1.1, 110)])
+def test_tokens_of_a_budget_are_rounded(budget, tokens):
+    study = plan.from_dict({"base": {"train": {"tokens": 100}}, "minutes": 5})
+    assert study.config(Cell("simreg", budget, 0)).train.tokens == tokens

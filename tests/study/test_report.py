@@ -1,3 +1,4 @@
+import copy
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -273,3 +274,24 @@ def test_what_stands_beside_the_headline(five):
     assert boot["low"] < boot["high"]
     assert row[:2] == [summary.saving_cell(saved["midrun_tokens_saved"]), limits]
     assert row[0] != summary.saving_cell(saved["tokens_saved"])
+
+
+def test_a_reader_is_told_what_weakens_the_headline(five):
+    runs, found = five
+    page = report.html(runs, found)
+    assert "did not always end lower" not in page
+    assert "saw the corpus more than once" not in page
+    found = copy.deepcopy(found)
+    found["isoloss"]["fast"]["tokens_saved"]["per_seed"][3]["monotone"] = False
+    found["runs"][0]["epochs"] = 1.01
+    page = report.html(runs, found)
+    assert "fast: a longer schedule did not always end lower (seeds 3)" in page
+    assert "Some runs saw the corpus more than once." in page
+
+
+def test_equal_time_over_some_of_the_seeds_says_so(five):
+    runs, found = five
+    found = copy.deepcopy(found)
+    gap = {"mean": -0.01, "low": -0.03, "high": 0.01, "n": 3}
+    found["equal_time"]["fast"] |= {"status": "ok", "ce_difference": gap}
+    assert "-0.0100<br>[-0.0300, +0.0100] (3 of 5 seeds)" in report.html(runs, found)

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -344,3 +345,53 @@ def test_one_process_at_a_time_settles_times_and_ends_a_study(lab, study, monkey
     assert ("train", False) in seen
     assert {name for name, inside in seen if inside} == {"step_times", "fit", "save", "publish"}
     assert {name for name, inside in seen if not inside} == {"train"}
+
+
+def test_stop_after_is_in_minutes(lab, tmp_path, monkeypatch):
+    waits = []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds, *rest):
+            waits.append(seconds)
+            super().__init__(seconds, *rest)
+
+    monkeypatch.setattr(run.threading, "Timer", Timer)
+    run.main(CompareOptions(out=str(tmp_path / "s"), tokens=1_000_000, stop_after=5))
+    assert waits == [300]
+
+
+def test_a_report_on_another_machine_keeps_the_times(lab, study, monkeypatch):
+    whole, _ = compare(study)
+    monkeypatch.setattr(sizing.torch, "__version__", "another")
+    again, _ = redraw(study)
+    assert again["step_time"] == whole["step_time"]
+    assert again["isoloss"]["simreg"]["seconds_saved"]["mean"] is not None
+
+
+def test_a_sized_study_counts_what_reading_and_timing_took(lab, tmp_path, monkeypatch):
+    def sized(name, spent):
+        clock = iter([0.0, *[spent] * 10**6])
+        monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+        compare(plan.from_dict({"out": str(tmp_path / name), "minutes": 5}))
+        return plan.load(tmp_path / name / "study.yaml").base.train.tokens
+
+    whole, rest, half = (sized(*each) for each in (("a", 0), ("b", 120), ("c", 250)))
+    assert rest < whole
+    assert half < rest
+    assert sized("d", 900) == sized("e", 150)  # half of the time at least
+
+
+def test_a_sized_study_sees_no_row_twice(lab, tmp_path):
+    lab.corpus.train = range(3_000)  # less than the time allows
+    study = plan.from_dict({"out": str(tmp_path / "s"), "minutes": 60})
+    compare(study)
+    sized = plan.load(tmp_path / "s" / "study.yaml")
+    configs = [sized.config(cell) for cell in sized.cells()]
+    assert max(each.steps * each.train.batch_rows for each in configs) <= 3_000
+
+
+def test_evaluations_of_a_sized_study_that_were_asked_for_are_not_changed_in_silence(lab, tmp_path):
+    values = {"out": str(tmp_path / "s"), "minutes": 5}
+    compare(plan.from_dict({**values, "base": {"train": {"evals": 7}}}))
+    with pytest.raises(UserError, match=r"another base \(train.evals: 7 -> 9\)"):
+        compare(plan.from_dict({**values, "base": {"train": {"evals": 9}}}))

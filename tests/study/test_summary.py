@@ -339,3 +339,13 @@ def test_runs_that_saw_two_texts_are_refused(five):
 def test_budgets_ascend_whichever_seed_has_them(five):
     fast = [run for run in five[0] if run.cell.arm == "fast" and run.cell != Cell("fast", 0.6, 0)]
     assert list(results.grid(fast)["fast"]) == [0.6, 0.8, 1.0]
+
+
+def test_a_seed_whose_reference_diverged_is_not_called_unfinished(tmp_path):
+    runs, found = made(tmp_path, {"fast": 1.35}, seeds=[0, 1, 2], budgets=[1.0])
+    study = plan.from_dict({**found["study"], "out": "x"})
+    left = [run for run in runs if run.cell != Cell("baseline", 1.0, 1)]
+    found = results.build(study, left, {}, [], {"baseline/1/seed-1": "NaN"})
+    said = summary.headline(found, "fast")
+    assert "1 of 3 runs of baseline diverged." in said
+    assert "not finished" not in said

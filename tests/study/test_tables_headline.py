@@ -134,3 +134,11 @@ def test_a_diverged_run_is_told_from_one_that_has_not_ended(tmp_path):
         seeds = row[4]
         assert said in seeds
         assert ("diverged" in seeds) == bool(failures)
+
+
+def test_equal_time_over_some_of_the_seeds_says_so(tmp_path):
+    _, found = made(tmp_path, {"fast": 1.35}, seeds=[0, 1, 2, 3, 4], name="five")
+    gap = {"mean": -0.01, "low": -0.03, "high": 0.01, "n": 3}
+    found["equal_time"]["fast"] |= {"status": "ok", "ce_difference": gap}
+    write(tmp_path, found)
+    assert rows(tmp_path, "headline")[0][0][-1] == "−0.0100 [−0.0300, +0.0100] (3 of 5 seeds)"

@@ -5,7 +5,7 @@ import pytest
 from simreg.intervals import t_interval
 from simreg.recipe.errors import UserError
 from simreg.study.tables import document
-from tests.study.tabled import cells, record
+from tests.study.tabled import LOSSES, cells, record, rows
 
 PUSH = {"simreg": {"push": 1.0}}
 BOTH = {"plain": {}, "push": PUSH}
@@ -79,3 +79,10 @@ def test_mistakes_are_named(tmp_path, options, message):
     studies(tmp_path)
     with pytest.raises(UserError, match=message):
         drawn(tmp_path, options)
+
+
+def test_pairs_of_which_every_run_diverged_stay_in_the_table(tmp_path):
+    losses = {arm: own for arm, own in LOSSES.items() if arm != "good"}
+    record(tmp_path, losses, failures={f"good/1/seed-{s}": "NaN" for s in (1, 2)})
+    [row], _ = rows(tmp_path, "pairs", "pairs=good:baseline")
+    assert row[1:] == ["good minus baseline", "1 M", "–", "0, 2 diverged", "0 of 0"]

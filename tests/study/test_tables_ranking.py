@@ -6,6 +6,7 @@ import pytest
 
 from simreg.recipe.errors import UserError
 from simreg.study.tables import document
+from tests.study.fakes import made
 from tests.study.tabled import LOSSES, head, record, rows, write
 
 BRACKETS = (
@@ -246,3 +247,13 @@ def test_why_there_are_no_intervals(tmp_path):
     assert "a run diverged" in below
     assert "One seed" not in below
     assert "One seed" not in rows(tmp_path, "ranking", "arms=baseline")[1]
+
+
+def test_clipped_steps_are_those_of_the_full_budget(tmp_path):
+    _, found = made(tmp_path, {"fast": 1.35}, seeds=[0, 1], name="two")
+    budgets = found["arms"]["fast"]["budgets"]
+    for budget, share in (("0.6", 0.9), ("0.8", 0.8), ("1", 0.1)):
+        budgets[budget]["clipped"] = share
+    write(tmp_path, found)
+    column = head(tmp_path, "ranking").index("clipped steps")
+    assert {row[0]: row[column] for row in rows(tmp_path, "ranking")[0]}["fast"] == "10.0 %"

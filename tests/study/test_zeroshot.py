@@ -3,13 +3,17 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from simreg import cli
+from simreg.evaluation import offline
+from simreg.evaluation.options import EvalOptions
 from simreg.evaluation.scoring import Scorer
 from simreg.recipe import progress
+from simreg.recipe.errors import UserError
 from simreg.study import plan, plots, records, report, run, zeroshot
 from simreg.study.picture import Picture
 from tests.recipe import tiny
@@ -335,3 +339,19 @@ def test_what_is_drawn_anew_is_of_the_plan_that_is_there(tmp_path):
         found = json.loads((tmp_path / "results.json").read_text())
         assert (found["seeds"], found["complete"]) == ([0], False)
         assert found["commands"] == ([] if damage else ["simreg compare"])
+
+
+@pytest.mark.parametrize(("suite", "kept"), [("small", True), ("offline", False)])
+def test_all_items_of_a_benchmark_are_more_than_any_limit(tmp_path, suite, kept):
+    """Of the offline suite all are `offline.ITEMS`."""
+    models = [{"name": "a", "fingerprint": "f"}]
+    earlier = {"suite": suite, "limit": None, "tasks": {}, "reference": "a", "arms": {}}
+    earlier |= {"differences": {}, "models": models}
+    (tmp_path / "results.json").write_text(json.dumps(earlier))
+    options = EvalOptions([], limit=offline.ITEMS + 1)
+    found = [SimpleNamespace(name="a", fingerprint=lambda: "f")]
+    if kept:
+        with pytest.raises(UserError, match="on all items of a task"):
+            zeroshot._check_fuller(tmp_path, options, found)
+    else:
+        zeroshot._check_fuller(tmp_path, options, found)
