@@ -32,7 +32,7 @@ TOKEN = 200  # bytes of statistics a token, in backward, at most
 INTERPRETED = not isinstance(tokens.inverses, triton.JITFunction)
 MODES = {"out": tokens.OUT.value, "in": tokens.IN.value, "decoupled": tokens.DECOUPLED.value}
 _TOKENS = 128  # to a program that looks at each token alone
-FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where a launch does not say; later ones: no
+FUSION = {"enable_fp_fusion": True}  # unless told, Triton 3.9 warns, and later ones fuse none
 capability = cache(torch.cuda.get_device_capability)
 
 
