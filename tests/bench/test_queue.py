@@ -101,6 +101,8 @@ def test_a_study_that_is_interrupted_leaves_no_process(stand_in, to):
         cwd=ROOT,
         env={**os.environ, **own, "JOBS": "1"},
         start_new_session=True,
+        # A shell can't trap what it was started to ignore, as in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         until = time.monotonic() + 60
