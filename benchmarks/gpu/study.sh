@@ -14,7 +14,7 @@ jobs=()
 stop() {
   trap '' INT TERM
   kill -TERM "${jobs[@]}" 2>/dev/null || true
-  wait
+  wait "${jobs[@]}" || true
   exit 130
 }
 trap stop INT TERM
