@@ -22,7 +22,7 @@ from simreg.evaluation.scoring import Scorer
 from simreg.recipe import assemble, config, data, provenance
 from simreg.recipe.probe import Probe
 from simreg.recipe.timing import WARM_UP, Stepper
-from simreg.study.plan import parse_assignments
+from simreg.recipe.values import parse_assignments
 
 RESULTS = Path(__file__).parent / "results"
 EVERY = 10

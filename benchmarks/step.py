@@ -14,7 +14,7 @@ import tyro
 
 from simreg.recipe import config, data, provenance
 from simreg.recipe.timing import step_time_ratio
-from simreg.study.plan import parse_assignments
+from simreg.recipe.values import parse_assignments
 
 RESULTS = Path(__file__).parent / "results"
 

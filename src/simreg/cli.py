@@ -163,7 +163,7 @@ _VERBS = {  # help, options, what runs with them
     "train": ("train a language model, with SimReg or without", None, None),
     "compare": (
         "say how many tokens and how much time SimReg saves",
-        "simreg.study.plan:CompareOptions",
+        "simreg.study.options:CompareOptions",
         "simreg.study.run:main",
     ),
     "eval": (

@@ -17,7 +17,7 @@ import tyro
 from benchmarks import step, tune
 from simreg.bench import run
 from simreg.recipe import config
-from simreg.study.plan import parse_assignments
+from simreg.recipe.values import parse_assignments
 
 ROOT = Path(__file__).parents[2]
 QUEUE = (ROOT / "benchmarks" / "gpu_queue.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from simreg.parallel import ShardedSimRegLoss
 from simreg.recipe import config
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
-from simreg.study import plan
+from simreg.recipe.values import parse_assignments, parse_yaml
 
 
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
@@ -113,15 +113,15 @@ def test_powers_of_ten_are_numbers(tmp_path: Path) -> None:
     file.write_text(config.to_yaml(read))
     assert config.load(file) == read
     with pytest.raises(UserError, match=r"train\.tokens"):
-        config.from_dict({"train": config.parse_yaml("tokens: 2.5e0")})
+        config.from_dict({"train": parse_yaml("tokens: 2.5e0")})
 
 
 def test_keys_that_are_merged_in_may_be_said_anew() -> None:
     text = "base: &base {lr: 1, warmup: 0.1}\noptim:\n  <<: *base\n  lr: 2\n"
-    assert config.parse_yaml(text)["optim"] == {"lr": 2, "warmup": 0.1}
+    assert parse_yaml(text)["optim"] == {"lr": 2, "warmup": 0.1}
     for twice in ("off: 1\noff: 2", "a: {b: 1, b: 1}"):
         with pytest.raises(yaml.YAMLError, match="twice"):
-            config.parse_yaml(twice)
+            parse_yaml(twice)
 
 
 def test_a_folder_without_a_name() -> None:
@@ -209,7 +209,7 @@ def test_options_do_not_pass_to_another_loss(
 
 
 def test_an_auxiliary_loss_may_be_named_after_its_options() -> None:
-    assigned = plan.parse_assignments("auxiliary.options.weight=2,auxiliary.name=cosine", "--set")
+    assigned = parse_assignments("auxiliary.options.weight=2,auxiliary.name=cosine", "--set")
     assert assigned == {"auxiliary": {"options": {"weight": 2}, "name": "cosine"}}
 
 

@@ -7,15 +7,17 @@ import tyro
 
 from simreg.recipe import config as recipe
 from simreg.recipe.errors import UserError
+from simreg.recipe.values import parse_assignments, read_yaml
 from simreg.study import plan, run
-from simreg.study.plan import Cell, CompareOptions
+from simreg.study.options import DEMO_MINUTES, CompareOptions, from_options
+from simreg.study.plan import Cell
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs/results/tiny"
 
 
 def test_the_demo():
-    study = plan.from_options(CompareOptions())
+    study = from_options(CompareOptions())
     assert [(c.arm, c.budget, c.seed) for c in study.cells()] == [
         ("baseline", 1.0, 0),
         ("simreg", 0.6, 0),
@@ -23,14 +25,14 @@ def test_the_demo():
         ("simreg", 1.0, 0),
     ]
     assert study.out == "runs/demo"
-    assert study.minutes == plan.DEMO_MINUTES
+    assert study.minutes == DEMO_MINUTES
     assert study.config(study.cells()[0]).simreg.weight == 0
     assert study.config(study.cells()[1]).simreg.weight > 0
 
 
 def test_other_text_than_the_demos_has_a_folder_of_its_own():
-    assert plan.from_options(CompareOptions(data=["a.txt"])).out == "runs/compare"
-    assert plan.from_options(CompareOptions(data=["a.txt"], out="b")).out == "b"
+    assert from_options(CompareOptions(data=["a.txt"])).out == "runs/compare"
+    assert from_options(CompareOptions(data=["a.txt"], out="b")).out == "b"
 
 
 def test_config_of_a_run():
@@ -58,7 +60,7 @@ def test_a_seeds_arms_run_together_reference_first():
 def test_arms_of_one_name_are_refused():
     arms = ["a:simreg.weight=1", "a:simreg.weight=2"]
     with pytest.raises(UserError, match="--arm: two of them have the same name"):
-        plan.from_options(CompareOptions(arm=arms))
+        from_options(CompareOptions(arm=arms))
 
 
 def test_budgets_for_each_arm():
@@ -91,7 +93,7 @@ def test_a_study_at_another_scale(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text(SCALED)
     plain, gpu, far = (
-        plan.from_options(CompareOptions(str(file), scale=scale)) for scale in (None, "gpu", "far")
+        from_options(CompareOptions(str(file), scale=scale)) for scale in (None, "gpu", "far")
     )
     assert (plain.out, gpu.out, far.out) == ("docs/results/x", "docs/results/x-gpu", "elsewhere")
     assert (gpu.base.model.preset, gpu.base.train.tokens, gpu.base.optim.lr) == (
@@ -102,14 +104,14 @@ def test_a_study_at_another_scale(tmp_path):
     assert (gpu.seeds, plain.seeds) == ([7], [1, 2])
     assert gpu.arms.keys() == {"baseline", "simreg", "strong", "big"}
     assert (plain.base.model.preset, plain.base.train.tokens) == ("llama-tiny", 1_000_000)
-    over = plan.from_options(CompareOptions(str(file), scale="gpu", out="mine", tokens=5_000_000))
+    over = from_options(CompareOptions(str(file), scale="gpu", out="mine", tokens=5_000_000))
     assert (over.out, over.base.train.tokens) == ("mine", 5_000_000)
 
 
 def test_a_scale_named_by_a_number(tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text("scales: {16: {seeds: [7]}}\n")
-    found = plan.from_options(CompareOptions(str(file), scale="16"))
+    found = from_options(CompareOptions(str(file), scale="16"))
     assert (found.seeds, Path(found.out).name) == ([7], "s-16")
 
 
@@ -124,7 +126,7 @@ def test_a_scale_that_is_not_there(tmp_path, options, message):
     file = tmp_path / "x.yaml"
     file.write_text(SCALED)
     with pytest.raises(UserError, match=message):
-        plan.from_options(CompareOptions(**{"study": str(file), **options}))
+        from_options(CompareOptions(**{"study": str(file), **options}))
 
 
 def test_another_reference():
@@ -143,7 +145,7 @@ def test_file_flags_and_round_trip(tmp_path):
             *("--arm", "x:simreg.weight=1e-1,simreg.variant=in", "--arm", "y:optim.lr=2e-3"),
         ],
     )
-    study = plan.from_options(options)
+    study = from_options(options)
     assert (study.name, study.seeds, study.minutes) == ("lambda", [0, 1], None)
     assert list(study.arms) == ["baseline", "a", "x", "y"]
     assert (study.base.optim.lr, study.base.optim.warmup) == (1e-3, 0.2)
@@ -156,8 +158,8 @@ def test_file_flags_and_round_trip(tmp_path):
 
 def test_tokens_replace_the_minutes(tmp_path):
     path = tmp_path / "study.yaml"
-    plan.save(plan.from_options(CompareOptions()), path)
-    study = plan.from_options(CompareOptions(study=str(path), tokens=123_456))
+    plan.save(from_options(CompareOptions()), path)
+    study = from_options(CompareOptions(study=str(path), tokens=123_456))
     assert (study.minutes, study.base.train.tokens) == (None, 123_456)
 
 
@@ -231,7 +233,7 @@ def test_mistakes_in_a_plan(values, message):
 )
 def test_mistakes_on_the_command_line(options, message):
     with pytest.raises(UserError, match=message):
-        plan.from_options(CompareOptions(**options))
+        from_options(CompareOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_files_of_another_shape(tmp_path, text, flags, message):
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        plan.from_options(CompareOptions(study=str(path), **flags))
+        from_options(CompareOptions(study=str(path), **flags))
 
 
 def test_a_baseline_of_ones_own_is_without_simreg():
@@ -278,7 +280,7 @@ def test_lists_are_values_of_a_flag():
         "data.validation={x: [1, 2]},model.preset=p",
         """data.source='a,b[.txt',data.validation=["c,d", 'e'],data.tokenizer=it's,optim.lr=1""",
     ]
-    parsed = [plan.parse_assignments(flag, "--set") for flag in flags]
+    parsed = [parse_assignments(flag, "--set") for flag in flags]
     assert parsed[0] == {"data": {"source": ["a.txt", "b.txt"]}, "optim": {"lr": "1e-3"}}
     assert parsed[1] == {"data": {"validation": {"x": [1, 2]}}, "model": {"preset": "p"}}
     quoted = {"source": "a,b[.txt", "validation": ["c,d", "e"], "tokenizer": "it's"}
@@ -329,24 +331,24 @@ RECORDS = sorted(ROOT.glob("docs/results/*/study.yaml"))
 STUDIES = [
     (path, scale)
     for path in sorted(ROOT.glob("studies/*.yaml"))
-    for scale in (None, *recipe.read_yaml(path).get("scales", {}))
+    for scale in (None, *read_yaml(path).get("scales", {}))
 ]
 
 
 @pytest.mark.parametrize(("path", "scale"), STUDIES, ids=lambda part: getattr(part, "stem", part))
 def test_the_studies_of_the_repository_load(path, scale):
-    study = plan.from_options(CompareOptions(study=str(path), scale=scale))
+    study = from_options(CompareOptions(study=str(path), scale=scale))
     assert study.arm_config(study.reference).simreg.weight == 0
     assert len(study.cells()) >= 2
     run._check_models(study)
-    stated = recipe.read_yaml(path)["base"]["simreg"]
+    stated = read_yaml(path)["base"]["simreg"]
     # Defaults come to change.
     assert {"push", "depths", "depths_offset", "schedule"} <= stated.keys()
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
 def test_the_records_of_the_repository_state_all_of_simreg(path):
-    stated = recipe.read_yaml(path)["base"]["simreg"].keys()
+    stated = read_yaml(path)["base"]["simreg"].keys()
     assert stated == {field.name for field in fields(recipe.SimRegConfig)}
 
 
@@ -359,12 +361,12 @@ def test_an_arms_typo_is_told_before_any_arms_size():
 def test_a_size_among_what_all_arms_share_is_the_size(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text("minutes: 3\n")
-    study = plan.from_options(CompareOptions(study=str(path), set=["train.tokens=2000000"]))
+    study = from_options(CompareOptions(study=str(path), set=["train.tokens=2000000"]))
     assert (study.minutes, study.base.train.tokens) == (None, 2_000_000)
     with pytest.raises(UserError, match=r"--set train.tokens and --minutes"):
-        plan.from_options(CompareOptions(minutes=3, set=["train.tokens=2000000"]))
+        from_options(CompareOptions(minutes=3, set=["train.tokens=2000000"]))
     with pytest.raises(UserError, match="--set out"):
-        plan.from_options(CompareOptions(set=["out=runs/mine"]))
+        from_options(CompareOptions(set=["out=runs/mine"]))
 
 
 def test_a_recorded_plan_is_of_before_the_fields_that_it_lacks() -> None:
@@ -380,12 +382,12 @@ def test_a_recorded_plan_is_of_before_the_fields_that_it_lacks() -> None:
 def test_what_is_set_on_the_command_line_overrides_the_study_file(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text("base: {optim: {lr: 1e-2, clip: 0.5}, train: {tokens: 1000000}}\n")
-    study = plan.from_options(CompareOptions(study=str(path), set=["optim.lr=1e-3"]))
+    study = from_options(CompareOptions(study=str(path), set=["optim.lr=1e-3"]))
     assert (study.base.optim.lr, study.base.optim.clip) == (1e-3, 0.5)
 
 
 def test_an_arm_is_added_to_the_demo(tmp_path):
-    study = plan.from_options(CompareOptions(tokens=1_000_000, arm=["strong:simreg.weight=1"]))
+    study = from_options(CompareOptions(tokens=1_000_000, arm=["strong:simreg.weight=1"]))
     assert list(study.arms) == ["baseline", "simreg", "strong"]
 
 

@@ -15,7 +15,7 @@ from simreg.recipe import progress
 from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.folder import RunFolder
 from simreg.study import plan, run, sizing
-from simreg.study.plan import CompareOptions
+from simreg.study.options import CompareOptions, from_options
 from tests.study.fakes import SPEED, compare, write_run
 
 
@@ -197,7 +197,7 @@ def test_budgets_added_to_a_sized_study_differ_or_are_refused_before_training(la
 
 
 def test_the_size_is_measured_once(lab, tmp_path):
-    study = plan.from_options(CompareOptions(out=str(tmp_path / "s")))
+    study = from_options(CompareOptions(out=str(tmp_path / "s")))
     compare(study)
     sized = plan.load(tmp_path / "s" / "study.yaml")
     lab.tokens_per_s *= 10

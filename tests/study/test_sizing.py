@@ -6,7 +6,7 @@ import pytest
 
 from simreg.recipe.errors import UserError
 from simreg.study import plan, sizing
-from simreg.study.plan import CompareOptions
+from simreg.study.options import CompareOptions, from_options
 from tests.study.fakes import compare
 
 TIMES = {"ratio": 1.1, "ratio_quartiles": [1.05, 1.15], "base_s": 0.4, "arm_s": 0.44, "n": 20}
@@ -35,7 +35,7 @@ def simulated(study, tokens_per_s, ratio):
 @pytest.mark.parametrize("minutes", [5, 20])
 @pytest.mark.parametrize("tokens_per_s", [1e3, 3e3, 1e4, 1e5, 1e6])
 def test_a_simulated_study_takes_the_minutes_asked_for(minutes, tokens_per_s):
-    study = plan.from_options(CompareOptions(minutes=minutes))
+    study = from_options(CompareOptions(minutes=minutes))
     sized = fitted(study, tokens_per_s, 60 * minutes)
     took = simulated(sized, tokens_per_s, 1.2)
     config = sized.config(sized.cells()[0])

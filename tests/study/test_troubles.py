@@ -10,7 +10,7 @@ from simreg.recipe import outputs
 from simreg.recipe.errors import Diverged, UserError
 from simreg.recipe.folder import RunFolder
 from simreg.study import geometry, plan, run, sizing
-from simreg.study.plan import CompareOptions
+from simreg.study.options import CompareOptions, from_options
 from tests.study.fakes import SPEED, compare, write_run
 
 
@@ -202,13 +202,13 @@ def test_unwritable_folder(lab, study, tmp_path):
 @pytest.mark.parametrize(("tokens_per_s", "warns"), [(1_000, True), (3_000, False)])
 def test_too_few_minutes_are_said_before_the_start(lab, tmp_path, tokens_per_s, warns):
     lab.tokens_per_s = tokens_per_s
-    _, screen = compare(plan.from_options(CompareOptions(out=str(tmp_path / "s"))))
+    _, screen = compare(from_options(CompareOptions(out=str(tmp_path / "s"))))
     assert ("more than the 5 minutes asked for" in screen.split("[1/4]")[0]) == warns
 
 
 @pytest.mark.parametrize(("factor", "warns"), [(1.3, False), (1.6, True)])
 def test_a_first_run_slower_than_timed_is_said(lab, tmp_path, monkeypatch, factor, warns):
-    study = plan.from_options(CompareOptions(out=str(tmp_path / "s")))
+    study = from_options(CompareOptions(out=str(tmp_path / "s")))
     monkeypatch.setattr(
         sizing.TimeLeft,
         "ended",

@@ -31,7 +31,8 @@ from simreg.recipe.folder import (
 from simreg.recipe.outputs import check_results
 from simreg.recipe.processes import world_size
 from simreg.study import plan, records, report, sizing, summary, zeroshot
-from simreg.study.plan import Cell, CompareOptions, Study
+from simreg.study.options import CompareOptions, from_options
+from simreg.study.plan import Cell, Study
 
 POLL_SECONDS = 5.0
 """How often to look again at runs that another process is training."""
@@ -42,7 +43,7 @@ REPORT = "--report"
 
 def main(options: CompareOptions) -> None:
     """`simreg compare`."""
-    study = plan.from_options(options)
+    study = from_options(options)
     command = shlex.join(["simreg", *(each for each in sys.argv[1:] if each != REPORT)])
     if options.report:
         redraw(study, command=command)
