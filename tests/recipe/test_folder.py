@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import resource
 import shutil
 import threading
@@ -63,6 +64,25 @@ def test_second_process_is_refused(make: Make) -> None:
         with pytest.raises(Locked, match="another process is training in"):
             train(config)
     assert train(config)["steps"] == tiny.STEPS
+
+
+def test_a_file_system_without_locks_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(code: int) -> None:
+        def flock(file: object, operation: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refuse(errno.ENOLCK)
+    for name in "ab":
+        with locked_folder(tmp_path / name) as held:
+            assert held
+    assert capsys.readouterr().err.count("has no locks (No locks available)") == 1
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"), locked_folder(tmp_path / "c"):
+        pytest.fail("broken")
 
 
 def test_folder_that_cannot_be_made(make: Make, tmp_path: Path) -> None:
@@ -348,7 +368,7 @@ def test_results_that_come_before_the_folder_is_held_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
-    def late(path: Path) -> Iterator[bool]:
+    def late(path: Path, waiting: object) -> Iterator[bool]:
         path.mkdir()
         (path / "results.json").write_text('{"positive_rate": 1}')
         yield True
@@ -383,7 +403,7 @@ def test_results_that_come_while_a_folder_is_taken_are_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
-    def late(path: Path) -> Iterator[bool]:
+    def late(path: Path, waiting: object) -> Iterator[bool]:
         path.mkdir(parents=True)
         if path.name == "eval":
             (path / "results.json").write_text('{"command": "a"}')

@@ -21,7 +21,7 @@ from simreg.intervals import pairing
 from simreg.recipe import progress, provenance
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import warn
+from simreg.recipe.processes import warn
 from simreg.recipe.trained import Trained
 
 

@@ -11,7 +11,7 @@ from simreg.bench import measure, problem
 from simreg.bench.contenders import BARE, Contender, Step
 from simreg.bench.memory import peak_extra_bytes
 from simreg.bench.problem import Shape
-from simreg.recipe.folder import warn
+from simreg.recipe.processes import warn
 
 
 def measure_shape(

@@ -10,8 +10,8 @@ from simreg.evaluation.scoring import Scorer, encode_pair, prefix_token
 from simreg.recipe import cache, data
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import warn
 from simreg.recipe.held_out import require_one_text, require_unchanged
+from simreg.recipe.processes import warn
 from simreg.recipe.sources import (
     Source,
     in_pieces,

@@ -19,7 +19,7 @@ from simreg.recipe import cache
 from simreg.recipe.config import DataConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import DOCUMENT, LocalFile, expanded
-from simreg.recipe.folder import warn
+from simreg.recipe.processes import warn
 from simreg.recipe.sources import Source, in_pieces, interleave, resolve, shared
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import NO_ROOM, Diverged, Locked, UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.locks import locked_folder
-from simreg.recipe.processes import is_main_process
+from simreg.recipe.processes import is_main_process, warn
 
 STUDY_FILE = "study.yaml"  # in the folder of a study, which is none of a run
 SEED_FOLDER = re.compile(r"seed-\d+")  # the name of a run's folder in a study
@@ -223,12 +222,6 @@ def _has_checkpoints(root: Path) -> bool:
     with contextlib.suppress(OSError):
         return bool(checkpoints.found(RunFolder(root).checkpoints))
     return False
-
-
-def warn(message: str) -> None:
-    """A line on standard error, from the main process only."""
-    if is_main_process():
-        print(f"simreg: warning: {message}", file=sys.stderr, flush=True)
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:

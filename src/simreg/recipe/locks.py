@@ -1,16 +1,22 @@
 """One process at a time in a folder: advisory locks, which end with the process."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from simreg.recipe.processes import warn
+
 Wait = Callable[[], object] | None
 """Called before another's lock is waited for; None: it is not waited for."""
 _TRIES = 100
+_WITHOUT = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""Errors of file systems that have no locks, such as Lustre where it is mounted so."""
 
 
 @contextmanager
@@ -26,6 +32,10 @@ def locked(path: Path, waiting: Wait = None) -> Iterator[bool]:
                 if held := waiting is not None:
                     waiting()
                     fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _WITHOUT:
+                    raise
+                _without_locks(str(error.strerror))
             if held and not _is_still(path, file.fileno()):
                 continue  # who held it has removed it: another process may make it anew
             try:
@@ -52,6 +62,12 @@ def locked_folder(folder: Path, waiting: Wait = None) -> Iterator[bool]:
             for path in made:
                 path.rmdir()
         raise
+
+
+@functools.cache
+def _without_locks(why: str) -> None:
+    """Said once."""
+    warn(f"the file system has no locks ({why}): let no two commands write into one folder")
 
 
 def _opened(path: Path) -> TextIO:

@@ -12,7 +12,7 @@ from typing import Any
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import storage_errors
-from simreg.recipe.locks import locked_folder
+from simreg.recipe.locks import Wait, locked_folder
 
 
 def command() -> str:
@@ -25,13 +25,20 @@ def folder(out: Path, key: str, writer: str) -> Iterator[Path]:
     """`out`, made and held until the end; UserError, before any work, where results can't be
     written, another command writes its own, or others would be replaced (see `check_results`)."""
     check_results(out / "results.json", key, writer)
-    with contextlib.ExitStack() as until_done:
-        with storage_errors(out):
-            held = until_done.enter_context(locked_folder(out))
-        if not held:
+    with held(out) as ours:
+        if not ours:
             raise UserError(f"another command is at work in {out}: wait for it, or give --out")
         check_results(out / "results.json", key, writer)  # of one that has ended meanwhile
         yield out
+
+
+@contextlib.contextmanager
+def held(folder: Path, waiting: Wait = None) -> Iterator[bool]:
+    """As `locked_folder`; UserError where the folder can't be written in."""
+    with contextlib.ExitStack() as until_done:
+        with storage_errors(folder):
+            ours = until_done.enter_context(locked_folder(folder, waiting))
+        yield ours
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
@@ -71,10 +78,8 @@ def unused(default: Path, command: str) -> Iterator[Path]:
         place = default if number == 1 else default.with_name(f"{default.name}-{number}")
         if _of_another(place, command):
             continue
-        with contextlib.ExitStack() as until_done:
-            with storage_errors(place):
-                held = until_done.enter_context(locked_folder(place))
-            if held and not _of_another(place, command):  # nor has it become one meanwhile
+        with held(place) as ours:
+            if ours and not _of_another(place, command):  # nor has it become one meanwhile
                 yield place
                 return
 

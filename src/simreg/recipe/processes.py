@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -125,3 +126,9 @@ def lost_contact() -> Iterator[None]:
 
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def warn(message: str) -> None:
+    """A line on standard error, from the main process only."""
+    if is_main_process():
+        print(f"simreg: warning: {message}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import warn
+from simreg.recipe.processes import warn
 
 # Dense bfloat16 FLOP/s (float16 before Ampere) from the data sheets; the first match counts.
 _PEAK_FLOPS = {

@@ -18,11 +18,18 @@ from simreg.recipe import assemble, checkpoints, models, progress, provenance
 from simreg.recipe.config import RunConfig, to_dict
 from simreg.recipe.data import Corpus, Ordered, Rows, prepare
 from simreg.recipe.errors import UserError
-from simreg.recipe.folder import RunFolder, flat, native_errors, storage_errors, warn
+from simreg.recipe.folder import RunFolder, flat, native_errors, storage_errors
 from simreg.recipe.hub import quiet
 from simreg.recipe.loop import RunCallback, RunTrainer, interruptible
 from simreg.recipe.probe import Probe
-from simreg.recipe.processes import from_main, is_main_process, lost_contact, share, world_size
+from simreg.recipe.processes import (
+    from_main,
+    is_main_process,
+    lost_contact,
+    share,
+    warn,
+    world_size,
+)
 from simreg.recipe.tokenizer import as_trained
 
 Tell = Callable[[dict[str, Any]], None]

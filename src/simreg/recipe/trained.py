@@ -12,7 +12,8 @@ from simreg.recipe import config as recipe
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import FREE_FIELDS, SEED_FOLDER, STUDY_FILE, RunFolder, warn
+from simreg.recipe.folder import FREE_FIELDS, SEED_FOLDER, STUDY_FILE, RunFolder
+from simreg.recipe.processes import warn
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 

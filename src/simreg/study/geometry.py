@@ -11,7 +11,8 @@ from simreg.analysis.options import AnalyzeOptions
 from simreg.recipe import outputs, progress, provenance
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import RunFolder, storage_errors, warn
+from simreg.recipe.folder import RunFolder, storage_errors
+from simreg.recipe.processes import warn
 from simreg.study import models
 from simreg.study.plan import Cell
 

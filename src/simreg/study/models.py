@@ -8,7 +8,8 @@ from pathlib import Path
 from simreg.recipe import trained
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import STUDY_FILE, RunFolder, warn
+from simreg.recipe.folder import STUDY_FILE, RunFolder
+from simreg.recipe.processes import warn
 from simreg.recipe.trained import Trained
 from simreg.study import plan
 from simreg.study.plan import Cell, Study

@@ -15,10 +15,10 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from simreg.recipe import config as recipe
+from simreg.recipe import outputs
 from simreg.recipe.checkpoints import write_atomically
 from simreg.recipe.config import RunConfig
 from simreg.recipe.errors import UserError, describe
-from simreg.recipe.locks import locked_folder
 from simreg.recipe.numbers import Positive, Whole
 from simreg.recipe.values import merge, read_yaml
 from simreg.study import checks
@@ -199,11 +199,7 @@ def save(study: Study, path: str | Path) -> None:
 def exclusive(out: Path, console: Console) -> Iterator[None]:
     """One process at a time settles the size of a study, times its steps, and ends it."""
     waiting = partial(console.print, "waiting for another process that measures or evaluates ...")
-    with contextlib.ExitStack() as until_done:
-        try:
-            until_done.enter_context(locked_folder(out, waiting))
-        except OSError as error:
-            raise UserError(f"cannot write in the study folder {out}: {error.strerror}") from None
+    with outputs.held(out, waiting):
         yield
 
 

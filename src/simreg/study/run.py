@@ -26,10 +26,9 @@ from simreg.recipe.folder import (
     RunFolder,
     flat,
     storage_errors,
-    warn,
 )
 from simreg.recipe.outputs import check_results
-from simreg.recipe.processes import world_size
+from simreg.recipe.processes import warn, world_size
 from simreg.study import plan, records, report, sizing, summary, zeroshot
 from simreg.study.options import CompareOptions, from_options
 from simreg.study.plan import Cell, Study

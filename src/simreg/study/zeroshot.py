@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,7 @@ from simreg.recipe import outputs, progress
 from simreg.recipe.data import Corpus
 from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
-from simreg.recipe.folder import storage_errors, warn
-from simreg.recipe.locks import locked_folder
+from simreg.recipe.processes import warn
 from simreg.recipe.trained import Trained
 from simreg.study import models, plan, records, report
 from simreg.study.plan import Study
@@ -95,9 +93,7 @@ def after_training(
         return False
     limit = _items(study, step_time, len(found))
     waiting = partial(console.print, "waiting for another process that evaluates the study ...")
-    with ExitStack() as until_done:
-        with storage_errors(out):
-            until_done.enter_context(locked_folder(out, waiting))
+    with outputs.held(out, waiting):
         earlier = _read(out / "results.json")
         if earlier and _covers(earlier, study, _prints(found), limit):
             return False
