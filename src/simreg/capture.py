@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from simreg.decoders import (
     around,
-    at_depths,
     find_causal,
     find_decoder,
     find_head,
     find_layers,
     is_head,
+    layers_read,
     logits_widths,
     unwrap,
 )
@@ -89,7 +89,7 @@ def attach(
             decoder,
             objective,
             causal=find_causal(model) if wanted.logits or wanted.head else None,
-            layers=at_depths(objective, layers) if wanted.depths else (),
+            layers=layers_read(objective, layers) if wanted.depths else (),
         )
     if wanted.logits or wanted.head:
         raise ValueError(
@@ -104,7 +104,7 @@ def attach(
         raise ValueError("module: this is an embedding, name what feeds the LM head")
     if is_head(module, unwrap(model)):
         raise ValueError("module: this is the LM head, name what feeds it (the final norm, say)")
-    read = at_depths(objective, layers) if wanted.depths else []
+    read = layers_read(objective, layers) if wanted.depths else []
     start = around(model, {module, *read}) if read else None
     widths = logits_widths(model)
     return Attached(module, objective, start=start, layers=read, no_hidden=widths)

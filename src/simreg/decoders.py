@@ -44,7 +44,7 @@ def find_layers(decoder: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def at_depths(objective: Objective, layers: Iterable[nn.Module] | None) -> list[nn.Module]:
+def layers_read(objective: Objective, layers: Iterable[nn.Module] | None) -> list[nn.Module]:
     """The layer at each fraction of the depth, counted upwards: ⌈fraction · layers⌉."""
     stack = list(layers) if isinstance(layers, Iterable) else []
     if not stack or not all(isinstance(layer, nn.Module) for layer in stack):

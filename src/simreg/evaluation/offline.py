@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simreg.evaluation import heldout
+from simreg.evaluation import excerpts
 from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer, encode_pair, prefix_token
 from simreg.recipe import cache, data
@@ -40,7 +40,7 @@ class Cloze:
     the harness's `acc_mutual_info`), so that common words are no advantage.
     """
 
-    items: list[heldout.Item]
+    items: list[excerpts.Item]
     source: str
     name: str = CLOZE
     note: str = ""
@@ -72,7 +72,7 @@ class Cloze:
         """1 for each item whose true continuation has the largest score (the first, if several)."""
         hits = []
         for i, item in enumerate(self.items):
-            four = scores[heldout.CHOICES * i : heldout.CHOICES * (i + 1)]
+            four = scores[excerpts.CHOICES * i : excerpts.CHOICES * (i + 1)]
             hits.append(float(four.index(max(four)) == item.gold))
         return hits
 
@@ -97,12 +97,12 @@ class Bits:
             tokens = tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True, verbose=False
             )["input_ids"]  # as in training: <|endoftext|> in a text is text
-            parts = heldout.windows(tokens, prefix, scorer.max_length)
+            parts = excerpts.windows(tokens, prefix, scorer.max_length)
             pairs += parts
             owner += [i] * len(parts)
         values = [0.0] * len(self.texts)
         for i, (log_likelihood, _) in zip(owner, scorer(pairs, advance), strict=True):
-            values[i] += heldout.bits(log_likelihood)
+            values[i] += excerpts.bits(log_likelihood)
         weights = [float(len(text.encode())) for text in self.texts]
         return Outcome("bits_per_byte", values, weights=weights)
 
@@ -131,7 +131,7 @@ def load(
             tasks.append(Bits(_first(documents, count * _AN_ITEM), source))
             continue
         try:
-            tasks.append(Cloze(heldout.cloze(documents, count, seed=0), source))
+            tasks.append(Cloze(excerpts.cloze(documents, count, seed=0), source))
         except UserError as error:
             if len(names) == 1:
                 raise

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from simreg.evaluation import heldout, offline
+from simreg.evaluation import excerpts, offline
 from simreg.recipe.errors import UserError
 from tests.evaluation import tiny
 
@@ -12,7 +12,7 @@ DOCUMENTS = [f"start{i} " + tiny.text(i, 150) + f" end{i}" for i in range(12)]
 
 
 def test_the_gold_choice_follows_the_context_and_the_others_come_from_elsewhere():
-    for item in heldout.cloze(DOCUMENTS, 200):
+    for item in excerpts.cloze(DOCUMENTS, 200):
         whole = item.context + item.choices[item.gold]
         [home] = [doc for doc in DOCUMENTS if whole in doc]
         assert DOCUMENTS[item.document] == home
@@ -30,15 +30,15 @@ def test_the_gold_choice_follows_the_context_and_the_others_come_from_elsewhere(
 
 
 def test_a_seed_fixes_the_items_and_few_begin_many():
-    many = heldout.cloze(DOCUMENTS, 100, seed=3)
-    assert heldout.cloze(list(DOCUMENTS), 100, seed=3) == many
-    assert heldout.cloze(DOCUMENTS, 30, seed=3) == many[:30]
-    assert heldout.cloze(DOCUMENTS, 100, seed=4) != many
-    assert many[0] == heldout.cloze([*DOCUMENTS, DOCUMENTS[2]], 1, seed=3)[0]  # copies count once
+    many = excerpts.cloze(DOCUMENTS, 100, seed=3)
+    assert excerpts.cloze(list(DOCUMENTS), 100, seed=3) == many
+    assert excerpts.cloze(DOCUMENTS, 30, seed=3) == many[:30]
+    assert excerpts.cloze(DOCUMENTS, 100, seed=4) != many
+    assert many[0] == excerpts.cloze([*DOCUMENTS, DOCUMENTS[2]], 1, seed=3)[0]  # copies count once
 
 
 def test_the_place_of_the_gold_choice_is_even_and_no_item_comes_twice():
-    items = heldout.cloze(DOCUMENTS, 1000)
+    items = excerpts.cloze(DOCUMENTS, 1000)
     assert len({(item.context, item.choices[item.gold]) for item in items}) == len(items)
     for place in range(4):
         share = sum(item.gold == place for item in items) / len(items)
@@ -48,7 +48,7 @@ def test_the_place_of_the_gold_choice_is_even_and_no_item_comes_twice():
 def test_scripts_without_spaces_are_cut_anywhere():
     rng = random.Random(0)
     documents = ["".join(chr(0x4E00 + rng.randrange(2000)) for _ in range(400)) for _ in range(5)]
-    items = heldout.cloze(documents, 20)
+    items = excerpts.cloze(documents, 20)
     assert len(items) == 20
     for item in items:
         assert {len(choice) for choice in item.choices} == {40}
@@ -58,7 +58,7 @@ def test_scripts_without_spaces_are_cut_anywhere():
 def test_blanks_of_a_wide_table_are_neither_context_nor_continuation():
     rows = [f"row{i}" + "\n".join(f"{i}{j}" + " " * 290 for j in range(12)) for i in range(9)]
     for documents in (rows, [row.replace("row", "") for row in rows] + DOCUMENTS[:1]):
-        for item in heldout.cloze(documents, 200):
+        for item in excerpts.cloze(documents, 200):
             assert item.context.strip()
             assert item.choices[item.gold].strip()
 
@@ -66,19 +66,19 @@ def test_blanks_of_a_wide_table_are_neither_context_nor_continuation():
 @pytest.mark.parametrize("documents", [[], DOCUMENTS[:1], ["short"] * 50, [DOCUMENTS[0]] * 3])
 def test_too_little_text(documents):
     with pytest.raises(UserError, match="name more text with --text"):
-        heldout.cloze(documents, 10)
+        excerpts.cloze(documents, 10)
 
 
 def test_documents_that_are_all_alike():
     same = "word " * 100
     with pytest.raises(UserError, match="too much alike"):
-        heldout.cloze([same, same + "word"], 3)
+        excerpts.cloze([same, same + "word"], 3)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 40])
 def test_windows_predict_every_token_once_as_the_harness_does(length):
     tokens = list(range(100, 100 + length))
-    pairs = heldout.windows(tokens, 5, 8)
+    pairs = excerpts.windows(tokens, 5, 8)
     assert [token for _, part in pairs for token in part] == tokens
     stream = [5, *tokens]
     for context, part in pairs:
@@ -92,12 +92,12 @@ def test_windows_predict_every_token_once_as_the_harness_does(length):
 
 
 def test_bits_of_a_quarter():
-    assert heldout.bits(-1.3862943611198906) == pytest.approx(2.0)
+    assert excerpts.bits(-1.3862943611198906) == pytest.approx(2.0)
 
 
 def test_normalised_subtracts_what_a_continuation_scores_alone(loaded):
     """A scorer made by hand: choice 0 is likely anywhere, the true one is what the context adds."""
-    [item] = heldout.cloze(DOCUMENTS, 1)
+    [item] = excerpts.cloze(DOCUMENTS, 1)
     wrong = (item.gold + 1) % 4
     given, alone = [-9.0] * 4, [-9.0] * 4
     given[wrong], alone[wrong] = -1.0, -1.0
@@ -109,7 +109,7 @@ def test_normalised_subtracts_what_a_continuation_scores_alone(loaded):
 
 
 def test_scores_cached_without_documents_are_not_those_of_these_items():
-    item, same = heldout.cloze(DOCUMENTS, 2)
+    item, same = excerpts.cloze(DOCUMENTS, 2)
     assert item.document != same.document
     keys = [
         offline.Cloze([replace(item, document=document)], "made up").key() for document in (0, 1)
