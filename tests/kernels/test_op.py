@@ -53,7 +53,8 @@ def test_custom_op_is_well_formed(backend, variant, device):
     labels, ids = torch.arange(20).expand(2, 20) % 3, torch.arange(20).expand(2, 20) // 10
     # Every token has positives and negatives: opcheck takes NaN (a mean of none) for a difference.
     labels, ids = on(device, labels.contiguous(), ids.contiguous())
-    for push in (0.0, 3.0):
+    # Triton's interpreter is slow, and with a push its kernels do all that they do without.
+    for push in (3.0,) if backend == "triton" and device == "cpu" else (0.0, 3.0):
         options = (0.1, variant, push, 0.5, backend)
         torch.library.opcheck(op.loss, (hidden, labels, ids, *options))
         saved = [value.detach() for value in op.loss(hidden, labels, ids, *options)[3:]]

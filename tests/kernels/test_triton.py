@@ -55,14 +55,13 @@ def test_equals_the_reference(variant, limits, length, segments, push):
 
 
 @pytest.mark.parametrize(
-    ("rows", "limits"),
-    [(1, {}), (3, {"SLOTS": 160_000, "SCRATCH": 100_000, "TOKEN": 0})],
+    ("rows", "length", "limits"),
+    # Ten tiles: a group and a part. Five: slots of two rows of three, M of two tiles, then of one.
+    [(1, 300, {}), (3, 140, {"SLOTS": 45_000, "SCRATCH": 60_000, "TOKEN": 0})],
     ids=["whole rows", "two rows of slots, two tiles of M"],
 )
-def test_many_tiles(rows, limits):
-    hidden, labels, _ = problem(
-        rows, 300, 16, 30, dtype=torch.float32
-    )  # 10 tiles: a group and a part
+def test_many_tiles(rows, length, limits):
+    hidden, labels, _ = problem(rows, length, 16, 30, dtype=torch.float32)
     truth = value_and_grad(per_token, hidden.double(), labels, backend="reference")
     with small_tiles("triton", **limits):
         ours = value_and_grad(per_token, hidden, labels, backend="triton")
