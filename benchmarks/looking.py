@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import tyro
 
-from simreg.evaluation import heldout
+from simreg.evaluation import excerpts
 from simreg.evaluation.offline import ITEMS, Cloze, documents
 from simreg.evaluation.scoring import Scorer
 from simreg.recipe import assemble, config, data, provenance
@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     look = looker(stepper, Probe(corpus.validation))
     times = [(stepper.step(), look()) for _ in range(WARM_UP + options.rounds)][WARM_UP:]
     step_s, look_s = (statistics.median(column) for column in zip(*times, strict=True))
-    items = heldout.cloze([d for d in documents(corpus) if d.strip()], ITEMS, 0)
+    items = excerpts.cloze([d for d in documents(corpus) if d.strip()], ITEMS, 0)
     scorer = Scorer(stepper.model.eval(), max_length=run.data.seq_len, bf16=stepper.bf16)
     began = time.perf_counter()
     Cloze(items, "").run(scorer, corpus.tokenizer, lambda count: None)

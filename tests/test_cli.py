@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from simreg import __version__, cli
+from simreg.recipe import config as recipe
 from simreg.recipe import train as train_module
 from simreg.recipe.config import RunConfig, to_yaml
 from simreg.recipe.errors import UserError
@@ -34,6 +35,13 @@ def test_defaults_then_file_then_flags(tmp_path: Path, seen: list[RunConfig]) ->
     assert seen[0].optim.warmup == 0.2
     assert seen[0].data.source == ["a", "b"]
     assert seen[0].train == RunConfig().train
+
+
+def test_the_change_log_says_how_a_folder_from_before_is_resumed(seen: list[RunConfig]) -> None:
+    text = Path(__file__).parents[1].joinpath("CHANGELOG.md").read_text(encoding="utf-8")
+    [flags] = re.findall(r"resume it with `(--simreg\.push [^`]*)`", text)
+    assert cli.main(["train", *flags.split()]) == 0
+    assert seen == [recipe.with_overrides(RunConfig(), recipe.BEFORE)]
 
 
 def test_a_run_that_succeeds_ends_the_group_of_processes(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import types
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def test_other_text_is_cut_into_the_models_tokens(study, tmp_path):
             source=str(other), tokenizer="bpe:270", seq_len=32, cache_dir=str(tmp_path),
             validation_fraction=0.5,
         )))  # fmt: skip
+
+
+def test_of_other_text_nothing_is_taken_for_what_it_was_of_the_runs(study):
+    [run] = trained.find([str(study / "simreg" / "1" / "seed-1")])
+    own = {"text_field": "content", "validation": "held.txt", "max_tokens": 9, "seq_len": 24}
+    config = recipe.with_overrides(run.config, {"data": {**own, "validation_fraction": 0.5}})
+    data = text.data_of([replace(run, config=config)], {"source": "other.jsonl"})
+    known = {"tokenizer": str(run.model), "seq_len": 24, "cache_dir": run.config.data.cache_dir}
+    assert data == recipe.DataConfig(source="other.jsonl", **known)
 
 
 @pytest.mark.parametrize("files", [["vocab.json", "merges.txt"], ["tokenizer.json"]])

@@ -1,5 +1,6 @@
 """What is left for a GPU: its commands exist, and say at once where there is none."""
 
+import importlib
 import os
 import re
 import shlex
@@ -52,6 +53,11 @@ def shell(*command: str, first: Path | None = None) -> subprocess.CompletedProce
         text=True,
         timeout=600,
     )
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_each_benchmark_begins(script):
+    importlib.import_module(f"benchmarks.{script.stem}")
 
 
 def test_what_the_queue_names_exists():

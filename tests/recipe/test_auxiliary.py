@@ -207,6 +207,8 @@ def test_an_auxiliary_weight_follows_a_schedule_of_its_own(
     _, constant = run(tmp_path / "constant", text, simreg | {"auxiliary": mtp})
     assert seen == [(0.3, 0.5)] * 20
     assert constant["final_ce"] != result["final_ce"]
+    with pytest.raises(UserError, match=r"that of auxiliary\.schedule, which is not set"):
+        from_dict({"auxiliary": {**mtp, "schedule_fraction": 0.5}})
     for alone in ({"schedule": "decay"}, {"schedule_fraction": 0.5}):
         with pytest.raises(UserError, match=r"its schedule are those of auxiliary\.name"):
             tiny.config(tmp_path, text, {"auxiliary": alone})

@@ -1,5 +1,6 @@
 import os
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_the_demo():
 def test_other_text_than_the_demos_has_a_folder_of_its_own():
     assert from_options(CompareOptions(data=["a.txt"])).out == "runs/compare"
     assert from_options(CompareOptions(data=["a.txt"], out="b")).out == "b"
+
+
+def test_other_text_comes_with_validation_text_of_its_own(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("base: {data: {source: theirs.txt, validation: held.txt, seq_len: 64}}")
+    ours = partial(CompareOptions, str(file), data=["a.txt"])
+    data = from_options(ours()).base.data
+    assert (data.source, data.validation, data.seq_len) == ("a.txt", None, 64)
+    assert from_options(ours(set=["data.validation=b.txt"])).base.data.validation == "b.txt"
+    assert from_options(CompareOptions(str(file))).base.data.validation == "held.txt"
 
 
 def test_config_of_a_run():

@@ -66,11 +66,12 @@ def data_of(targets: Sequence[Trained], changes: dict[str, Any]) -> DataConfig:
                 "some with --source"
             )
         return DataConfig(**{"tokenizer": own} | changes)
-    if "source" in changes:
-        changes = {"validation": None, "max_tokens": None} | changes
+    data = run.config.data
+    if "source" in changes:  # of which nothing is known that was of the run's
+        data = DataConfig(seq_len=data.seq_len, cache_dir=data.cache_dir)
     if changes.keys() & {"source", "validation"}:
         changes = {"tokenizer": own} | changes
-    return replace(run.config.data, **changes)
+    return replace(data, **changes)
 
 
 def check_held_out(targets: Sequence[Trained], text: Text, changes: dict[str, Any]) -> None:

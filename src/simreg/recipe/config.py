@@ -236,6 +236,10 @@ class AuxiliaryConfig:
             raise ValueError(
                 "auxiliary.options and its schedule are those of auxiliary.name, which is not set"
             )
+        if self.schedule_fraction and not self.schedule:
+            raise ValueError(
+                "auxiliary.schedule_fraction is that of auxiliary.schedule, which is not set"
+            )
         object.__setattr__(self, "options", {k: _number(v) for k, v in self.options.items()})
         if self.name is not None:
             try:  # to see what it says; on "meta" no memory and no random numbers are taken
@@ -337,7 +341,8 @@ class RunConfig:
                 try:
                     layers_within(own.depths, layers)
                 except ValueError as error:
-                    raise ValueError(f"simreg.{error}; [] leaves it at that") from None
+                    advice = "[], or the flag without a value, leaves it at that"
+                    raise ValueError(f"simreg.{error}; {advice}") from None
 
     @property
     def tokens_per_step(self) -> int:

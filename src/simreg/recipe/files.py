@@ -310,7 +310,8 @@ def _no_field(field: str, where: str, names: list[str]) -> str:
     found = ", ".join(map(repr, names)) or "none"
     return (
         f"{where}: no field {field!r} (found: {found}); data.text_field names the right one "
-        "(simreg compare: --set data.text_field=NAME; simreg eval --text reads 'text')"
+        "(simreg compare: --set data.text_field=NAME; simreg eval --text and simreg analyze "
+        "--source read 'text')"
     )
 
 

@@ -48,7 +48,8 @@ class CompareOptions:
     model: Annotated[str | None, default_of("llama-tiny")] = None
     """Model preset."""
     data: Annotated[list[str] | None, default_of("python-stdlib")] = None
-    """Where the text comes from: files, globs, `python-stdlib` or `hf:owner/name`."""
+    """Where the text comes from, that for validation too (some is held out): files, globs,
+    `python-stdlib` or `hf:owner/name`."""
     set: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Change what all arms share, e.g. `--set optim.lr=1e-3`."""
 
@@ -116,7 +117,10 @@ def from_options(options: CompareOptions) -> Study:
         base = merge(base, {"model": {"preset": options.model}})
     if options.data is not None:
         source = options.data[0] if len(options.data) == 1 else options.data
-        base = merge(base, {"data": {"source": source}})
+        other: dict[str, Any] = {"source": source}
+        if "validation" not in section(shared, "data", "--set data"):
+            other["validation"] = None  # the file's is of the file's text
+        base = merge(base, {"data": other})
     train = section(base, "train", "base.train")
     if options.tokens is not None:
         base = merge(base, {"train": {"tokens": options.tokens}})
