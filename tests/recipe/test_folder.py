@@ -20,7 +20,7 @@ from simreg.recipe import checkpoints, models, outputs
 from simreg.recipe import config as run_config
 from simreg.recipe.config import RunConfig, with_overrides
 from simreg.recipe.data import prepare
-from simreg.recipe.errors import Locked, UserError
+from simreg.recipe.errors import Diverged, Locked, UserError
 from simreg.recipe.folder import RunFolder, native_errors, storage_errors
 from simreg.recipe.locks import locked_folder
 from simreg.recipe.outputs import unused
@@ -199,6 +199,7 @@ def test_full_disk_at_the_end_loses_nothing(make: Make) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert train(config, corpus=corpus)["final_ce"] == expected
+    assert (Path(config.out) / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -262,8 +263,9 @@ def test_a_model_that_cannot_be_is_said_before_another_run_is_found(make: Make) 
 def test_a_run_that_diverged_before_it_wrote_anything_is_of_its_config(make: Make) -> None:
     config = make()
     folder = RunFolder(config.out)
-    with folder.claimed(config):
-        folder.record_divergence("NaN at step 1")
+    with pytest.raises(Diverged), folder.claimed(config):
+        raise Diverged("NaN at step 1")
+    folder.record_divergence("NaN at step 1")
     assert folder.diverged(config) == "NaN at step 1"
     with pytest.raises(UserError, match=r"another config \(train\.seed is 0 there and 1 now\)"):
         folder.diverged(with_overrides(config, {"train": {"seed": 1}}))

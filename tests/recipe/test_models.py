@@ -83,6 +83,12 @@ def test_flops_per_token_by_hand() -> None:
         assert models.flops_per_token(config, active, length) == expected
 
 
+@pytest.mark.parametrize(("preset", "theta"), [("llama-7b", 1e4), ("mixtral-8x7b", 1e6)])
+def test_the_published_angles_of_positions(preset: str, theta: float) -> None:
+    config = models.model_config(preset, vocab_size=300, seq_len=16)
+    assert config.rope_parameters["rope_theta"] == theta
+
+
 def test_positions_reach_the_row_length() -> None:
     long = models.model_config("llama-tiny", vocab_size=300, seq_len=5000)
     assert long.max_position_embeddings == 5000

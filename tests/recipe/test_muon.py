@@ -76,9 +76,12 @@ def test_a_copy_goes_on_by_itself() -> None:
     )
 
 
-def test_a_scheduler_reaches_every_group() -> None:
+@pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
+def test_a_scheduler_reaches_every_group(loaded: bool) -> None:
     model = build()
     both = MuonAdamW(model, OPTIM)
+    if loaded:  # which replaces the groups; accelerate does so before the first step too
+        both.load_state_dict(both.state_dict())
     torch.optim.lr_scheduler.LambdaLR(both, lambda step: 0.0)
     before = [p.clone() for p in model.parameters()]
     gradients(model, 0)

@@ -14,6 +14,7 @@ from simreg.recipe import assemble, checkpoints
 from simreg.recipe import train as module
 from simreg.recipe.config import RunConfig, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
+from simreg.recipe.processes import check_replicated
 from simreg.recipe.train import train
 from tests.processes import free_port, launch
 from tests.recipe import tiny
@@ -73,6 +74,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues(
     again = torchrun(4, config)
     assert again.returncode == 0, again.stderr
     assert "resuming after step 7" in again.stdout
+    assert again.stdout.count("step 20/20") == 2  # of training and validation, by one of the four
     assert_close_run(config, whole)
 
 
@@ -209,6 +211,12 @@ def test_processes_with_nowhere_to_meet_are_refused(
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match=r"one of 2 processes, but .* no MASTER_ADDR, .*torchrun"):
         train(tiny.config(tmp_path, text))
+
+
+@pytest.mark.parametrize("off", ["", "false", "False", "0", "no", "off"])
+def test_sharding_that_is_off_is_not_refused(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", off)
+    check_replicated()
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])

@@ -41,6 +41,23 @@ def test_the_load_of_a_timing_is_not_that_of_what_ran_before(ran_before: float) 
     assert timing.load_during(60, 9.0, 0.1) == 0.0
 
 
+def test_the_fingerprint_of_a_model_is_of_all_that_it_consists_of(tmp_path: Path) -> None:
+    names = ["a.json", "b.safetensors", "c.txt", "d.bin", "e.model", "f.jinja"]
+
+    def found(changes: dict[str, str]) -> str:
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        folder.mkdir()
+        for name, text in (dict.fromkeys(names, "xx") | changes).items():
+            (folder / name).write_text(text)
+        return provenance.fingerprint(folder)
+
+    whole = found({})
+    assert found({"notes.md": "of a person"}) == whole
+    changed = [found({name: "xy"}) for name in names]
+    moved = found({"a.json": "x", "b.safetensors": "xxx"})
+    assert len({whole, moved, *changed}) == len(names) + 2
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_commit_is_told_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:

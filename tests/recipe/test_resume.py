@@ -305,6 +305,11 @@ def test_lines_that_went_missing_are_told(
 MANIFEST = '{"files": {"weights": %s}, "step": 3, "corpus": "fingerprint"}'
 
 
+def rename(file: Path, key: str) -> None:
+    """A key of JSON, so that it is missing."""
+    file.write_text(file.read_text().replace(f'"{key}"', '"another"'))
+
+
 class TestCheckpoints:
     def save(self, folder: Path, step: int) -> Path:
         target = folder / checkpoints.folder_name(step)
@@ -324,6 +329,8 @@ class TestCheckpoints:
             (lambda p: (p / "weights").write_text("1235"), "altered"),
             (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
             (lambda p: (p / "manifest.json").write_text("{"), "unreadable"),
+            (lambda p: rename(p / "manifest.json", "step"), "unreadable"),
+            (lambda p: rename(p / "manifest.json", "corpus"), "unreadable"),
             (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "unreadable"),
             (lambda p: (p / "manifest.json").write_text(MANIFEST % "{}"), "unreadable"),
             (lambda p: (p / "manifest.json").write_text(MANIFEST % "5"), "unreadable"),
@@ -335,6 +342,19 @@ class TestCheckpoints:
         damage(checkpoint)
         with pytest.raises(ValueError, match=says):
             checkpoints.verify(checkpoint)
+
+    def test_every_file_is_looked_at(self, tmp_path: Path) -> None:
+        names = ["model.safetensors", "optimizer.pt", "in/weights", "weights"]
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("1234")
+        checkpoints.seal(tmp_path, {"step": 3, "corpus": "fingerprint"})
+        for name in names:
+            (tmp_path / name).write_text("1235")
+            with pytest.raises(ValueError, match=f"^{name} was altered"):
+                checkpoints.verify(tmp_path)
+            (tmp_path / name).write_text("1234")
+        assert checkpoints.verify(tmp_path)["step"] == 3
 
     def test_a_failed_write_leaves_the_old_one(self, tmp_path: Path) -> None:
         checkpoint = self.save(tmp_path, 3)
@@ -354,6 +374,28 @@ class TestCheckpoints:
             self.save(tmp_path, step)
         checkpoints.prune(tmp_path, step=3, keep=2)  # 9 was found corrupt: the run went back
         assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path)] == [3, 2]
+
+    def test_what_takes_its_name_is_on_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And then the name: a machine may lose its power."""
+        forced = []
+        original = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            forced.append((path.name.split(".")[1:2] or [path.name], target.exists()))
+            original(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        target = tmp_path / "folder" / "new"
+        with checkpoints.new_folder(target) as aside:
+            (aside / "in.it").write_text("1")
+        assert forced == [(["it"], False), (["new"], False), (["folder"], True)]
+        forced.clear()
+        target = tmp_path / "folder" / "file"
+        checkpoints.write_atomically(target, "1")
+        assert forced == [(["file"], False), (["folder"], True)]
 
 
 @pytest.mark.parametrize("on_step", [None, [].append], ids=["alone", "of a study"])

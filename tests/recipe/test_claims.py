@@ -1,0 +1,83 @@
+"""What a run's folder may be continued with, what its disk refuses, who waits for it."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from simreg.recipe import config as run_config
+from simreg.recipe import outputs
+from simreg.recipe.config import with_overrides
+from simreg.recipe.errors import UserError
+from simreg.recipe.folder import RunFolder, native_errors, storage_errors
+from simreg.recipe.locks import locked_folder
+from tests.recipe.tiny import Make
+
+
+def test_what_may_change_in_a_folder(make: Make) -> None:
+    """Each field of `train` is either free or refused, as docs/training.md says."""
+    config = make()
+    folder = RunFolder(config.out)
+    folder.root.mkdir(parents=True)
+    folder.metrics.write_text('{"step": 1}\n')
+    folder.config.write_text(run_config.to_yaml(config))
+    free = {"accumulate": 2, "gradient_checkpointing": True, "timeout": 9, "log_every": 7}
+    free |= {"save_every": 5, "keep_checkpoints": 4, "analyze_every": 2}
+    free |= {"report_to": "tensorboard"}
+    elsewhere = {"out": "moved", "data": {"cache_dir": "another"}}
+    folder.check(with_overrides(config, elsewhere | {"train": free}))
+    refused = {"tokens": 5, "batch_rows": 8, "seed": 2, "precision": "bf16", "compile": True}
+    refused |= {"evals": 5, "eval_tokens": 64}
+    assert {each.name for each in fields(config.train)} == free.keys() | refused.keys()
+    for name, value in refused.items():
+        with pytest.raises(UserError, match=rf"another config \(train\.{name} is "):
+            folder.check(with_overrides(config, {"train": {name: value}}))
+
+
+@pytest.mark.parametrize("name", ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG"])
+def test_what_a_disk_refuses_is_said(tmp_path: Path, name: str) -> None:
+    number = getattr(errno, name)
+    full = name in ("ENOSPC", "EDQUOT", "EFBIG")
+    advice = "make room or choose another" if full else "; choose another"
+    with pytest.raises(UserError, match=advice), storage_errors(tmp_path):
+        raise OSError(number, os.strerror(number), str(tmp_path / "x"))
+
+
+def test_what_a_native_writer_was_refused_is_no_full_disk(tmp_path: Path) -> None:
+    words = pytest.raises(UserError, match=r"cannot write .*; choose another")
+    with words, storage_errors(tmp_path), native_errors(tmp_path / "x"):
+        raise Exception("Permission denied (os error 13)")
+
+
+def test_a_command_line_is_told_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/simreg", "eval", "my runs/a", "--limit", "5"])
+    assert outputs.command() == "simreg eval 'my runs/a' --limit 5"
+
+
+def test_one_of_several_that_wait_comes_next(tmp_path: Path) -> None:
+    """Who held the folder has been killed, and the file of its lock is still there."""
+    ready, both, met = threading.Semaphore(0), threading.Barrier(2), []
+
+    def other() -> None:
+        broken = contextlib.suppress(threading.BrokenBarrierError)
+        with locked_folder(tmp_path, ready.release), broken:
+            both.wait(0.2)
+            met.append("inside at once")
+
+    threads = [threading.Thread(target=other) for _ in range(2)]
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for thread in threads:
+            thread.start()
+            assert ready.acquire(timeout=30)
+        time.sleep(0.05)  # till both are waiting
+    for thread in threads:
+        thread.join(30)
+    assert not met
