@@ -14,6 +14,7 @@ from simreg import SimRegLoss
 from simreg.baselines import registry
 from simreg.objectives import Reads, Sum
 from simreg.recipe import assemble, loop, models
+from simreg.recipe import train as train_module
 from simreg.recipe.config import SimRegConfig, from_dict, to_dict, to_yaml, with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder
@@ -269,27 +270,38 @@ def test_two_processes_train_its_parameters(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "meaning"),
+    ("preset", "options", "meaning"),
     [
-        ({}, "equal but for rounding"),
-        ({"batch": True}, "the loss of simreg-variant depends on how batches are split, so from"),
+        ("llama-test", {}, "equal but for rounding"),
+        ("llama-test", {"batch": True}, "the loss of simreg-variant depends on how batches are"),
+        ("mixtral-test", {}, "the router's loss depends on the micro-batch, so from here on it is"),
     ],
 )
 def test_a_run_that_goes_on_with_other_micro_batches_says_what_that_means(
     tmp_path: Path,
     text: Path,
     capsys: pytest.CaptureFixture[str],
+    preset: str,
     options: dict[str, Any],
     meaning: str,
 ) -> None:
     auxiliary = {"name": "simreg-variant", "options": options}
-    config = tiny.config(tmp_path, text, {"simreg": {"weight": 0}, "auxiliary": auxiliary})
+    changes = {"model": {"preset": preset}, "simreg": {"weight": 0}, "auxiliary": auxiliary}
+    config = tiny.config(tmp_path, text, changes)
     tiny.run_and_die(config, tmp_path, "step:13")
     capsys.readouterr()
     train(with_overrides(config, {"train": {"accumulate": 2}}))
     warned = capsys.readouterr().err
     assert f"simreg: warning: train.accumulate was 1 and is 2: {meaning}" in warned
     assert warned.count("warning") == 1
+
+
+def test_of_more_processes_and_fewer_micro_batches_each_the_router_sees_the_same() -> None:
+    now = from_dict({"train": {"accumulate": 2}})
+    for before, same in ((4, True), (2, False)):
+        manifest = {"processes": 1, "accumulate": before}
+        told = train_module._split_anew(now, manifest, 2, None, mixture=True)
+        assert told.endswith("2: equal but for rounding") == same, told
 
 
 @pytest.mark.parametrize(

@@ -449,8 +449,11 @@ def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:
     left, other = folder.checkpoints / ".step-0000003.partial", folder.checkpoints / "notes"
     left.mkdir(parents=True)
     other.mkdir()
+    (folder.root / ".model.partial").mkdir()  # the next export's to replace
+    (folder.root / ".result.json.0.partial").touch()
     with folder.claimed(config):
         assert [*folder.checkpoints.iterdir()] == [other]
+        assert {path.name for path in folder.root.glob(".*")} == {".lock", ".model.partial"}
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"final_ce": '])

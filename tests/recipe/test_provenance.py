@@ -78,6 +78,8 @@ def test_the_commit_is_told_without_a_lock(tmp_path: Path, monkeypatch: pytest.M
     before = index.stat().st_mtime_ns
     assert provenance.commit() == known
     assert index.stat().st_mtime_ns == before
+    git("tag", "-a", "v1", "-m", "first")  # after which `describe` tells no commit
+    assert provenance.commit() == known
     (tmp_path / "untracked").touch()
     assert provenance.commit() == known
     file.write_text("a = 2\n")

@@ -57,7 +57,7 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        found = _git(root, "describe", "--always", "--abbrev=12")
+        found = _git(root, "rev-parse", "--short=12", "HEAD")
         # Not `describe --dirty`, whose lock a killed process would leave in the checkout.
         changes = _git(root, "--no-optional-locks", "status", "--porcelain", "-uno")
         return f"{found}-dirty" if changes else found

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def _run(
     _add_callbacks(trainer, tell, flops, manifest.get("step", 0), probe)
     if checkpoint is not None:
         say(f"resuming after step {manifest['step']}")
-        if split := _split_anew(config, manifest, arguments.world_size, objective):
+        if split := _split_anew(
+            config, manifest, arguments.world_size, objective, mixture=total > active
+        ):
             warn(split)
         if (before := manifest.get("precision", origin["precision"])) != origin["precision"]:
             warn(f"train.precision was {before} so far and is {origin['precision']} from here on")
@@ -179,15 +182,21 @@ def _common(config: RunConfig) -> dict[str, Any]:
 
 
 def _split_anew(
-    config: RunConfig, manifest: dict[str, Any], processes: int, objective: Objective | None
+    config: RunConfig,
+    manifest: dict[str, Any],
+    processes: int,
+    objective: Objective | None,
+    *,
+    mixture: bool,
 ) -> str:
     """What it means that batches are split otherwise than when the checkpoint was saved, if so."""
-    now = {"processes": processes, "accumulate": config.train.accumulate}
     names = {"processes": "the number of processes", "accumulate": "train.accumulate"}
+    now = {"processes": processes, "accumulate": config.train.accumulate}
+    before = {name: manifest.get(name, value) for name, value in now.items()}
     changes = [
-        f"{names[key]} was {manifest[key]} and is {value}"
-        for key, value in now.items()
-        if manifest.get(key, value) != value
+        f"{names[name]} was {before[name]} and is {value}"
+        for name, value in now.items()
+        if before[name] != value
     ]
     if not changes:
         return ""
@@ -197,6 +206,8 @@ def _split_anew(
             f"the loss of {config.auxiliary.name} depends on how batches are split, so from here "
             "on it is another"
         )
+    elif mixture and math.prod(now.values()) != math.prod(before.values()):
+        meaning = "the router's loss depends on the micro-batch, so from here on it is another"
     return f"{', '.join(changes)}: {meaning}"
 
 
