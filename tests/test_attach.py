@@ -1,6 +1,7 @@
 """`attach`: what it takes, where it finds the hidden states, what it refuses."""
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -319,8 +320,9 @@ def test_what_trains_nothing_is_said():
     for weight, grad in ((0.0, True), (1.0, False)):
         objective.weight = weight
         model(ids)
-        with torch.set_grad_enabled(grad):
-            reg(labels)  # a warning would be an error here
+        with torch.set_grad_enabled(grad), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reg(labels)
 
 
 def test_rows_that_are_spread_over_processes_are_not_shifted_here():

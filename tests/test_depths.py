@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simreg import AtDepths, SimRegLoss, attach
 from simreg.capture import shift_left
@@ -84,6 +85,25 @@ def test_within_they_are_compared_by_a_later_label(segments):
         at(states[0], labels, segments, earlier=states[1:], num_items=n)[0] for n in (None, 9)
     )
     torch.testing.assert_close(counted, expected)
+    nothing, metrics = at(states[0], labels.fill_(0), earlier=states[1:])
+    assert nothing == metrics["earlier"] == 0
+
+
+def test_layers_may_be_on_several_devices():
+    class Total(SimRegLoss):
+        def forward(self, hidden, labels, segments=None, *, num_items=None):
+            assert {hidden.device} == {x.device for x in (labels, segments, num_items)}
+            return hidden.sum() / num_items, {"loss": hidden.sum()}
+
+    with FakeTensorMode():
+        first, last = torch.device("cuda:0"), torch.device("cpu")
+        states = [torch.empty(2, 8, 4, device=device) for device in (last, first)]
+        labels = torch.zeros(2, 8, dtype=torch.int64, device=last)
+        items = torch.tensor(14, device=last)
+        for offset in (0, 1):
+            at = AtDepths(Total(), [0.5], offset=offset)
+            loss, metrics = at(states[0], labels, labels, num_items=items, earlier=states[1:])
+            assert loss.device == metrics["earlier"].device == last
 
 
 @pytest.mark.parametrize("offset", [-1, 0.5, True, None, "1"])

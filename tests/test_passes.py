@@ -58,6 +58,22 @@ def test_consumed_hidden_states_are_released():
     hidden = weakref.ref(objective.seen.pop()[0])
     gc.collect()
     assert hidden() is None
+    model(ids)
+    hidden = weakref.ref(reg._hidden)
+    reg.detach()
+    gc.collect()
+    assert hidden() is None
+
+
+def test_layers_that_run_after_the_pass_are_not_of_it():
+    """In the backward pass of cross-entropy, say, where they are checkpointed."""
+    model, (ids, labels) = Deep(False), batch()
+    norm, blocks = model.parts["norm"], model.parts["blocks"]
+    reg = attach(model, AtDepths(SimRegLoss(), [0.5]), module=norm, layers=blocks)
+    expected = [model(ids), reg(labels)][1]
+    model(ids)
+    blocks[1](torch.ones(2, 12, 8))
+    assert reg(labels) == expected
 
 
 def test_what_an_abandoned_step_left_is_not_kept_through_the_next_forward_pass():

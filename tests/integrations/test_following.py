@@ -6,7 +6,7 @@ from torch import nn
 
 from simreg import Schedule, SimRegLoss
 from simreg.depths import AtDepths
-from simreg.integrations.following import Following, as_schedule, regularizer
+from simreg.integrations.following import Following, as_schedule, collapsed, regularizer
 from simreg.objectives import Sum
 
 
@@ -34,8 +34,15 @@ def test_the_regularizer_is_found_in_what_holds_it():
     assert regularizer(torch.compile(loss)) is loss
     assert regularizer(Sum(None, Sum(loss, nn.Identity()))) is loss
     assert regularizer(Sum(AtDepths(torch.compile(loss), [0.5]), nn.Identity())) is loss
+    for whole in (AtDepths(loss, [0.5]), Sum(loss, nn.Identity())):
+        assert regularizer(torch.compile(whole)) is loss
     assert regularizer(Sum(None, nn.Identity())) is None
     assert regularizer(None) is None
+
+
+def test_collapsed_are_embeddings_that_are_nearly_one():
+    assert collapsed(0.98, 1.0) is None
+    assert collapsed(0.995, 1.0).startswith("embeddings have collapsed: after 100% of the steps")
 
 
 def test_a_schedule_is_one_or_a_name_of_one():

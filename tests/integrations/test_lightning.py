@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from simreg import AtDepths, SimRegLoss, simreg_loss
 from simreg.baselines.center import Center
 from simreg.capture import shift_left
-from simreg.integrations.lightning import SimRegCallback
+from simreg.integrations.lightning import SimRegCallback, _field
 from simreg.objectives import Sum
 from tests.processes import leave, spawn
 
@@ -79,6 +79,9 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.gradients: list[list[Tensor | None]] = []
 
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        assert getattr(module, "form", None) != "mapping" or outputs["extra"] == 1
+
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
         found = [p.grad for p in module.parameters()]
         self.gradients.append([None if grad is None else grad.clone() for grad in found])
@@ -121,6 +124,7 @@ def test_gradients_are_those_of_the_sum(form: str, accumulate: int) -> None:
     )
     expected, added = by_hand()
     torch.testing.assert_close(gradients, [expected])
+    assert run.callback_metrics["simreg/weight"] == pytest.approx(WEIGHT)
     if accumulate == 1:
         torch.testing.assert_close(run.callback_metrics["simreg/loss"].double(), added)
     assert {"simreg/pos_cos", "simreg/neg_cos", "simreg/pos_fraction"} < set(run.callback_metrics)
@@ -330,6 +334,11 @@ def test_the_layers_may_be_given(given: str) -> None:
     gradients, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5]), **parts), module)
     expected, _ = fit(SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5])), Module())
     torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+    if given == "itself":  # an iterator, for two fits
+        parts["layers"] = iter(parts["layers"])
+        callback = SimRegCallback(AtDepths(SimRegLoss(WEIGHT), [0.5]), **parts)
+        for _ in range(2):
+            torch.testing.assert_close(fit(callback, module)[0], expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="so it needs all its layers in their order"):
         fit(
             SimRegCallback(AtDepths(SimRegLoss(), [0.5]), module=lambda m: m.model.model.norm),
@@ -354,6 +363,12 @@ def test_the_layers_may_be_given_alone() -> None:
 def test_a_field_that_the_batch_lacks_is_named(fields: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fit(SimRegCallback(SimRegLoss(), **fields), Module())
+
+
+@pytest.mark.parametrize("batch", [(1, 2), [1, 2], torch.ones(2, 3)], ids=["tuple", "list", "one"])
+def test_a_key_of_a_batch_that_has_none_is_named(batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"labels: the batch has no 'labels' \(it is \w+\): give"):
+        _field("labels", batch, "labels")
 
 
 def test_what_is_refused() -> None:

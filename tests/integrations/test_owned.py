@@ -80,9 +80,26 @@ def test_what_is_not_supported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PEFT is not supported with"):
         run(tmp_path, model, nitp())
     assert not any(module._forward_hooks for module in model.modules())
+
+    class Sharded(SimRegTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    with pytest.raises(ValueError, match="which FSDP is not supported with; use DDP"):
+        Sharded(build(), arguments(tmp_path), train_dataset=rows(), objective=nitp())
     settings = arguments(tmp_path)
     SimRegTrainer(build(), settings, train_dataset=rows(), objective=nitp())
     assert settings.ddp_find_unused_parameters is None  # as the user left it
+
+
+def test_without_a_weight_from_the_start_it_is_no_part_of_the_model(tmp_path):
+    objective, model = nitp(), build()
+    objective.weight = 0.0
+    settings = arguments(tmp_path, ddp_find_unused_parameters=True)
+    SimRegTrainer(model, settings, train_dataset=rows(), objective=objective)
+    assert not hasattr(model, OBJECTIVE)
+    assert not model.model._forward_hooks
 
 
 def test_the_next_trainer_of_the_model_removes_what_the_last_ones_objective_owned(tmp_path):
@@ -105,7 +122,10 @@ def test_a_buffer_that_is_not_saved_is_moved_and_no_more(tmp_path, monkeypatch):
 def test_matrices_alone_decay(tmp_path):
     options = {"learn_temperature": True}
     objective = registry.build("simreg-variant", options, hidden_size=16, vocab_size=24)
-    for each, decays in ((objective, False), (nitp(), True)):
+    scaled = torch.nn.Module()
+    scaled.forward = lambda hidden, labels, segments=None, *, num_items=None: None
+    scaled.gains = torch.nn.Parameter(torch.ones(16))
+    for each, decays in ((objective, False), (scaled, False), (nitp(), True)):
         trainer = SimRegTrainer(
             build(), arguments(tmp_path, weight_decay=0.1), train_dataset=rows(), objective=each
         )

@@ -86,6 +86,7 @@ INSPECTED = {
     "loss.weight": 0.7,
     "loss.temperature": 0.2,
     "loss.variant": "in",
+    "loss.chunk_size": 12,
     "loss.push": 2.0,
     "loss.push_above": 0.1,
     "loss.depths": [0.75, 0.5],  # the third and the second of four layers
@@ -192,7 +193,7 @@ def test_loss_gradient_metrics_and_validation(single, scope):
     def regularizer(hidden, ids):
         return simreg_loss(
             hidden, ids, segments=documents, temperature=0.2, variant="in", push=2,
-            push_above=0.1, backend="reference", reduction="sum",
+            push_above=0.1, chunk_size=12, backend="reference", reduction="sum",
         ) / (labels >= 0).sum()  # fmt: skip
 
     within = {n: seen[f"layer {n}"].double().requires_grad_() for n in (2, 3)}
@@ -267,9 +268,12 @@ def test_8b_on_64_ranks(tmp_path):
 
 CONFIGS = """
 import json, sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+import torch
 from torchtitan.config import ConfigManager
+from torchtitan.trainer import Trainer
 from simreg.integrations.torchtitan import with_simreg
+from simreg.integrations.torchtitan.rows import Rows, shard
 from simreg.integrations.torchtitan.trainer import SimRegTrainer
 from simreg.integrations.torchtitan.data import BOS, EOS, ByteTokenizer, StandardLibrary
 from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel_mtp
@@ -331,6 +335,35 @@ try:
 except ValueError as error:
     assert "expected a Trainer.Config" in str(error)
 
+options = {
+    "weight": 0.1, "temperature": 0.2, "variant": "in", "chunk_size": 12, "push": 2.0,
+    "push_above": 0.3,
+}
+loss = with_simreg(plain, **options, scope="document").loss.build()
+assert {name: getattr(loss.simreg, name) for name in options} == options
+assert loss.scope == "document"
+other = with_simreg(plain)
+other.loss = plain.loss
+try:
+    SimRegTrainer(other)
+except ValueError as error:
+    found["loss"] = str(error)
+
+class Mine(Trainer):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        pass
+
+try:
+    with_simreg(Mine.Config(**{each.name: getattr(plain, each.name) for each in fields(plain)}))
+except ValueError as error:
+    found["subclass"] = str(error)
+assert shard(Rows(), None, "ptrr") == Rows()
+try:
+    shard(Rows(places=torch.arange(4)[None]), None, "ptrr")
+except ValueError as error:
+    found["ptrr"] = str(error)
+
 tokenizer = ByteTokenizer.Config().build()
 assert tokenizer.decode(tokenizer.encode("é!", add_bos=True, add_eos=True)) == "é!"
 rows = iter(StandardLibrary(tokenizer, 4096, 0, 1, True))
@@ -370,6 +403,9 @@ def test_configs_and_data():
     assert "unless loss.schedule is 'constant'" in found["graphs"]
     assert "ChunkedLossWrapper" in found["llama3_debugmodel_ce_loss"]
     assert "MTPLoss" in found["deepseek_v3_debugmodel_mtp"]
+    assert "expected a ChunkedSimRegLoss.Config, got ChunkedLossWrapper" in found["loss"]
+    assert "derive the trainer from SimRegTrainer" in found["subclass"]
+    assert "'ptrr' permutes tokens by the attention mask" in found["ptrr"]
     assert "pipeline" in found["pipeline"]
     assert "loss.depths: [0.5, 0.4] are layers [3, 3] of 6" in found["twice"]
     assert "loss.depths: [0.5, 0.9] are layers [3, 6] of 6" in found["last"]

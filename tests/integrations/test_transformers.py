@@ -211,6 +211,14 @@ def test_unknown_router_coefficient_is_refused():
         _router_loss(torch.nn.Linear(1, 1), {"aux_loss": torch.tensor(1.0)})
 
 
+@pytest.mark.parametrize("name", ["router_aux_loss_coef", "aux_loss_coef"])
+@pytest.mark.parametrize("part", ["config", "text_config"])
+def test_the_router_coefficient_may_be_of_the_text(name, part):
+    model, owner = nn.Linear(1, 1), SimpleNamespace(**{name: 0.25})
+    model.config = owner if part == "config" else SimpleNamespace(text_config=owner)
+    assert _router_loss(model, {"aux_loss": torch.tensor(1.0)}) == (0.25, 1.0)
+
+
 @pytest.mark.parametrize(("name", "steps"), [("llama", 2), ("mixtral", 1)])
 @pytest.mark.parametrize("objective", [None, SimRegLoss(weight=0.0)])
 def test_without_weight_it_is_the_plain_trainer(tmp_path, name, steps, objective):
@@ -238,16 +246,24 @@ def test_without_weight_it_is_the_plain_trainer(tmp_path, name, steps, objective
     assert second._reg is None or second._reg._hidden is None
 
 
-def test_label_smoothing_passes_through_and_the_objective_is_added(tmp_path):
-    plain, ours = build(), build()
-    data = [{k: v for k, v in row.items() if k != "segments"} for row in rows()]
-    train(tmp_path, plain, data=data, trainer=Trainer, label_smoothing_factor=0.1)
-    run = train(tmp_path, ours, data=data, label_smoothing_factor=0.1)
+def own_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].mT
+    return F.cross_entropy(logits, labels[:, 1:], reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"label_smoothing_factor": 0.1}, {"extra": {"compute_loss_func": own_loss}}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_another_loss_passes_through_and_the_objective_is_added(tmp_path, settings):
+    plain, ours = build("mixtral"), build("mixtral")
+    settings |= {"data": [{k: v for k, v in row.items() if k != "segments"} for row in rows()]}
+    train(tmp_path, plain, trainer=Trainer, **settings)
+    run = train(tmp_path, ours, **settings)
     assert torch.equal(weights(plain), weights(ours))
     assert not records(run)
-    run = train(
-        tmp_path, build(), data=data, objective=SimRegLoss(**SIMREG), label_smoothing_factor=0.1
-    )
+    run = train(tmp_path, build(), objective=SimRegLoss(**SIMREG), **settings)
     assert "simreg" in run.state.log_history[0]
 
 
@@ -308,6 +324,9 @@ def test_documents_of_one_token_and_positions_for_every_row():
     ):
         found = documents({"input_ids": ids, "position_ids": torch.tensor([positions])})
         assert torch.equal(found, torch.tensor([expected] * 2))
+    rows = torch.tensor([[0, 1, 2, 0, 1], [1, 1, 0, 1, 2]])  # of their own
+    found = documents({"input_ids": ids, "position_ids": rows, "seq_idx": ids[:1]})
+    assert torch.equal(found, torch.tensor([[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]]))
     plain = documents({"input_ids": ids, "position_ids": torch.arange(5)[None]})
     assert torch.equal(plain, torch.zeros_like(ids))
     for other in ({}, {"position_ids": torch.zeros(3, 2, 5)}, {"cu_seq_lens_q": ids[0]}):

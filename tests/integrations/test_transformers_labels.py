@@ -104,7 +104,12 @@ def test_models_without_logits_of_their_labels_are_evaluated_as_by_trainer(tmp_p
     config = transformers.LlamaConfig(**SMALL, num_labels=3)
     judge = transformers.LlamaForSequenceClassification(config)
     classes = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(items())]
-    for model, data in ((judge, classes), (Own(prompt=3), items())):
+    config = transformers.LlamaConfig(
+        **SMALL, num_labels=3, problem_type="multi_label_classification"
+    )
+    several = transformers.LlamaForSequenceClassification(config)
+    sets = [{**row, "labels": torch.tensor([0.0, 1.0, 1.0])} for row in items()]
+    for model, data in ((judge, classes), (several, sets), (Own(prompt=3), items())):
         found = trainer(model, tmp_path, data=data)
         found.train()
         plain = transformers.Trainer(model, found.args, eval_dataset=data)
@@ -112,6 +117,13 @@ def test_models_without_logits_of_their_labels_are_evaluated_as_by_trainer(tmp_p
         assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"])
         assert "eval_ce" not in metrics
     assert "ce" not in trainer_log(judge, classes, tmp_path)
+    assert "ce" not in trainer_log(several, sets, tmp_path)
+
+
+def test_the_model_never_sees_segments_where_there_are_no_labels(tmp_path):
+    data = [{"input_ids": row["input_ids"], "segments": row["labels"]} for row in items()]
+    logits = trainer(Own(), tmp_path, data=data).predict(data).predictions
+    assert logits.shape == (4, 10, 24)
 
 
 class Bare(Own):
@@ -164,6 +176,18 @@ def test_sequences_spread_over_processes_are_refused(tmp_path):
     objective.group = object()  # one that several processes would make
     with pytest.raises(ValueError, match="objective: sequences spread over processes"):
         trainer(build("llama"), tmp_path, objective=objective)
+
+
+@pytest.mark.parametrize("size", ["get_cp_size", "get_sp_size", "n_gpu"])
+def test_other_ways_to_spread_a_batch_are_refused(tmp_path, monkeypatch, size):
+    settings = arguments(tmp_path)
+    if size == "n_gpu":
+        settings._n_gpu, says = 2, r"args: DataParallel \(n_gpu > 1\) is not supported"
+    else:
+        monkeypatch.setattr(SimRegTrainer, size, lambda self: 2)
+        says = "args: context and sequence parallelism are not supported"
+    with pytest.raises(ValueError, match=says):
+        SimRegTrainer(build(), settings, train_dataset=items(), objective=SimRegLoss())
 
 
 def test_a_pass_that_failed_leaves_no_graph(tmp_path, monkeypatch):

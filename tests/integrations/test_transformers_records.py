@@ -1,15 +1,19 @@
 """What the Trainer records, in training and in evaluation."""
 
+import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from simreg import SimRegLoss
 
 transformers = pytest.importorskip("transformers")
 from simreg.integrations.transformers import SimRegTrainer  # noqa: E402
+from simreg.integrations.window import Window  # noqa: E402
 from tests.integrations.test_transformers import (  # noqa: E402
     SIMREG,
     arguments,
@@ -53,6 +57,18 @@ def test_log_records_are_means_over_the_tokens_of_the_window(tmp_path):
         assert record["router_loss"] == pytest.approx(router.item(), rel=1e-5)
         assert record["clipped"] == 1.0
         assert {"loss", "grad_norm", "learning_rate"} <= record.keys()
+
+
+def test_what_has_no_weight_is_in_no_mean():
+    window, one = Window(), torch.ones(())
+    window.add("never", one, 0 * one)
+    window.add("once", one, one)
+    window.add("once", torch.nan * one, 0 * one)
+    accelerator = SimpleNamespace(reduce=lambda sums, kind: sums)
+    assert window.means(accelerator) == {"once": 1.0}
+    for value in (2.0**25, 1.0):  # which float32 does not tell from their sum
+        window.add("long", value * one, one)
+    assert window.means(accelerator)["long"] == (2**25 + 1) / 2
 
 
 def test_clipped_is_a_fraction_of_steps(tmp_path):
@@ -103,6 +119,16 @@ def test_eval_ce_is_cross_entropy_alone_over_all_tokens(tmp_path, smoothing):
     assert metrics["eval_ce"] == run.state.log_history[-1]["eval_ce"]
     assert abs(metrics["eval_loss"] - metrics["eval_ce"]) > 1e-5
     assert "test_ce" in run.predict(data).metrics
+
+
+def test_eval_ce_of_a_set_without_labels_and_of_logits_in_bfloat16(tmp_path):
+    run = SimRegTrainer(build().bfloat16(), arguments(tmp_path))
+    bare = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows(2)]
+    assert math.isnan(run.evaluate(bare)["eval_ce"])
+    batch = {key: torch.stack([row[key] for row in rows(5)]) for key in ("input_ids", "labels")}
+    logits = run.model(batch["input_ids"]).logits.float()[:, :-1].mT
+    expected = F.cross_entropy(logits, batch["labels"][:, 1:]).item()
+    assert run.evaluate(rows(5))["eval_ce"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_eval_ce_with_a_fused_head(tmp_path):

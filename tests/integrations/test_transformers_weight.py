@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,47 @@ def test_the_objective_is_divided_once_whatever_a_trainer_says_of_its_loss(
         run.train()
         moved.append(weights(model) - weights(build()))
     assert relative(moved[1], moved[0]) < 1e-5
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_the_objective_is_scaled_as_cross_entropy_is(tmp_path, monkeypatch, averages):
+    """To undo the mean over data-parallel ranks: here 8 processes, two of tensor parallelism."""
+    objective = SimRegLoss(**SIMREG)
+    settings = arguments(tmp_path, average_tokens_across_devices=averages)
+    run = SimRegTrainer(build(), settings, objective=objective, schedule="constant")
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 8)
+    run.model._tp_size = 2
+    ids = rows()[0]["input_ids"][None]
+    given, items = {"input_ids": ids, "labels": ids}, torch.tensor(30)
+    plain, _ = transformers.Trainer.compute_loss(run, run.model, given, True, items)
+    alone = run.model(**given, num_items_in_batch=items).loss
+    loss = run.compute_loss(run.model.train(), given, num_items_in_batch=items)
+    found = run._window.means(SimpleNamespace(reduce=lambda sums, kind: sums))
+    simreg = SIMREG["weight"] * found["simreg"] * 9 / 30
+    assert float(plain / alone) == pytest.approx(4 if averages else 1)
+    assert float(loss / plain) == pytest.approx(float((alone + simreg) / alone), rel=1e-5)
+    assert found["ce"] * 9 / 30 == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_each_training_begins_with_the_whole_weight(tmp_path):
+    class Fails(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise InterruptedError
+
+    objective = SimRegLoss(**SIMREG)
+    run = SimRegTrainer(
+        build(), arguments(tmp_path, max_steps=2), train_dataset=rows(), objective=objective
+    )
+    run.train()
+    run.train()
+    seen = [record["simreg_weight"] for record in run.state.log_history if "ce" in record]
+    assert seen == [SIMREG["weight"], SIMREG["weight"] / 2]
+    run.args.max_steps = 4
+    run.add_callback(Fails())
+    with pytest.raises(InterruptedError):
+        run.train()
+    assert objective.weight == SIMREG["weight"]
 
 
 class Forgets(SimRegTrainer):

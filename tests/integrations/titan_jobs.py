@@ -65,6 +65,7 @@ def build(job, folder):
     config.dataloader = Loader.Config()
     config.validator.dataloader = Loader.Config()
     config.validator.steps = 1
+    config.validator.freq = STEPS
     config.training.local_batch_size = ROWS
     config.training.seq_len = LENGTH
     config.training.steps = STEPS

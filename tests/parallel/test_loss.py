@@ -199,6 +199,19 @@ def _refusals(rank):
     for reduction in ("sum", "other"):
         with pytest.raises(ValueError, match="reduction" if rank else f"{same}|refused on rank 1"):
             sharded_simreg_loss(hidden, labels, reduction=reduction if rank else "mean", **whole)
+    half = torch.zeros(1, 8, 2 + 2 * rank, requires_grad=True)
+    more = {"segments": labels} if rank else {}
+    for name, given, options in (
+        ("rows", (hidden.repeat(1 + rank, 1, 1), labels.repeat(1 + rank, 1)), {}),
+        ("d", (half, labels), {}),
+        ("dtype", (hidden.double() if rank else hidden, labels), {}),
+        ("segments given", (hidden, labels), more),
+        ("variant", (hidden, labels), {"variant": "in" if rank else "out"}),
+        ("chunk_size", (hidden, labels), {"chunk_size": 4 + rank}),
+        ("ignore_index", (hidden, labels), {"ignore_index": -100 - rank}),
+    ):
+        with pytest.raises(ValueError, match=f"{same} of group, got {name} "):
+            sharded_simreg_loss(*given, **options, **whole)
     with pytest.raises(ValueError, match=f"{same}.*weight"):
         ShardedSimRegLoss(1.0 + rank, **whole)(hidden, labels)
     with pytest.raises(ValueError, match=f"{same}.*num_items"):
@@ -220,6 +233,7 @@ def _refusals(rank):
     ids[:, :4] = rank
     for other in (
         {"labels": labels + rank},
+        {"labels": places[None].roll(rank)},  # the same ones in another order
         {"labels": labels, "segments": ids},
         {"labels": labels, "chunk_size": 4, "positions": places + 4 * rank},
     ):
@@ -336,6 +350,22 @@ def test_one_process_needs_no_group(flat):
         loss.square().sum().backward()
         results.append((loss, x.grad))
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_in_one_process_the_objective_is_simreg_loss():
+    """Whatever its options, none of them the default; also of rows whose tokens are in disorder."""
+    hidden, labels, ids = plain_problem(3, 40, 8, 6, segments=2)
+    options = {
+        "weight": 0.7, "temperature": 0.2, "variant": "in", "chunk_size": 7,
+        "ignore_index": 1, "push": 2.0, "push_above": 0.1,
+    }  # fmt: skip
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    expected, metrics = SimRegLoss(**options)(hidden, labels, ids, num_items=9)
+    objective = ShardedSimRegLoss(**options)
+    mixed = hidden[:, order], labels[:, order], ids[:, order]
+    for given, positions in (((hidden, labels, ids), None), (mixed, order)):
+        loss, found = objective(*given, num_items=9, positions=positions)
+        torch.testing.assert_close((loss, found), (expected, metrics), rtol=1e-12, atol=1e-12)
 
 
 NAMES = ["labels", "positions", "variant", "chunk_size", "reduction", "ignore_index"]

@@ -42,7 +42,12 @@ def _placements(rank):
             others["dtensor"] = tuple(distribute_tensor(x, mesh, placements) for x in (labels, ids))
         for kind, (y, segments) in others.items():
             x = spread.detach().clone().requires_grad_()
-            loss = sharded_simreg_loss(x, y, segments=segments, **OPTIONS)
+            places = {
+                "whole": torch.arange(47),  # of all rows
+                "local": torch.arange(47)[part[1]],
+                "dtensor": None,
+            }[kind]
+            loss = sharded_simreg_loss(x, y, segments=segments, positions=places, **OPTIONS)
             torch.testing.assert_close(loss, expected[part], msg=lambda text: f"{kind}: {text}")  # noqa: B023
             (loss * weights[part]).sum().backward()
             torch.testing.assert_close(x.grad.full_tensor(), whole.grad)
@@ -70,6 +75,11 @@ def _placements(rank):
     truth.sum().backward()
     loss.sum().backward()
     torch.testing.assert_close(few.grad.full_tensor(), short.grad)
+
+    thin = init_device_mesh("cpu", (1, 4))  # one dimension that shards nothing
+    spread = distribute_tensor(hidden, thin, (Shard(1), Shard(1)))
+    loss = sharded_simreg_loss(spread, labels, segments=ids, **OPTIONS)
+    torch.testing.assert_close(loss, expected.split([12, 12, 12, 11], 1)[dist.get_rank()])
 
     spread = distribute_tensor(hidden, mesh, (Shard(1), Shard(1)))
     with pytest.raises(ValueError, match="flatten the mesh"):
