@@ -63,6 +63,19 @@ def test_a_resumed_run_tells_its_own_speed(
     assert opened == [("none", folder, 0), ("none", folder, 10)]
 
 
+def test_tensorboard_has_the_curves_of_a_resumed_run(tmp_path: Path, text: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny.config(tmp_path, text, {"train": {"report_to": "tensorboard"}})
+    tiny.run_and_die(config, tmp_path, "step:13")  # the checkpoint is of step 7
+    train(config)
+    events = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
+    drawn, known = events.Scalars("train/ce"), recorded(config.out)
+    assert [x.step for x in drawn] == [record["step"] for record in known]
+    assert [x.value for x in drawn] == pytest.approx([record["ce"] for record in known])
+    assert [x.step for x in events.Scalars("eval/ce")] == [7, 14, 20]
+
+
 def test_checkpoints_as_many_and_as_often_as_asked(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

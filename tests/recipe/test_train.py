@@ -284,18 +284,6 @@ def test_on_step_takes_the_place_of_the_lines(
     assert seen[-1]["eta"] == 0
 
 
-def test_tensorboard_has_the_curves(make: Make) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = make(train={"report_to": "tensorboard"})
-    train(config)
-    events = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
-    scalars = events.Scalars("train/ce")
-    recorded = {x["step"]: x["ce"] for x in lines(config, "train")}
-    assert {x.step: x.value for x in scalars} == pytest.approx(recorded)
-    assert [x.step for x in events.Scalars("eval/ce")] == [7, 14, 20]
-
-
 def test_evaluation_can_be_cut_short(make: Make) -> None:
     config = make(train={"eval_tokens": 40})
     corpus = prepare(config.data)
