@@ -83,6 +83,8 @@ def test_a_file_system_without_locks_is_told_of_once(
     refuse(errno.EIO)
     with pytest.raises(OSError, match="Input/output"), locked_folder(tmp_path / "c"):
         pytest.fail("broken")
+    with pytest.raises(UserError, match=r"c: Input/output error$"), outputs.held(tmp_path / "c"):
+        pytest.fail("broken")
 
 
 def test_folder_that_cannot_be_made(make: Make, tmp_path: Path) -> None:

@@ -36,8 +36,11 @@ def folder(out: Path, key: str, writer: str) -> Iterator[Path]:
 def held(folder: Path, waiting: Wait = None) -> Iterator[bool]:
     """As `locked_folder`; UserError where the folder can't be written in."""
     with contextlib.ExitStack() as until_done:
-        with storage_errors(folder):
-            ours = until_done.enter_context(locked_folder(folder, waiting))
+        try:
+            with storage_errors(folder):
+                ours = until_done.enter_context(locked_folder(folder, waiting))
+        except OSError as error:
+            raise UserError(f"cannot write in {folder}: {error.strerror}") from None
         yield ours
 
 
