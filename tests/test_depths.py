@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simreg import AtDepths, SimRegLoss, attach
 from simreg.capture import shift_left
+from simreg.depths import offsets_at
 from simreg.objectives import Reads, Sum, labels_at, reads
 from simreg.parallel import ShardedSimRegLoss
 from simreg.recipe.config import SimRegConfig
@@ -39,7 +40,8 @@ def test_losses_at_depths_add():
 
 def test_by_default_it_is_what_the_recipe_trains_with():
     at, recipe = AtDepths(SimRegLoss()), SimRegConfig()
-    assert (list(at.reads.depths), at.offset) == (recipe.depths, recipe.depths_offset)
+    offsets = offsets_at(recipe.depths, recipe.depths_offset)
+    assert (list(at.reads.depths), at.offsets) == (recipe.depths, offsets)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 2])
@@ -106,10 +108,41 @@ def test_layers_may_be_on_several_devices():
             assert loss.device == metrics["earlier"].device == last
 
 
-@pytest.mark.parametrize("offset", [-1, 0.5, True, None, "1"])
+@pytest.mark.parametrize("offset", [0.5, True, None, "1", {1}, [0.5], [True], [None]])
 def test_an_offset_is_a_whole_number(offset):
-    with pytest.raises(ValueError, match="offset: expected a whole number from 0, got"):
+    with pytest.raises(ValueError, match=r"^offset: expected (a )?whole number"):
         AtDepths(SimRegLoss(), [0.5], offset=offset)
+
+
+@pytest.mark.parametrize("offset", [[], [1], [1, 0, 1]])
+def test_offsets_are_as_many_as_depths(offset):
+    with pytest.raises(ValueError, match=rf"^offset: {len(offset)} for 2 of depths: "):
+        AtDepths(SimRegLoss(), [0.25, 0.5], offset=offset)
+
+
+@pytest.mark.parametrize("num_items", [None, 5.0])
+@pytest.mark.parametrize("offsets", [(-2, 1), (1, 0), (0, -1)])
+def test_each_depth_may_have_a_label_of_its_own(offsets, num_items):
+    torch.manual_seed(0)
+    own = SimRegLoss(weight=0.3)
+    labels = torch.randint(-1, 4, (2, 12))
+    segments = torch.arange(12).expand(2, 12) // 7
+    states = [torch.randn(2, 12, 4, requires_grad=True) for _ in range(3)]
+    at = AtDepths(own, [0.5, 0.25], offset=offsets)
+    assert f"offset={list(offsets)}" in repr(at)
+    loss, metrics = at(states[0], labels, segments, num_items=num_items, earlier=states[1:])
+    items = num_items or int((labels >= 0).sum())
+    below = total = 0
+    for h, offset in zip(states, (0, *offsets), strict=True):
+        ids = labels_at(labels, segments, offset)
+        part, found = own(h, ids, segments, num_items=items)
+        total = total + part
+        below = below + found["loss"] * (ids >= 0).sum() / (labels >= 0).sum()
+    torch.testing.assert_close(loss, total)
+    _, final = own(states[0], labels, segments)
+    torch.testing.assert_close(metrics["earlier"], (below - final["loss"]) / 2)
+    expected = torch.autograd.grad(total, states)
+    torch.testing.assert_close(torch.autograd.grad(loss, states), expected)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])

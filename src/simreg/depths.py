@@ -33,6 +33,22 @@ def layers_within(depths: Sequence[float], layers: int) -> list[int]:
     return at
 
 
+def offsets_at(depths: Sequence[float], offset: int | Sequence[int]) -> tuple[int, ...]:
+    """One for each of the depths, of one for all or of a list.
+
+    Raises:
+        ValueError: for what is no whole number, and a list of another length.
+    """
+    given = [offset] * len(depths) if isinstance(offset, int) else offset
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ValueError(f"offset: expected a whole number, or one for each depth, got {offset!r}")
+    if any(type(each) is not int for each in given):
+        raise ValueError(f"offset: expected whole numbers, got {offset!r}")
+    if len(given) != len(depths):
+        raise ValueError(f"offset: {len(given)} for {len(depths)} of depths: {offset!r}")
+    return tuple(given)
+
+
 class AtDepths(nn.Module):
     """SimReg at hidden states within the model besides the final ones: the losses add.
 
@@ -42,20 +58,25 @@ class AtDepths(nn.Module):
         simreg: a `SimRegLoss`, or that compiled; not one whose sequences are spread over processes.
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
             each of another layer. Default: in the middle.
-        offset: which label they are compared by: 0, that of the final hidden states, the next
-            token; 1, the default, that of the position after it in the row and segment, the
-            token after the next, and so on.
+        offset: which label they are compared by, everywhere or a list, one for each of the
+            depths: 0, that of the final hidden states, the next token; 1, the default, that of
+            the position after it in the row and segment, the token after the next, and so on; −1
+            is the token itself, −2 the one before it.
 
     The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere,
-    over the same number of labels: those that have no later one count 0.
+    over the same number of labels: those that have none at the offset count 0.
 
     Raises:
         ValueError: for an objective that is no `SimRegLoss` of whole sequences, depths that are no
-            fractions, or stand twice, and an offset that is no whole number from 0.
+            fractions, or stand twice, and an offset that is no whole number, or as many as depths.
     """
 
     def __init__(
-        self, simreg: nn.Module, depths: Sequence[float] = DEPTHS, *, offset: int = OFFSET
+        self,
+        simreg: nn.Module,
+        depths: Sequence[float] = DEPTHS,
+        *,
+        offset: int | Sequence[int] = OFFSET,
     ) -> None:
         super().__init__()
         inner = getattr(simreg, "_orig_mod", simreg)
@@ -67,9 +88,7 @@ class AtDepths(nn.Module):
             raise ValueError(f"depths: expected fractions between 0 and 1, got {depths!r}")
         if len(set(depths)) < len(depths):
             raise ValueError(f"depths: each once, got {depths!r}")
-        if type(offset) is not int or offset < 0:
-            raise ValueError(f"offset: expected a whole number from 0, got {offset!r}")
-        self.simreg, self.offset = simreg, offset
+        self.simreg, self.offsets = simreg, offsets_at(depths, offset)
         self.reads = Reads(depths=tuple(map(float, depths)))
 
     @property
@@ -106,20 +125,21 @@ class AtDepths(nn.Module):
                 f"{len(earlier)} (`attach` takes them from the model)"
             )
         loss, metrics = self.simreg(hidden, labels, segments, num_items=num_items)
-        later, share = labels, torch.ones((), device=loss.device)
-        if self.offset:
-            ignored = self._inner.ignore_index
-            later = labels_at(labels, segments, self.offset, ignored)
-            items, fewer = (labelled(y, ignored).sum().clamp_min(1) for y in (labels, later))
-            num_items = items if num_items is None else num_items
-            share = (fewer.to(loss.dtype) / items).to(loss.device)  # of what a mean is over
+        ignored = self._inner.ignore_index
+        labels_by = {at: labels_at(labels, segments, at, ignored) for at in set(self.offsets)}
+        count = {at: labelled(y, ignored).sum().clamp_min(1) for at, y in labels_by.items()}
+        items = count[0] if 0 in count else labelled(labels, ignored).sum().clamp_min(1)
+        num_items = items if num_items is None else num_items
         below = []
-        for states in earlier:
-            ids, documents, items = (moved(v, states.device) for v in (later, segments, num_items))
-            own, found = self.simreg(states, ids, documents, num_items=items)
+        for states, at in zip(earlier, self.offsets, strict=True):
+            here = (moved(v, states.device) for v in (labels_by[at], segments, num_items))
+            ids, documents, divisor = here
+            own, found = self.simreg(states, ids, documents, num_items=divisor)
             loss = loss + own.to(loss.device)
-            below.append(found["loss"].to(loss.device))
-        return loss, {**metrics, "earlier": share * torch.stack(below).mean()}
+            # Of what the mean is over, those that have a label here.
+            share = (count[at].to(loss.dtype) / items).to(loss.device)
+            below.append(share * found["loss"].to(loss.device))
+        return loss, {**metrics, "earlier": torch.stack(below).mean()}
 
     def check_layers(self, layers: int) -> None:
         """ValueError if a model of so many layers has not one of its own for each depth."""
@@ -127,4 +147,5 @@ class AtDepths(nn.Module):
 
     def extra_repr(self) -> str:
         """The depths, for `print(model)`."""
-        return f"depths={list(self.reads.depths)}, offset={self.offset}"
+        offset = self.offsets[0] if len(set(self.offsets)) == 1 else list(self.offsets)
+        return f"depths={list(self.reads.depths)}, offset={offset}"

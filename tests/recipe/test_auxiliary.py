@@ -65,11 +65,11 @@ def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> Non
         "push": 2.0,
         "push_above": 0.4,
     }
-    within = {"depths": [0.25, 0.75], "depths_offset": 2}
+    within = {"depths": [0.25, 0.75], "depths_offset": [2, -2]}
     changes = {"simreg": options | within, "model": {"layers": 4}}
     config = tiny.config(tmp_path, text, changes)
     loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
-    assert (loss.reads, loss.offset) == (Reads(depths=(0.25, 0.75)), 2)
+    assert (loss.reads, loss.offsets) == (Reads(depths=(0.25, 0.75)), (2, -2))
     assert {name: getattr(loss.simreg, name) for name in options} == options
     others = {"scope", "schedule", "schedule_fraction"}
     assert {f.name for f in fields(SimRegConfig)} == options.keys() | within.keys() | others

@@ -49,7 +49,12 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, read: Callable[[Path], Ru
         ({"simreg": {"depths": [0]}}, r"simreg\.depths\.0: .*greater than 0"),
         ({"simreg": {"depths": [1]}}, r"simreg\.depths\.0: .*less than 1"),
         ({"simreg": {"depths": 0.5}}, r"simreg\.depths: .*list"),
-        ({"simreg": {"depths_offset": -1}}, r"simreg\.depths_offset: .*greater than or equal to 0"),
+        ({"simreg": {"depths_offset": [1, 0]}}, r"simreg\.depths_offset: 2 for 1 of depths"),
+        ({"simreg": {"depths_offset": [0.5]}}, r"simreg\.depths_offset"),
+        (
+            {"simreg": {"depths_offset": [-6]}, "data": {"seq_len": 8}},
+            r"simreg\.depths_offset=\[-6\] leaves no two tokens to compare",
+        ),
         (
             {"simreg": {"depths_offset": 6}, "data": {"seq_len": 8}},
             r"simreg\.depths_offset=6 leaves no two tokens to compare in rows of data\.seq_len=8 ",

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from simreg.baselines import registry
-from simreg.depths import DEPTHS, OFFSET, layers_within
+from simreg.depths import DEPTHS, OFFSET, layers_within, offsets_at
 from simreg.loss import (
     LEAST_TEMPERATURE,
     MOST_TEMPERATURE,
@@ -193,9 +193,10 @@ class SimRegConfig:
     depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
     which counts once for each; without a value nowhere, as in a model of one layer."""
-    depths_offset: Annotated[Whole, Field(ge=0)] = OFFSET
-    """The label they are compared by there: 0, the next token, as in the final hidden states; 1,
-    that of the next position, if it is in the row (`scope: document`: document), and so on."""
+    depths_offset: Whole | list[Whole] = OFFSET
+    """The label they are compared by there, all of them or (a list) each: 0, the next token, as in
+    the final hidden states; 1, that of the next position, if it is in the row (`scope: document`:
+    document), and so on; −2, the token before."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE
@@ -330,11 +331,16 @@ class RunConfig:
         if own.weight == 0:
             return
         # A row of L tokens has L - 1 that another one follows, and one token alone is not compared.
-        if own.depths and own.depths_offset + 3 > self.data.seq_len:
-            raise ValueError(
-                f"simreg.depths_offset={own.depths_offset} leaves no two tokens to compare in rows "
-                f"of data.seq_len={self.data.seq_len} tokens"
-            )
+        if own.depths:
+            try:
+                offsets = offsets_at(own.depths, own.depths_offset)
+            except ValueError as error:
+                raise ValueError(f"simreg.depths_{error}") from None
+            if max(map(abs, offsets)) + 3 > self.data.seq_len:
+                raise ValueError(
+                    f"simreg.depths_offset={own.depths_offset} leaves no two tokens to compare in "
+                    f"rows of data.seq_len={self.data.seq_len} tokens"
+                )
         if self.model.preset in PRESETS:
             layers = self.model.layers or PRESETS[self.model.preset].layers
             if layers > 1 or own.depths != list(DEPTHS):  # by default it is left out
