@@ -213,6 +213,12 @@ def test_wrong_usage_exits_with_2(arguments: list[str], seen: list[RunConfig]) -
     assert stop.value.code == 2
 
 
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "simreg", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == f"simreg {__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "says"),
     [

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 import simreg
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import UserError, to_install
 
 _TRAIN = """Train a language model, with SimReg or (--simreg.weight 0) without.
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _NEEDED:
             raise
-        advice = "pip install -e '.[train]' in the checkout"
+        advice = to_install("train")
         sys.stderr.write(f"simreg: error: {error.name} is not installed: {advice}\n")
         return 2
     except PermissionError as error:

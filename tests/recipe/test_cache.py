@@ -1,6 +1,7 @@
 """The cache of tokenised text: made once, whole or not at all; what cannot be used is named."""
 
 import hashlib
+import json
 import logging
 import lzma
 import multiprocessing
@@ -94,6 +95,37 @@ def test_damaged_entry_is_made_again(config, tmp_path, caplog, name, damage):
         prepared(config)
     assert digest(entry) == right
     assert "damaged" in caplog.text
+
+
+def test_a_large_file_is_verified_all_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_BLOCK", 8)
+    monkeypatch.setattr(cache, "_BLOCKS", 4)
+    for size in (32, 33, 200):  # four blocks and a little more, which are read whole, and many
+        folder = tmp_path / str(size)
+        content = bytes(range(size))
+        cache.entry(folder, lambda to, content=content: {"n": (to / "x").write_bytes(content)})
+        assert cache.stored(folder) == {"n": size}
+        seen = []
+        for at in range(size):
+            (folder / "x").write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+            seen.append(cache.stored(folder) is None)
+        assert sum(seen) == 32
+        assert seen[0]
+        assert seen[-1]
+        assert all(any(seen[at : at + size // 3]) for at in range(0, size - size // 3))
+        (folder / "x").write_bytes(bytes(size))  # the size that it had, and nothing in it
+        assert cache.stored(folder) is None
+
+
+def test_what_tokens_are_read_as_is_not_for_the_cache_to_choose(config, tmp_path):
+    prepared(config)
+    manifest = entry_of(tmp_path) / "entry.json"
+    found = json.loads(manifest.read_text())
+    assert found["facts"]["dtype"] == "uint16"
+    found["facts"]["dtype"] = "O"  # pointers, that numpy would follow
+    manifest.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"is damaged \(tokens of dtype 'O'\): delete it"):
+        prepare(config)
 
 
 def in_child(function) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from simreg.recipe import checkpoints, outputs
 from simreg.recipe import config as run_config
-from simreg.recipe import outputs
 from simreg.recipe.config import with_overrides
 from simreg.recipe.errors import UserError
 from simreg.recipe.folder import RunFolder, native_errors, storage_errors
@@ -50,6 +50,24 @@ def test_what_a_disk_refuses_is_said(tmp_path: Path, name: str) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "x"))
 
 
+@pytest.mark.parametrize("kind", ["link", "content", "pipe"])
+def test_what_has_the_name_of_a_lock_and_is_none_stays(tmp_path: Path, kind: str) -> None:
+    other, lock = tmp_path / "other", tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    other.write_text("mine")
+    if kind == "link":
+        lock.symlink_to(other)
+    elif kind == "content":
+        lock.write_text("of another tool")
+    else:
+        os.mkfifo(lock)
+    before = lock.lstat()
+    with pytest.raises(UserError, match="cannot write "), outputs.held(lock.parent):
+        raise AssertionError("held")
+    assert other.read_text() == "mine"
+    assert (lock.lstat().st_ino, lock.lstat().st_size) == (before.st_ino, before.st_size)
+
+
 def test_what_a_native_writer_was_refused_is_no_full_disk(tmp_path: Path) -> None:
     words = pytest.raises(UserError, match=r"cannot write .*; choose another")
     with words, storage_errors(tmp_path), native_errors(tmp_path / "x"):
@@ -81,3 +99,25 @@ def test_one_of_several_that_wait_comes_next(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(30)
     assert not met
+
+
+def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:
+    config = make()
+    folder = RunFolder(config.out)
+    left, other = folder.checkpoints / ".step-0000003.partial", folder.checkpoints / "notes"
+    left.mkdir(parents=True)
+    other.mkdir()
+    (folder.root / ".model.partial").mkdir()  # the next export's to replace
+    checkpoint, ours = "step-0000002", f".result.json.{'0f' * 16}.partial"
+    others = {".film.mkv.partial", ".0f.partial"}  # of whoever else writes there
+    for name in (ours, *others):
+        (folder.root / name).touch()
+    with folder.claimed(config):
+        assert [*folder.checkpoints.iterdir()] == [other]
+        found = {path.name for path in folder.root.glob(".*")}
+        assert found == {".lock", ".model.partial", *others}
+    (folder.root / checkpoint).mkdir()  # moved to another disk, and linked
+    (folder.checkpoints / checkpoint).symlink_to(folder.root / checkpoint)
+    checkpoints.prune(folder.checkpoints, 9, 0)
+    assert [*folder.checkpoints.iterdir()] == [other]
+    assert (folder.root / checkpoint).is_dir()

@@ -445,19 +445,6 @@ def test_a_file_that_several_write_is_always_whole(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:
-    config = make()
-    folder = RunFolder(config.out)
-    left, other = folder.checkpoints / ".step-0000003.partial", folder.checkpoints / "notes"
-    left.mkdir(parents=True)
-    other.mkdir()
-    (folder.root / ".model.partial").mkdir()  # the next export's to replace
-    (folder.root / ".result.json.0.partial").touch()
-    with folder.claimed(config):
-        assert [*folder.checkpoints.iterdir()] == [other]
-        assert {path.name for path in folder.root.glob(".*")} == {".lock", ".model.partial"}
-
-
 @pytest.mark.parametrize("content", ["[]", "{}", '{"final_ce": '])
 def test_a_damaged_result_is_not_taken_for_one(make: Make, content: str) -> None:
     config = make()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,12 @@ def test_the_commit_is_told_without_a_lock(tmp_path: Path, monkeypatch: pytest.M
     file.parent.mkdir(parents=True)
     file.write_text("a = 1\n")
     monkeypatch.setattr(provenance.simreg, "__file__", str(file))
-    assert provenance.commit() is None
+    installed = provenance.commit()  # no checkout: its code tells
+    assert re.fullmatch(r"files-[0-9a-f]{12}", str(installed))
+    file.write_text("a = 3\n")
+    assert provenance.commit() != installed
+    file.write_text("a = 1\n")
+    assert provenance.commit() == installed
     for arguments in (["init"], ["add", "."], ["commit", "-m", "first"]):
         git(*arguments)
     known, index = git("rev-parse", "--short=12", "HEAD"), tmp_path / ".git" / "index"

@@ -1,3 +1,4 @@
+import json
 import logging
 import shutil
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from simreg.recipe import hub
 from simreg.recipe import tokenizer as module
 from simreg.recipe.data import prepare
 from simreg.recipe.errors import UserError
@@ -220,12 +222,35 @@ def test_unusable_tokenizers(tmp_path, monkeypatch):
     (tmp_path / "empty" / "tokenizer.json").write_text("{")
     assert "cannot load the tokenizer" in message(str(tmp_path / "empty"))
 
-    def fail(name):
+    def fail(name, **settings):
         raise OSError("We couldn't connect\nto the Hub")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     assert "'owner/name'" in message("owner/name")
     assert "connect to the Hub" in message("owner/name")
+
+
+def test_code_that_comes_with_a_model_or_tokenizer_is_neither_run_nor_offered(
+    tmp_path, monkeypatch
+):
+    def asked(prompt=""):
+        raise AssertionError(prompt)
+
+    monkeypatch.setattr("builtins.input", asked)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    own = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": own}))
+    own = {"AutoTokenizer": ["evil.T", None]}
+    named = {"tokenizer_class": "T", "auto_map": own}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    for loads in (
+        lambda: load_tokenizer(str(tmp_path), list, key="", cache_dir=tmp_path),
+        lambda: hub.tokenizer(tmp_path),
+        lambda: hub.load(tmp_path),
+    ):
+        with pytest.raises(UserError, match="cannot load the "):
+            loads()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_words_without_an_end_are_cut_for_training():

@@ -17,7 +17,7 @@ from typing import Any
 from simreg.evaluation.local import Local
 from simreg.evaluation.outcome import ACCURACIES, Outcome
 from simreg.evaluation.scoring import Scorer
-from simreg.recipe.errors import UserError
+from simreg.recipe.errors import UserError, to_install
 from simreg.recipe.files import expanded, one_line
 
 PAPER = (
@@ -127,8 +127,8 @@ def require() -> None:
     """UserError unless lm-evaluation-harness is installed."""
     if find_spec("lm_eval") is None:
         raise UserError(
-            "benchmarks need lm-evaluation-harness: pip install -e '.[eval]' in the checkout "
-            "(--suite offline does without it)"
+            f"benchmarks need lm-evaluation-harness: {to_install('eval')} (--suite offline does "
+            "without it)"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")  # of `write_atomically`
 
 
 def folder_name(step: int) -> str:
@@ -79,13 +80,28 @@ def prune(folder: Path, step: int, keep: int) -> None:
     kept = [path for path in found(folder) if step_of(path) <= step][:keep]
     for path in found(folder):
         if path not in kept:
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left of checkpoints; nobody may be writing one."""
     for partial in folder.glob(aside(folder / "step-*").name):
         shutil.rmtree(partial)
+
+
+def sweep_files(folder: Path) -> None:
+    """Remove what killed processes left of `write_atomically`."""
+    for path in folder.iterdir():
+        if _PARTIAL.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Of one that lies elsewhere, behind a link, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -100,8 +116,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             if path.is_file():
                 _fsync(path)
         _fsync(partial)
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists() or target.is_symlink():
+            _remove(target)
         partial.rename(target)
         _fsync(target.parent)
     except BaseException:

@@ -23,7 +23,8 @@ from simreg.recipe.processes import warn
 from simreg.recipe.sources import Source, in_pieces, interleave, resolve, shared
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
-_LAYOUT = 4  # of the cache; a new number makes old entries invisible
+_DTYPES = ("uint16", "uint32")
+_LAYOUT = 5  # of the cache; a new number makes old entries invisible
 _BATCH_BYTES = 1 << 20
 
 
@@ -36,6 +37,8 @@ class Rows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, stem: Path, dtype: str, seq_len: int) -> None:
+        if dtype not in _DTYPES:  # others can be had to read files as pointers
+            raise UserError(f"{stem.parent} is damaged (tokens of dtype {dtype!r}): delete it")
         self._stem = stem
         self._dtype = np.dtype(dtype)
         self.seq_len = seq_len

@@ -4,6 +4,7 @@ import difflib
 import errno
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:  # the command starts without it, to say what is missing
@@ -12,6 +13,13 @@ if TYPE_CHECKING:  # the command starts without it, to say what is missing
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers of a full disk or quota."""
+
+
+def to_install(extra: str) -> str:
+    """What brings an extra of this package, from the checkout that it runs from or without one."""
+    if (Path(__file__).parents[3] / "pyproject.toml").exists():
+        return f"pip install -e '.[{extra}]' in the checkout"
+    return f"pip install 'simreg[{extra}]'"
 
 
 class UserError(Exception):

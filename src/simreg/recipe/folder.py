@@ -127,9 +127,7 @@ class RunFolder:
             self.check(config)
             self._keep_what_is_not_ours()
             checkpoints.sweep(self.checkpoints)
-            for left in self.root.glob(".*.partial"):  # by a killed process
-                if left.is_file():
-                    left.unlink()
+            checkpoints.sweep_files(self.root)
             found = self.config.exists()
             checkpoints.write_atomically(self.config, run_config.to_yaml(config))
             try:

@@ -1,4 +1,4 @@
-"""Models in Hugging Face format: from the Hub, from a folder."""
+"""Models in Hugging Face format, from the Hub or a folder; no code that comes with them is run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,7 +43,9 @@ def load(model: str | Path, name: str | None = None) -> PreTrainedModel:
     name = name or str(model)
     try:
         with quiet():
-            loaded, info = auto(model, dtype=torch.float32, output_loading_info=True)
+            loaded, info = auto(
+                model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # many kinds: missing, damaged or unknown files
         raise UserError(
             f"cannot load the model {name} (it must be a causal language model): {one_line(error)}"
@@ -60,7 +62,9 @@ def tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """That of a model of a folder or of the Hub; UserError if it can't be loaded."""
     try:
         with quiet():
-            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                model, trust_remote_code=False
+            )
             return found
     except Exception as error:  # many kinds: missing, damaged or unknown files
         raise UserError(f"cannot load the tokenizer in {model}: {one_line(error)}") from None

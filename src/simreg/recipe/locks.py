@@ -5,10 +5,11 @@ import errno
 import fcntl
 import functools
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from simreg.recipe.processes import warn
 
@@ -22,9 +23,10 @@ _WITHOUT = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 @contextmanager
 def locked(path: Path, waiting: Wait = None) -> Iterator[bool]:
     """Hold the lock that is the file `path`, which is there as long as it is held; yields whether
-    it is."""
+    it is. OSError where something else has that name: a file with content, a link."""
     while True:
         with _opened(path) as file:
+            _require_lock(path, file.fileno())
             held = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,16 +72,27 @@ def _without_locks(why: str) -> None:
     warn(f"the file system has no locks ({why}): let no two commands write into one folder")
 
 
-def _opened(path: Path) -> TextIO:
-    """The file, made with the folders above it, which another process may be removing."""
+def _opened(path: Path) -> BinaryIO:
+    """The file, made with the folders above it, which another process may be removing.
+
+    What is there stays as it is, and no link is followed: the folder may be one that others share.
+    """
     for left in reversed(range(_TRIES)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("w")
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.fdopen(os.open(path, flags, 0o666), "rb+", buffering=0)
         except (FileNotFoundError, FileExistsError):
             if not left:
                 raise
     raise AssertionError
+
+
+def _require_lock(path: Path, descriptor: int) -> None:
+    """OSError unless the file is one of ours, which are empty."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size:
+        raise OSError(errno.EEXIST, f"{path} is in the place of a lock, and is none")
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

@@ -171,7 +171,9 @@ def _load(spec: str) -> PreTrainedTokenizerBase:
     ):
         raise UserError(f"data.tokenizer: there is no tokenizer in {path} (tokenizer.json)")
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.exists() else spec)
+        return AutoTokenizer.from_pretrained(
+            str(path) if path.exists() else spec, trust_remote_code=False
+        )
     except Exception as error:  # many kinds: unknown id, no network, missing or broken files
         raise UserError(
             f"cannot load the tokenizer {spec!r} (give bpe:SIZE, a folder with a tokenizer, or a "

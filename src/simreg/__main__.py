@@ -1,0 +1,5 @@
+"""`python -m simreg`, as `simreg`."""
+
+from simreg.cli import run
+
+run()
