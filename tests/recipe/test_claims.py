@@ -50,13 +50,15 @@ def test_what_a_disk_refuses_is_said(tmp_path: Path, name: str) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("kind", ["link", "content", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "content", "pipe"])
 def test_what_has_the_name_of_a_lock_and_is_none_stays(tmp_path: Path, kind: str) -> None:
     other, lock = tmp_path / "other", tmp_path / "run" / ".lock"
     lock.parent.mkdir()
     other.write_text("mine")
     if kind == "link":
         lock.symlink_to(other)
+    elif kind == "dangling":
+        lock.symlink_to(tmp_path / "nowhere")
     elif kind == "content":
         lock.write_text("of another tool")
     else:
@@ -65,6 +67,7 @@ def test_what_has_the_name_of_a_lock_and_is_none_stays(tmp_path: Path, kind: str
     with pytest.raises(UserError, match="cannot write "), outputs.held(lock.parent):
         raise AssertionError("held")
     assert other.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
     assert (lock.lstat().st_ino, lock.lstat().st_size) == (before.st_ino, before.st_size)
 
 
@@ -109,7 +112,7 @@ def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:
     other.mkdir()
     (folder.root / ".model.partial").mkdir()  # the next export's to replace
     checkpoint, ours = "step-0000002", f".result.json.{'0f' * 16}.partial"
-    others = {".film.mkv.partial", ".0f.partial"}  # of whoever else writes there
+    others = {".film.mkv.partial", ".a.0f.partial"}  # of whoever else writes there
     for name in (ours, *others):
         (folder.root / name).touch()
     with folder.claimed(config):

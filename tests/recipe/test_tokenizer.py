@@ -233,10 +233,8 @@ def test_unusable_tokenizers(tmp_path, monkeypatch):
 def test_code_that_comes_with_a_model_or_tokenizer_is_neither_run_nor_offered(
     tmp_path, monkeypatch
 ):
-    def asked(prompt=""):
-        raise AssertionError(prompt)
-
-    monkeypatch.setattr("builtins.input", asked)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     own = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": own}))
@@ -250,6 +248,7 @@ def test_code_that_comes_with_a_model_or_tokenizer_is_neither_run_nor_offered(
     ):
         with pytest.raises(UserError, match="cannot load the "):
             loads()
+    assert not asked
     assert not (tmp_path / "ran").exists()
 
 
