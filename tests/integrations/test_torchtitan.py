@@ -90,7 +90,7 @@ INSPECTED = {
     "loss.push": 2.0,
     "loss.push_above": 0.1,
     "loss.depths": [0.75, 0.5],  # the third and the second of four layers
-    "loss.depths_offset": 2,
+    "loss.depths_offset": [2, -2],
 }
 SCOPES = ("row", "document")
 
@@ -184,11 +184,11 @@ def test_loss_gradient_metrics_and_validation(single, scope):
     def cross_entropy(hidden, head):
         return F.cross_entropy((hidden @ head.double().T).flatten(0, 1), labels.flatten())
 
-    later = torch.full_like(labels, -100)
+    later, before = torch.full_like(labels, -100), torch.full_like(labels, -100)
     for row, i in itertools.product(range(len(labels)), range(labels.shape[1] - 2)):
         joined = documents is None or documents[row, i] == documents[row, i + 2]
-        if joined and labels[row, i] >= 0:
-            later[row, i] = labels[row, i + 2]
+        if joined and (labels[row, [i, i + 2]] >= 0).all():
+            later[row, i], before[row, i + 2] = labels[row, i + 2], labels[row, i]
 
     def regularizer(hidden, ids):
         return simreg_loss(
@@ -198,7 +198,7 @@ def test_loss_gradient_metrics_and_validation(single, scope):
 
     within = {n: seen[f"layer {n}"].double().requires_grad_() for n in (2, 3)}
     simreg = regularizer(hidden, labels)
-    earlier = sum(regularizer(states, later) for states in within.values())
+    earlier = regularizer(within[3], later) + regularizer(within[2], before)
     ce = cross_entropy(hidden, seen["hidden head"])
     total = ce + 0.7 * (simreg + earlier)
     total.backward()
@@ -309,7 +309,7 @@ def refusal(depths, offset=1, **parallelism):
         return str(error)
 found["pipeline"] = refusal([0.5], pipeline_parallel_degree=2)
 found["twice"], found["last"] = refusal([0.5, 0.4]), refusal([0.5, 0.9])
-found["offset"] = refusal([0.5], offset=plain.training.seq_len - 1)
+found["offset"] = refusal([0.5], offset=[1 - plain.training.seq_len])
 graphs = with_simreg(plain, schedule="constant", depths=[0.5])
 graphs.training = replace(graphs.training, disable_cuda_graphs=False)
 for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
@@ -409,6 +409,6 @@ def test_configs_and_data():
     assert "pipeline" in found["pipeline"]
     assert "loss.depths: [0.5, 0.4] are layers [3, 3] of 6" in found["twice"]
     assert "loss.depths: [0.5, 0.9] are layers [3, 6] of 6" in found["last"]
-    assert "loss.depths_offset: 2047 leaves no two tokens to compare" in found["offset"]
+    assert "loss.depths_offset: [-2047] leaves no two tokens to compare" in found["offset"]
     for what in ("depths", "tensor_parallel_degree", "context_parallel_degree"):
         assert "expected True with loss.depths, which" in found[f"graphs with {what}"]

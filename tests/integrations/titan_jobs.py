@@ -229,9 +229,10 @@ def vocabulary_parallel(job, folder):
     head = torch.randn(VOCABULARY, 8, generator=generator).chunk(world)[rank]
     inputs = torch.randn(ROWS, LENGTH, 8, generator=generator)
     labels = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
-    config = ChunkedSimRegLoss.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=VOCABULARY))
+    ce = CrossEntropyLoss.Config(global_vocab_size=VOCABULARY)
+    config = ChunkedSimRegLoss.Config(loss_fn=ce, depths=[0.5])
     loss = config.build()
-    loss.bind(dims, Layers(model, [0.5]))
+    loss.bind(dims, Layers(model, config.depths))
     loss.set_lm_head(torch.nn.Linear(8, len(head), bias=False))
     loss.lm_head.weight.data = head
     spread = world > 1 and job.get("sequence")

@@ -13,7 +13,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-from simreg.depths import OFFSET, AtDepths
+from simreg.depths import OFFSET, AtDepths, offsets_at
 from simreg.integrations.following import Following
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.rows import Rows, documents_of
@@ -71,13 +71,15 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         """Where else to have the same loss, as fractions of the depth (`simreg.AtDepths`): 0.5,
         the middle layer. Not with pipeline parallelism."""
 
-        depths_offset: int = OFFSET
-        """The label they are compared by there: 0, the next token; 1, the one after it."""
+        depths_offset: int | list[int] = OFFSET
+        """The label they are compared by there, all of them or (a list) each: 0, the next token; 1,
+        the one after it; −2, the one before."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         simreg, schedule = checked(config)
         super().__init__(config, compile_config=compile_config)
-        self.simreg, self.scope, self.depths_offset = simreg, config.scope, config.depths_offset
+        self.simreg, self.scope = simreg, config.scope
+        self.offsets = offsets_at(config.depths, config.depths_offset) if config.depths else ()
         self.following = Following(self.simreg, schedule)
         self.totals = Totals()
         self._dims: ParallelDims | None = None
@@ -127,9 +129,9 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
             elif self._layers:
                 within = rows.within
                 if within is None:
-                    within = labels_at(ids, rows.documents, self.depths_offset)
-                for states in self._layers.take(pred, tp):
-                    earlier = earlier + _simreg(self.simreg, states, within, rows, tp, cp).loss
+                    within = tuple(labels_at(ids, rows.documents, at) for at in self.offsets)
+                for states, by in zip(self._layers.take(pred, tp), within, strict=True):
+                    earlier = earlier + _simreg(self.simreg, states, by, rows, tp, cp).loss
             self.totals.add(_plain(ce), sums, earlier)
             if self.simreg.weight == 0:
                 return ce, metrics

@@ -1,6 +1,6 @@
 """Where the tokens of a batch belong: their documents, and their places in the row."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from torchtitan.distributed.context_parallel.api import cp_shard
 
 
 class Rows(NamedTuple):
-    """Beside labels `[B, l]`: the document of each token, its place in its row, and the label that
-    it is compared by within the model; or None."""
+    """Beside labels `[B, l]`: the document of each token, its place in its row, and the labels that
+    it is compared by within the model, one for each of the depths; or None."""
 
     documents: Tensor | None = None
     places: Tensor | None = None
-    within: Tensor | None = None
+    within: tuple[Tensor, ...] | None = None
 
 
 def documents_of(positions: Tensor | None) -> Tensor:
@@ -42,14 +42,11 @@ def shard(rows: Rows, mesh: DeviceMesh, balancer: str | None) -> Rows:
             "'headtail'"
         )
 
-    def part(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        parts, _ = cp_shard(mesh, (value,), None, balancer)
-        local: Tensor = parts[0]
-        return local
+    def part(value: Tensor | None) -> Any:
+        return None if value is None else cp_shard(mesh, (value,), None, balancer)[0][0]
 
-    return Rows(*map(part, rows))
+    within = None if rows.within is None else tuple(map(part, rows.within))
+    return Rows(part(rows.documents), part(rows.places), within)
 
 
 def places_of(labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from simreg.depths import layers_within
+from simreg.depths import layers_within, offsets_at
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.loss import ChunkedSimRegLoss, checked, metrics_of
 from simreg.integrations.torchtitan.rows import Rows, documents_of, places_of, shard
@@ -78,11 +78,11 @@ class SimRegTrainer(Trainer):
         if not self.parallel_dims.cp_enabled:
             return Rows(documents)
         chosen = self.config.loss
-        offset = chosen.depths_offset if chosen.depths else 0
+        offsets = offsets_at(chosen.depths, chosen.depths_offset) if chosen.depths else ()
         rows = Rows(
             documents,
             None if chosen.chunk_size is None else places_of(labels),
-            labels_at(labels, documents, offset) if offset else None,
+            tuple(labels_at(labels, documents, at) for at in offsets) if any(offsets) else None,
         )
         balancer = self.config.parallelism.context_parallel_load_balancer
         return shard(rows, self.parallel_dims.get_mesh("cp"), balancer)
@@ -131,7 +131,8 @@ def _check_depths(config: SimRegTrainer.Config) -> None:
             "loss.depths: not with pipeline parallelism, where labels are on the last stage"
         )
     # Each token of a row has a label here, and one token alone is not compared.
-    if config.loss.depths_offset + 2 > config.training.seq_len:
+    offsets = offsets_at(config.loss.depths, config.loss.depths_offset)
+    if max(map(abs, offsets)) + 2 > config.training.seq_len:
         raise ValueError(
             f"loss.depths_offset: {config.loss.depths_offset} leaves no two tokens to compare in "
             f"rows of training.seq_len={config.training.seq_len} tokens"
