@@ -131,8 +131,12 @@ def test_context_parallelism() -> None:
     hidden = 3 * 8192 * 4096 * 2
     assert forward == hidden + 3 * 8192 * (8 + 4)
     assert backward == hidden + 3 * 8192 * 16
+    packed = replace(job, document=32_768)  # of which ranks tell each other, too
+    assert costs.loss_traffic(packed, Setting()) == (forward + 3 * 8192 * 8, backward)
     twice = costs.loss_traffic(job, Setting("decoupled"))
     assert twice == (forward + hidden, backward)
+    again = costs.loss_flops(job, Setting("decoupled")).forward / (2 * 8192 * 32_768 * 4096)
+    assert again == pytest.approx(1 + costs.sharded_positive_share(8192))  # of a shard's columns
 
 
 @pytest.mark.parametrize(

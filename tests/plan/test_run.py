@@ -7,7 +7,7 @@ import pytest
 
 from simreg import cli
 from simreg.plan.advice import options, within
-from simreg.plan.costs import Job, Setting
+from simreg.plan.costs import Job, Setting, shares
 from simreg.plan.models import find
 from simreg.plan.table import count, name, percent, si, size
 
@@ -101,6 +101,20 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "out, whole rows" in printed("--model llama-8b --bound 0.02 --seq 32768", capsys)
 
 
+def test_every_option_reaches_the_formulas(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = {"rows": 3, "gpus": 8, "tp": 2, "cp": 2, "document": 5000}
+    flags = " ".join(f"--{name} {value}" for name, value in layout.items())
+    costs = "--variant decoupled --chunk 3072 --tflops 100 --link 5"  # chunks that shards cut
+    text = printed(f"--model llama-8b --seq 8192 --depths {flags} {costs}", capsys)
+    job = Job(find("llama-8b"), length=8192, **layout)
+    share = shares(job, Setting("decoupled", 3072), tflops=100, link=5)
+    for line, value in (("FLOPs", share.flops), ("memory", share.memory), ("time", share.time)):
+        assert re.search(rf"^{line}.* {re.escape(percent(value))}$", text, re.M), line
+    assert "3 × 8,192 tokens (documents of 5,000) for 4 ranks" in text
+    assert "SimReg: decoupled, chunks of 3,072, shared by TP; receives" in text
+    assert "within 5.0 % of time |" in printed("--table --bound 0.05", capsys)
+
+
 def test_one_is_not_many(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "llama-130m"]) == 0
     text = capsys.readouterr().out
@@ -113,6 +127,11 @@ def test_report_where_nothing_is_within_the_bound(capsys: pytest.CaptureFixture[
     assert "no setting is within < 0.01 %" in text
     assert "out, chunks of 256: 0.01 %" in text
     assert not re.findall(r"^\*", text, re.M)
+
+
+def test_chunks_that_hold_whole_documents_are_no_other_settings() -> None:
+    job = Job(find("llama-130m"), length=8192, document=1000)
+    assert [each.setting.chunk for each in options(job, "out", **RATE)] == [None, 512, 256]
 
 
 def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +192,18 @@ def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama-8b --gpus 64 --pp 64", "--pp: 64 stages are more than the 32 layers"),
         ("--table --chunk 512", "--chunk: the table of --table"),
         ("--table --link 0", "--link: expected a positive, finite number, got 0"),
+        *(
+            (f"--model llama-8b --{flag} 0", f"--{flag}: expected a positive, finite number, got 0")
+            for flag in ("seq", "rows", "document", "gpus", "tp", "cp", "pp")
+        ),
+        *(
+            (f"--params 1e9 --hidden 64 --layers 2 --{flag} 0", f"--{flag}: expected a positive,")
+            for flag in ("active-params", "hidden", "layers")
+        ),
+        (
+            "--params 1e9 --active-params 1e3 --hidden 4096 --layers 2",
+            "--active-params: 1000 are too few for 2 layers of width 4096",
+        ),
     ],
 )
 def test_what_is_refused(arguments: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
