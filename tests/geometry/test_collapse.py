@@ -215,3 +215,24 @@ def test_all_pairs_of_classes_have_no_sampling_error():
     found = classes(Sample.of(torch.randn(40, 5), torch.arange(40) % 5))
     every = collapse.cdnv(found, pairs=10)
     assert (every.se, every.pairs) == (0, 10)
+
+
+def test_means_that_are_all_one_point_have_no_structure():
+    one = points([[1.0, 2.0]] * 4)
+    values = [
+        collapse.equinorm(one), collapse.etf_error(one), collapse.cdnv(one).mean,
+        collapse.duality_error(one, torch.randn(4, 2)),
+    ]  # fmt: skip
+    assert all(map(math.isnan, values))
+
+
+def test_roundings_of_a_simplex_are_no_roots_of_negative_numbers():
+    for k in range(3, 40):
+        ideal = points(simplex(k))
+        assert collapse.etf_error(ideal) < 1e-6
+        assert collapse.equiangular(ideal) == pytest.approx((-1 / (k - 1), 0), abs=1e-7)
+
+
+def test_a_mean_at_the_centre_has_cosine_zero():
+    found = points([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    assert collapse.equiangular(found) == pytest.approx((-1 / 3, math.sqrt(2 / 9)))

@@ -39,3 +39,21 @@ def test_without_a_pull_there_is_none():
     different[1] = -100  # and a row in which each label is there once
     different[0] = torch.tensor([0, 1, 2, 3, 4, 5, 6, -100, -100])
     assert gradient_ratio(hidden, different, head, None, SimRegLoss(1.0, push=0)) is None
+
+
+def test_states_of_half_precision_are_looked_at_in_float32_and_left_alone():
+    given = [x.bfloat16() if x.is_floating_point() else x for x in problem()]
+    found = gradient_ratio(*given, SimRegLoss(0.4))
+    wide = gradient_ratio(
+        *(x.float() if x.is_floating_point() else x for x in given), SimRegLoss(0.4)
+    )
+    assert found == wide > 0
+    assert not given[0].requires_grad
+    whole = problem()[0]
+    gradient_ratio(whole, *given[1:], SimRegLoss(0.4))
+    assert not whole.requires_grad
+
+
+def test_beside_no_gradient_of_cross_entropy_there_is_no_ratio():
+    hidden, labels, head, _ = problem()
+    assert gradient_ratio(hidden, labels, 0 * head, None, SimRegLoss(0.4)) is None

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from simreg.geometry.glance import glance
 from simreg.geometry.sample import Sample
 from simreg.geometry.spectrum import spectrum
 from tests.geometry import problems
@@ -58,3 +59,19 @@ def test_without_spread_there_is_no_rank():
     assert math.isnan(same.effective_rank)
     assert same.pair_cos == pytest.approx(1)
     assert math.isnan(of(torch.ones(1, 3)).pair_cos)
+
+
+def test_in_one_dimension_there_is_no_isotropy():
+    found = of(torch.tensor([[1.0], [2.0], [-4.0]]))
+    assert found.effective_rank == pytest.approx(1)
+    assert math.isnan(found.isoscore)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eigenvalues_that_are_rounded_below_zero_count_as_zero(seed):
+    draw = torch.Generator().manual_seed(seed)
+    line = torch.randn(40, 1, generator=draw) * torch.randn(12, generator=draw)
+    assert of(line.double()).effective_rank == pytest.approx(1, abs=1e-6)
+    labels = torch.arange(40)[None] % 4
+    found = glance(line[None], labels, torch.randn(8, 12, generator=draw))
+    assert found["effective_rank"] == pytest.approx(1, abs=1e-3)
