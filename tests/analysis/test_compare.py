@@ -139,3 +139,19 @@ def test_the_interval_over_tokens_is_that_of_row_means():
     }
     tokens |= {("base", 2): tokens["base", 1], ("ours", 2): tokens["ours", 1]}
     assert compare.over_tokens(tokens, masks, rows, "base") == {}  # seeds speak for themselves
+
+
+def test_a_correlation_over_runs_is_told_by_value_and_by_rank():
+    points = [(1, -1.0), (2, -2.0), (3, -3.5), (4, -3.0), (10, -9.0)]
+    models = [made("a", seed, all=loss) for seed, (_, loss) in enumerate(points)]
+    for model, (margin, _) in zip(models, points, strict=True):
+        model["groups"]["all"]["margin"] = float(margin)
+    found = compare.across_models(models)["all"]["margin"]["a"]
+    truth = torch.corrcoef(torch.tensor(points).double().T)[0, 1]
+    assert found["pearson"] == pytest.approx(float(truth), abs=1e-5)
+    assert found["spearman"] == -0.9
+    half = 1.959964 / math.sqrt(5 - 3)  # of Fisher's z
+    ends = (math.tanh(math.atanh(float(truth)) + sign * half) for sign in (-1, 1))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(ends), rel=1e-4)
+    few = compare.across_models(models[:3])["all"]["margin"]["a"]
+    assert few == {"pearson": None, "low": None, "high": None, "spearman": None, "n": 3}

@@ -8,9 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from simreg.analysis import text
 from simreg.analysis.options import AnalyzeOptions
+from simreg.geometry import groups
 from simreg.recipe import config as recipe
 from simreg.recipe import trained
 from simreg.recipe.data import prepare
@@ -133,3 +135,25 @@ def test_text_that_runs_may_have_been_trained_on_is_refused(study, tmp_path):
     elsewhere = edit(shutil.copytree(first, tmp_path / "elsewhere"), source=str(given), seq_len=16)
     with pytest.raises(UserError, match="were trained on different text"):
         ask(str(first), elsewhere)
+
+
+def test_positive_rates_of_head_and_tail_are_those_of_the_labels():
+    draw = torch.Generator().manual_seed(0)
+    stream = torch.multinomial(1 / torch.arange(1.0, 60), 1100, True, generator=draw)
+    frequency = torch.bincount(stream, minlength=60)
+    found = text.positive_rates(text.Text(None, None, frequency, stream, None))
+    assert {record["length"] for record in found} == {64, 128}
+    parts = {name: set(own) for name, own in groups.PARTS.items()} | {"all": set(range(10))}
+    decile = groups.deciles(stream, frequency).tolist()
+    for record in found:
+        length, chunk = record["length"], record["chunk"] or record["length"]
+        repeated = {name: [] for name in parts}
+        for start in range(0, len(stream) // length * length, length):
+            row = stream[start + 1 : start + length].tolist()
+            for i, label in enumerate(row):
+                own = row[i // chunk * chunk : (i // chunk + 1) * chunk]
+                for name, members in parts.items():
+                    if decile[start + 1 + i] in members:
+                        repeated[name].append(own.count(label) > 1)
+        for name, each in repeated.items():
+            assert record[name] == pytest.approx(sum(each) / len(each), abs=1e-6)
