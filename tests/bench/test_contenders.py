@@ -164,5 +164,8 @@ def test_what_is_missing_says_so(monkeypatch):
     missing = {c.name: c.missing for c in contenders(CPU)}
     assert missing[METRIC_LEARNING] == "not installed (pip install pytorch-metric-learning)"
     assert missing[COMPILED] == "needs a C++ compiler"
+    monkeypatch.setenv("CXX", "mine")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "mine" else None)
+    assert {c.name: c.missing for c in contenders(CPU)}[COMPILED] is None
     assert missing[BARE] is None
     assert {c.name: c.missing for c in contenders(torch.device("cuda"))}[COMPILED] == "needs triton"

@@ -1,5 +1,7 @@
 """Turns, limits, and what becomes of a step that fails."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -88,3 +90,9 @@ def test_reasons_are_one_short_line():
 
 def test_free_memory_of_the_cpu_is_in_bytes():
     assert 2**26 < free_memory(CPU) < 2**46
+
+
+def test_what_programs_use_is_not_free(monkeypatch):
+    memory = SimpleNamespace(available=5, total=9)
+    monkeypatch.setattr("simreg.bench.measure.psutil.virtual_memory", lambda: memory)
+    assert free_memory(CPU) == 5

@@ -1,5 +1,7 @@
 """What the peak of a step is taken to be; tests/kernels/test_blockwise.py does it for real."""
 
+import dataclasses
+import json
 import platform
 import subprocess
 import threading
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from simreg.bench import memory
-from simreg.bench.contenders import contenders
+from simreg.bench.contenders import BARE, Contender, contenders
 from simreg.bench.problem import Shape
 
 MIB = 2**20
@@ -61,6 +63,30 @@ def test_the_process_is_told_what_to_run(monkeypatch, capsys):
     memory.main(*command[3:])
     assert capsys.readouterr().out == "77\n"
     assert shapes[-1] == SMALL
+    memory.peak_extra_bytes(contenders(CPU)[0], SMALL, CPU)  # of no variant
+    assert commands[-1][3:5] == [BARE, "out"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_was_warmed_up_leaves_no_gradient_behind(monkeypatch, capsys, compiled):
+    """Else the step that is measured would find the memory of its gradient there."""
+    steps = []
+
+    def prepare(hidden, labels, shape):
+        def step():
+            steps.append((shape, hidden.grad is None))
+            hidden.grad = torch.zeros_like(hidden)
+
+        return step
+
+    made = Contender("made", prepare, lambda shape: 0, "in", compiled=compiled)
+    monkeypatch.setattr(memory, "contenders", lambda device, variants: [made][: variants == ["in"]])
+    monkeypatch.setattr(memory, "growth", lambda step: step() or 5)
+    shape = Shape(batch=3, length=700, dim=2, dtype="float32", chunk=350)
+    memory.main("made", "in", json.dumps(dataclasses.asdict(shape)))
+    assert capsys.readouterr().out == "5\n"
+    first = shape if compiled else Shape(batch=1, length=600, dim=2, dtype="float32")
+    assert steps == [(first, True), (shape, True)]
 
 
 @pytest.mark.parametrize(

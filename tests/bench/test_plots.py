@@ -79,6 +79,7 @@ def test_colours_do_not_depend_on_who_was_skipped():
     colours = [line.get_color() for line in plots.figure(every).axes[0].get_lines()]
     assert len(set(colours)) == len(names)
     some = [{**r, "median_s": None} if r["name"] == "naive" else r for r in every]
+    assert texts(plots.figure(some)) == [name for name in names if name != "naive"]
     assert [c for c in colours if c != colours[1]] == [
         line.get_color() for line in plots.figure(some).axes[0].get_lines()
     ]

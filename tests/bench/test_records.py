@@ -95,6 +95,19 @@ def test_predictions_know_who_keeps_the_matrices_of_one_row_only():
         assert matrices(name, many) == 64 * matrices(name, one) > 0
     for name in ("chunked recompute", "pytorch-metric-learning"):
         assert matrices(name, many) == matrices(name, one) > 0
+    # Bare products of many rows are taken row by row where all would be too much.
+    assert every[BARE].working(many) == many.hidden_bytes + 4 * 4096**2
+    few = Shape(3, 64, 8, "float32")
+    assert every[BARE].working(few) == few.hidden_bytes + 3 * 4 * 64**2
+    assert matrices("chunked recompute", few) == 9 * 4 * 3 * 64**2  # no more pairs than there are
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("bfloat16", 2 + 8), ("float32", 12), ("float64", 24)])
+def test_what_every_contender_takes_at_least(dtype, each):
+    """Embeddings and their gradient, computed in float32 or wider, and the gradient given back."""
+    shape = Shape(2, 64, 8, dtype)
+    blockwise = next(c for c in contenders(CPU) if c.name == "blockwise")
+    assert blockwise.working(shape) == 2 * 64 * 8 * each
 
 
 def test_all_work_on_the_same_inputs(monkeypatch):

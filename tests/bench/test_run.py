@@ -68,6 +68,20 @@ def test_a_run_writes_table_json_and_figure(tmp_path, capsys, measured, monkeypa
     assert str(out) in text
 
 
+def test_limits_and_device_are_those_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "measure_shape", lambda *args, **options: asked.append(options) or [])
+    flags = ["--shapes", "1x8x4", "--rounds", 7, "--seconds", 2.5, "--out", tmp_path / "b.json"]
+    assert bench(*flags) == 0
+    assert asked == [{"rounds": 7, "seconds": 2.5, "memory": True}]
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert run.find_device("auto").type == kind
+    monkeypatch.setattr(run, "_machine", lambda device: {"device": "NVIDIA H200 (MIG)"})
+    assert run._default_out(torch.device("cuda")).name == "bench-nvidia-h200-mig.json"
+
+
 def test_memory_can_be_left_out(tmp_path, measured, monkeypatch):
     monkeypatch.setattr(records, "peak_extra_bytes", lambda *args: pytest.fail("measured"))
     flags = ["--shapes", "1x8x4", "--contenders", "blockwise", "--rounds", "3", "--no-memory"]
