@@ -1,3 +1,4 @@
+import math
 import random
 import re
 from dataclasses import replace
@@ -5,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from simreg.evaluation import excerpts, offline
+from simreg.evaluation.scoring import encode_pair
 from simreg.recipe.errors import UserError
 from tests.evaluation import tiny
 
@@ -102,10 +104,25 @@ def test_normalised_subtracts_what_a_continuation_scores_alone(loaded):
     given, alone = [-9.0] * 4, [-9.0] * 4
     given[wrong], alone[wrong] = -1.0, -1.0
     given[item.gold], alone[item.gold] = -2.0, -8.0
-    task = offline.Cloze([item], "made up")
-    outcome = task.run(lambda *a: [(x, False) for x in (*given, *alone)], loaded[1], None)
+    asked = []
+
+    def scorer(pairs, advance):
+        asked.extend(pairs)
+        return [(x, False) for x in (*given, *alone)]
+
+    outcome = offline.Cloze([item], "made up").run(scorer, loaded[1], None)
+    pairs = [encode_pair(loaded[1], item.context, choice) for choice in item.choices]
+    before = [loaded[1].eos_token_id]  # there is no bos
+    assert asked == [*pairs, *((before, continuation) for _, continuation in pairs)]
     assert (outcome.values, outcome.normalised) == ([0.0], [1.0])
     assert outcome.clusters == [item.document]
+
+
+def test_of_equal_scores_the_first_is_chosen():
+    items = excerpts.cloze(DOCUMENTS, 12)
+    hits = offline.Cloze(items, "made up")._hits([-1.0] * 4 * len(items))
+    assert hits == [float(item.gold == 0) for item in items]
+    assert 0 < sum(hits) < len(hits)
 
 
 def test_scores_cached_without_documents_are_not_those_of_these_items():
@@ -140,5 +157,8 @@ def test_bits_are_per_byte_of_utf8_not_per_letter():
         return [(-float(len(continuation)), False) for _, continuation in pairs]
 
     scorer.max_length = 4
-    found = offline.Bits(["aé€", "ab"], "").run(scorer, Letters(), lambda count: None)
-    assert found.weights == [6.0, 2.0]
+    texts = ["aé€", "ab", "of several windows"]
+    found = offline.Bits(texts, "").run(scorer, Letters(), lambda count: None)
+    assert found.weights == [6.0, 2.0, 18.0]
+    assert found.values == pytest.approx([letters / math.log(2) for letters in (3, 2, 18)])
+    assert offline.Bits(texts[:2], "").key() != offline.Bits(texts[1:], "").key()

@@ -241,6 +241,8 @@ def test_normalised_where_a_task_has_it():
     reference = {"a": {0: outcome([0, 0], normalised=[1.0, 1.0])}, "b": {0: outcome([0, 0])}}
     assert paired.difference(arm, reference)["mean"] == 1.0
     assert paired.difference(arm, reference, normalised=True)["mean"] == 0.0  # (-1 + 1) / 2
+    reference["a"] = {0: outcome([0, 0])}  # of one arm alone they tell nothing
+    assert paired.difference(arm, reference, normalised=True)["mean"] == 1.0
 
 
 def test_one_seed_and_one_item_give_no_interval():
@@ -271,6 +273,8 @@ def test_other_items_are_refused():
         paired.difference({"t": {0: outcome([1, 0])}}, {"t": {0: outcome([1])}})
     with pytest.raises(ValueError, match="other items"):
         paired.difference({"t": {0: outcome([1, 0], clusters=[0, 1])}}, {"t": {0: outcome([1, 0])}})
+    with pytest.raises(ValueError, match="other items"):
+        paired.difference({"t": {0: outcome([1, 0], [1.0, 2.0])}}, {"t": {0: outcome([1, 0])}})
 
 
 def test_a_score_and_its_standard_error():

@@ -4,13 +4,17 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from simreg import cli
 from simreg.evaluation import offline, run, scoring
+from simreg.evaluation.options import EvalOptions
+from simreg.evaluation.outcome import Outcome
 from simreg.evaluation.scoring import Scorer, prefix_token
 from simreg.recipe import config as recipe
 from simreg.recipe import trained
@@ -432,3 +436,40 @@ def test_a_cached_score_is_of_the_positions_and_precision_it_was_made_with(tmp_p
     models[-1].bf16 = not models[-1].bf16
     keys = [model.key() for model in models]
     assert all(keys.count(key) == 1 for key in keys)
+
+
+def test_the_record_says_how_it_was_made(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    model, asked = trained.Trained("m", tmp_path, "m"), []
+
+    def load(names, *rest):
+        asked.append(names)
+        return [SimpleNamespace(name=name, source=f"of {name}", note="") for name in names]
+
+    monkeypatch.setattr(run, "load", load)
+    monkeypatch.setattr(run, "_cached", lambda *args: Outcome("bits_per_byte", [1.0]))
+    for tasks, suite in ((["heldout-bits"] * 2, "tasks"), ([], "offline")):
+        options = EvalOptions([], tasks=tasks, limit=7)
+        found = run.evaluate([model], options, Console(quiet=True), command="typed")
+        assert (found["suite"], found["limit"], found["command"]) == (suite, 7, "typed")
+        assert found["tasks"]["heldout-bits"] == {"source": "of heldout-bits", "note": ""}
+        assert found["models"][0]["fingerprint"] == model.fingerprint()
+    assert asked == [["heldout-bits"], ["heldout-cloze", "heldout-bits"]]
+
+
+def test_tasks_come_in_the_order_asked_for_with_what_each_kind_needs(tmp_path, monkeypatch):
+    def made(kind):
+        def load(names, *rest, **more):
+            asked[kind] = (*rest, more)
+            return [SimpleNamespace(name=name) for name in names[::-1]]
+
+        return load
+
+    asked = {}
+    monkeypatch.setattr(run.harness, "load", made("harness"))
+    monkeypatch.setattr(run.offline, "load", made("offline"))
+    names = ["piqa", "heldout-bits", "sciq", "heldout-cloze"]
+    options = EvalOptions([], data_dir=tmp_path, text=["t.txt"], limit=3)
+    assert [task.name for task in run.load(names, ["model"], options, "corpus")] == names
+    assert asked["harness"] == (tmp_path, 3, {})
+    assert asked["offline"] == (["model"], ["t.txt"], 3, {"corpus": "corpus"})
