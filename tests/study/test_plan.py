@@ -233,6 +233,7 @@ def test_mistakes_in_a_plan(values, message):
     [
         ({"tokens": 5, "minutes": 1.0}, "--tokens and --minutes"),
         ({"arm": ["weight=1"]}, "NAME:section.key=value"),
+        ({"arm": [":optim.lr=1"]}, "NAME:section.key=value"),
         ({"arm": ["a:weight"]}, "section.key=value"),
         ({"arm": ["baseline:optim.lr=1"]}, "reference"),
         ({"set": ["optim.lr"]}, "section.key=value"),
@@ -406,3 +407,28 @@ def test_an_arm_is_added_to_the_demo(tmp_path):
 def test_tokens_of_a_budget_are_rounded(budget, tokens):
     study = plan.from_dict({"base": {"train": {"tokens": 100}}, "minutes": 5})
     assert study.config(Cell("simreg", budget, 0)).train.tokens == tokens
+
+
+def test_what_the_command_line_says_replaces_what_the_file_does(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("name: mine\nbudgets: [0.5, 1.0]\nminutes: 9\n")
+    plain = from_options(CompareOptions(str(path)))
+    assert (plain.name, plain.out, plain.minutes) == ("mine", "runs/mine", 9)
+    changes = CompareOptions(
+        str(path), minutes=3, budgets=[0.7, 1.0], data=["a.txt", "b.txt"], model="llama-60m",
+        set=["optim.lr=1e-3", "optim.warmup=0.2", "model.head_bias=unigram", "data.seq_len=64"],
+    )  # fmt: skip
+    study = from_options(changes)
+    assert (study.minutes, study.budgets_of("simreg")) == (3, [0.7, 1.0])
+    assert (study.base.data.source, study.base.data.seq_len) == (["a.txt", "b.txt"], 64)
+    assert (study.base.model.preset, study.base.model.head_bias) == ("llama-60m", "unigram")
+    assert (study.base.optim.lr, study.base.optim.warmup) == (1e-3, 0.2)
+
+
+def test_a_reference_of_the_files_own_is_not_added_again(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("reference: plain\narms: {plain: {}, new: {}}\n")
+    with pytest.raises(UserError, match="--arm plain: the reference arm"):
+        from_options(CompareOptions(str(path), arm=["plain:optim.lr=1"]))
+    study = from_options(CompareOptions(str(path), arm=["baseline:optim.lr=1", "as-it-is:"]))
+    assert study.arms.keys() == {"plain", "new", "baseline", "as-it-is"}
