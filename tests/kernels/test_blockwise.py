@@ -139,6 +139,16 @@ def test_where_masks_are_numbers():
     assert module._masks(form, norm[:1, :1].expand(1, 2**24)) == torch.bool
 
 
+@pytest.mark.parametrize("length", [15, 60])
+def test_a_norm_that_float32_cannot_hold_is_no_zero(length):
+    """Divided by it a token would have no direction, and a loss like any other."""
+    hidden, labels, _ = problem(1, length, 5, 4, dtype=torch.float32)
+    token = int((labels[0] >= 0).nonzero()[0])
+    hidden[0, token] = 1e30
+    with small_tiles("blockwise"):
+        assert per_token(hidden, labels, backend="blockwise")[0, token].isnan()
+
+
 @each_variant
 @pytest.mark.parametrize("length", [15, 60])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

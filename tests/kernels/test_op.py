@@ -359,3 +359,13 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
         simreg_loss(hidden, labels, backend="triton")
     monkeypatch.setattr(triton, "capability", lambda device: (7, 5))
     assert triton.obstacle(torch.device("cuda")) == "it needs compute capability 8.0, not 7.5"
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_operator_gives_gradients_in_the_dtype_of_the_states(backend, dtype):
+    hidden, labels, _ = problem(1, 9, 4, 3, dtype=dtype)
+    options = (0.1, "out", 3.0, 0.5, backend)
+    saved = op.loss(hidden, labels, None, *options)[3:]
+    grad = torch.ones(labels.shape)
+    assert op.loss_backward(grad, hidden, labels, None, *saved, *options).dtype == dtype

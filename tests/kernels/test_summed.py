@@ -136,6 +136,10 @@ def test_short_rows_are_sorted_only_for_ignored_tokens_among_others(ignored, mov
     order = blockwise.describe(blockwise.sort_tokens(labels, None), labels, None)
     with small_tiles("blockwise"):
         assert blockwise.Rows.of(torch.randn(2, 16, 4), order).moved == moved
+        hidden = torch.randn(2, 16, 4, dtype=torch.float64)
+        ours, truth = (gradient(hidden, labels, backend=b) for b in ("auto", "reference"))
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
