@@ -230,6 +230,7 @@ def test_as_a_module() -> None:
             2,
             "simreg: error: runs/a/result.json: Permission denied\n",
         ),
+        (PermissionError(13, "Not allowed"), 2, "simreg: error: a file: Not allowed\n"),
         (
             ModuleNotFoundError("No module named 'tyro.conf'", name="tyro.conf"),
             2,

@@ -5,6 +5,7 @@ from simreg.theme import PRINT
 
 RATES = [
     {"length": 64, "chunk": None, "all": 0.5, "head": 0.75, "torso": 0.5, "tail": 0.25},
+    {"length": 64, "chunk": 16, "all": 0.2, "head": 0.35, "torso": 0.1, "tail": 0.0},
     {"length": 128, "chunk": None, "all": 0.6, "head": 0.8, "torso": 0.4, "tail": None},
     {"length": 128, "chunk": 16, "all": 0.1, "head": 0.3, "torso": 0.2, "tail": 0.0},
 ]
