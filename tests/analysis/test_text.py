@@ -71,9 +71,9 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
     load = text.hub.AutoTokenizer.from_pretrained
     vocabulary = {"a": 0}
 
-    def from_pretrained(path):
+    def from_pretrained(path, **settings):
         fake = types.SimpleNamespace(get_vocab=lambda: vocabulary)
-        return fake if path == other else load(path)
+        return fake if path == other else load(path, **settings)
 
     monkeypatch.setattr(text.hub.AutoTokenizer, "from_pretrained", from_pretrained)
     both = [*found, Trained("other", other)]
@@ -82,7 +82,7 @@ def test_tokenizers_are_compared_wherever_they_come_from(study, tmp_path, monkey
     vocabulary = corpus.tokenizer.get_vocab()
     text.check_tokenizers(both, corpus)
 
-    def missing(path):
+    def missing(path, **settings):
         raise OSError("no such file")
 
     monkeypatch.setattr(text.hub.AutoTokenizer, "from_pretrained", missing)
