@@ -115,6 +115,11 @@ def test_a_large_file_is_verified_all_over(tmp_path, monkeypatch):
         assert all(any(seen[at : at + size // 3]) for at in range(0, size - size // 3))
         (folder / "x").write_bytes(bytes(size))  # the size that it had, and nothing in it
         assert cache.stored(folder) is None
+        old = {"files": {"x": [size, ""]}, "facts": 5}  # of large files, before: the size alone
+        (folder / "entry.json").write_text(json.dumps(old))
+        assert cache.stored(folder) == 5
+        (folder / "x").write_bytes(content[1:])
+        assert cache.stored(folder) is None
 
 
 def test_what_tokens_are_read_as_is_not_for_the_cache_to_choose(config, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import sys
 import threading
 import time
@@ -50,8 +51,10 @@ def test_what_a_disk_refuses_is_said(tmp_path: Path, name: str) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "content", "pipe"])
-def test_what_has_the_name_of_a_lock_and_is_none_stays(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["link", "dangling", "content", "pipe", "socket"])
+def test_what_has_the_name_of_a_lock_and_is_none_stays(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other, lock = tmp_path / "other", tmp_path / "run" / ".lock"
     lock.parent.mkdir()
     other.write_text("mine")
@@ -61,14 +64,42 @@ def test_what_has_the_name_of_a_lock_and_is_none_stays(tmp_path: Path, kind: str
         lock.symlink_to(tmp_path / "nowhere")
     elif kind == "content":
         lock.write_text("of another tool")
+    elif kind == "socket":
+        monkeypatch.chdir(lock.parent)  # its name would be too long
+        socket.socket(socket.AF_UNIX).bind(".lock")
     else:
         os.mkfifo(lock)
     before = lock.lstat()
     with pytest.raises(UserError, match="cannot write "), outputs.held(lock.parent):
         raise AssertionError("held")
+    with pytest.raises(FileExistsError), locked_folder(lock.parent):
+        raise AssertionError("held")
     assert other.read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
     assert (lock.lstat().st_ino, lock.lstat().st_size) == (before.st_ino, before.st_size)
+
+
+def test_a_lock_of_another_user_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be read, and not be written in."""
+    given, lock = os.open, tmp_path / ".lock"
+
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return given(path, flags, mode)
+
+    lock.touch()
+    with lock.open() as other:
+        monkeypatch.setattr(os, "open", refuse)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with locked_folder(tmp_path) as held:
+            assert not held
+    with locked_folder(tmp_path) as held:
+        assert held
+    with pytest.raises(PermissionError), locked_folder(tmp_path):
+        raise AssertionError("there is none any more")
 
 
 def test_what_a_native_writer_was_refused_is_no_full_disk(tmp_path: Path) -> None:
@@ -107,9 +138,13 @@ def test_one_of_several_that_wait_comes_next(tmp_path: Path) -> None:
 def test_what_a_killed_process_was_writing_is_swept(make: Make) -> None:
     config = make()
     folder = RunFolder(config.out)
-    left, other = folder.checkpoints / ".step-0000003.partial", folder.checkpoints / "notes"
+    left, other = (
+        folder.checkpoints / ".step-0000003.partial",
+        folder.checkpoints / ".step-mine.partial",
+    )
     left.mkdir(parents=True)
     other.mkdir()
+    (folder.checkpoints / ".step-0000004.partial").symlink_to(other)
     (folder.root / ".model.partial").mkdir()  # the next export's to replace
     checkpoint, ours = "step-0000002", f".result.json.{'0f' * 16}.partial"
     others = {".film.mkv.partial", ".a.0f.partial"}  # of whoever else writes there

@@ -50,10 +50,16 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, read: Callable[[Path], Ru
         ({"simreg": {"depths": [1]}}, r"simreg\.depths\.0: .*less than 1"),
         ({"simreg": {"depths": 0.5}}, r"simreg\.depths: .*list"),
         ({"simreg": {"depths_offset": [1, 0]}}, r"simreg\.depths_offset: 2 for 1 of depths"),
-        ({"simreg": {"depths_offset": [0.5]}}, r"simreg\.depths_offset"),
+        *(
+            (
+                {"simreg": {"depths_offset": wrong}},
+                r"^simreg\.depths_offset: Input should be a whole number or a list of them",
+            )
+            for wrong in (0.5, [0.5], [1, None], [], "x")
+        ),
         (
             {"simreg": {"depths_offset": [-6]}, "data": {"seq_len": 8}},
-            r"simreg\.depths_offset=\[-6\] leaves no two tokens to compare",
+            r"simreg\.depths_offset=-6 leaves no two tokens to compare",
         ),
         (
             {"simreg": {"depths_offset": 6}, "data": {"seq_len": 8}},
@@ -94,6 +100,12 @@ def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
 def test_without_weight_depths_do_not_matter() -> None:
     plain = config.from_dict({"simreg": {"weight": 0, "depths": [0.9]}})
     assert plain.simreg.depths == [0.9]
+
+
+@pytest.mark.parametrize("given", [2, "2e0", [2], [2, 2.0]])
+def test_offsets_that_are_one_are_that_one(given: Any) -> None:
+    found = config.from_dict({"simreg": {"depths": [0.25, 0.5], "depths_offset": given}})
+    assert found.simreg.depths_offset == 2
 
 
 def test_an_offset_may_reach_the_end_of_a_row_and_means_nothing_without_depths() -> None:

@@ -18,7 +18,7 @@ from simreg.recipe.errors import UserError
 from simreg.recipe.files import expanded
 from simreg.recipe.trained import Trained
 
-_LAYOUT = 3  # of the cache; a new number makes old entries invisible
+_LAYOUT = 2  # of the cache; a new number makes old entries invisible
 _TOKENS = 4096  # a forward pass
 _TOLERANCE = 1e-3  # of logits, relative to the largest
 

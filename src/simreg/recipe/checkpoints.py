@@ -17,6 +17,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_ASIDE = re.compile(rf"\.{_NAME.pattern}\.partial")  # of `new_folder`
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")  # of `write_atomically`
 
 
@@ -85,8 +86,9 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left of checkpoints; nobody may be writing one."""
-    for partial in folder.glob(aside(folder / "step-*").name):
-        shutil.rmtree(partial)
+    for path in folder.glob(".*"):
+        if _ASIDE.fullmatch(path.name):
+            _remove(path)
 
 
 def sweep_files(folder: Path) -> None:

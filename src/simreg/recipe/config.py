@@ -26,7 +26,16 @@ from simreg.loss import (
     Variant,
 )
 from simreg.recipe.errors import UserError, describe
-from simreg.recipe.numbers import Count, Depth, Fraction, NonNegative, Number, Positive, Whole
+from simreg.recipe.numbers import (
+    Count,
+    Depth,
+    Fraction,
+    NonNegative,
+    Number,
+    Offsets,
+    Positive,
+    Whole,
+)
 from simreg.recipe.presets import PRESETS
 from simreg.recipe.values import merge, parse_yaml, read_yaml
 from simreg.schedule import SCHEDULE, Schedule, ScheduleName
@@ -193,7 +202,7 @@ class SimRegConfig:
     depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
     which counts once for each; without a value nowhere, as in a model of one layer."""
-    depths_offset: Whole | list[Whole] = OFFSET
+    depths_offset: Offsets = OFFSET
     """The label they are compared by there, all of them or (a list) each: 0, the next token, as in
     the final hidden states; 1, that of the next position, if it is in the row (`scope: document`:
     document), and so on; −2, the token before."""

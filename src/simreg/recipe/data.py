@@ -24,7 +24,7 @@ from simreg.recipe.sources import Source, in_pieces, interleave, resolve, shared
 from simreg.recipe.tokenizer import Encoder, identity, load_tokenizer
 
 _DTYPES = ("uint16", "uint32")
-_LAYOUT = 5  # of the cache; a new number makes old entries invisible
+_LAYOUT = 4  # of the cache; a new number makes old entries invisible
 _BATCH_BYTES = 1 << 20
 
 

@@ -19,7 +19,7 @@ def to_install(extra: str) -> str:
     """What brings an extra of this package, from the checkout that it runs from or without one."""
     if (Path(__file__).parents[3] / "pyproject.toml").exists():
         return f"pip install -e '.[{extra}]' in the checkout"
-    return f"pip install 'simreg[{extra}]'"
+    return f"install simreg with its extra {extra!r}"
 
 
 class UserError(Exception):

@@ -33,6 +33,12 @@ def folder(name: str, patterns: list[str]) -> Path:
         ) from None
 
 
+def told(error: Exception) -> str:
+    """What transformers says, in one line; it would have code run that came with the files."""
+    wants_code = "trust_remote_code" in str(error)
+    return "it needs code of its own, which is never run" if wants_code else one_line(error)
+
+
 def load(model: str | Path, name: str | None = None) -> PreTrainedModel:
     """A causal language model of a folder or of the Hub, in float32; messages call it `name`.
 
@@ -48,7 +54,7 @@ def load(model: str | Path, name: str | None = None) -> PreTrainedModel:
             )
     except Exception as error:  # many kinds: missing, damaged or unknown files
         raise UserError(
-            f"cannot load the model {name} (it must be a causal language model): {one_line(error)}"
+            f"cannot load the model {name} (it must be a causal language model): {told(error)}"
         ) from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the model {name} lacks weights: {', '.join(missing[:3])}")
@@ -67,7 +73,7 @@ def tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             )
             return found
     except Exception as error:  # many kinds: missing, damaged or unknown files
-        raise UserError(f"cannot load the tokenizer in {model}: {one_line(error)}") from None
+        raise UserError(f"cannot load the tokenizer in {model}: {told(error)}") from None
 
 
 @torch.no_grad()

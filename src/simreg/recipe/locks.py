@@ -77,14 +77,22 @@ def _opened(path: Path) -> BinaryIO:
 
     What is there stays as it is, and no link is followed: the folder may be one that others share.
     """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     for left in reversed(range(_TRIES)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.fdopen(os.open(path, flags, 0o666), "rb+", buffering=0)
         except (FileNotFoundError, FileExistsError):
             if not left:
                 raise
+        except PermissionError:  # another user's, which may be held all the same
+            if not path.is_file():
+                raise
+            return os.fdopen(os.open(path, flags & ~(os.O_RDWR | os.O_CREAT)), "rb", buffering=0)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+                raise
+            raise _no_lock(path) from None
     raise AssertionError
 
 
@@ -92,7 +100,11 @@ def _require_lock(path: Path, descriptor: int) -> None:
     """OSError unless the file is one of ours, which are empty."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size:
-        raise OSError(errno.EEXIST, f"{path} is in the place of a lock, and is none")
+        raise _no_lock(path)
+
+
+def _no_lock(path: Path) -> OSError:
+    return OSError(errno.EEXIST, "in the place of a lock, and is none", str(path))
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

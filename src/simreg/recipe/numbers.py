@@ -52,6 +52,31 @@ Whole = Annotated[
 ]
 """An integer, in a file or on the command line, that may be written as 1e6."""
 
+
+def _each(value: Any) -> Any:
+    """A list of equal numbers is that number; what a message says of others names the field."""
+    numbers = [_whole(each) for each in (value if isinstance(value, list) else [value])]
+    numbers = [int(n) if isinstance(n, float) and n.is_integer() else n for n in numbers]
+    if not numbers or any(type(each) is not int for each in numbers):
+        raise PydanticCustomError("offsets", "Input should be a whole number or a list of them")
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+Offsets = Annotated[
+    int | list[int],
+    BeforeValidator(_each),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="INT [INT ...]",
+        instance_from_str=lambda words: _each([_from_word([word]) for word in words]),
+        is_instance=lambda value: isinstance(value, int | list),
+        str_from_instance=lambda value: (
+            [str(value)] if isinstance(value, int) else [str(each) for each in value]
+        ),
+    ),
+]
+"""One for all, or a list of one for each."""
+
 Count = Annotated[Whole, Field(gt=0, le=2**53)]
 
 

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +53,16 @@ def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def commit() -> str | None:
     """The commit of the checkout that this package runs from ("-dirty" if changed); of an installed
-    one the commit that pip took from a repository, or else "files-" and a hash of its code."""
+    one "files-" and a hash of its code."""
     package = Path(simreg.__file__).parent
     root = package.parents[1]
     if not (root / ".git").exists():
-        return _installed() or _of_files(package)
+        return _of_files(package)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         found = _git(root, "rev-parse", "--short=12", "HEAD")
         # Not `describe --dirty`, whose lock a killed process would leave in the checkout.
         changes = _git(root, "--no-optional-locks", "status", "--porcelain", "-uno")
         return f"{found}-dirty" if changes else found
-    return None
-
-
-def _installed() -> str | None:
-    """The commit in what pip wrote of where it found the package (PEP 610), if there is one."""
-    with contextlib.suppress(PackageNotFoundError, ValueError, LookupError, TypeError):
-        found = distribution("simreg")
-        if found.locate_file("simreg/__init__.py") == Path(simreg.__file__):
-            url = json.loads(found.read_text("direct_url.json") or "{}")
-            return str(url["vcs_info"]["commit_id"])[:12]
     return None
 
 

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from simreg.recipe import cache
 from simreg.recipe.errors import UserError
-from simreg.recipe.files import expanded, one_line
+from simreg.recipe.files import expanded
 from simreg.recipe.folder import native_errors
+from simreg.recipe.hub import told
 
 EOS = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000
@@ -177,7 +178,7 @@ def _load(spec: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # many kinds: unknown id, no network, missing or broken files
         raise UserError(
             f"cannot load the tokenizer {spec!r} (give bpe:SIZE, a folder with a tokenizer, or a "
-            f"Hub id): {one_line(error)}"
+            f"Hub id): {told(error)}"
         ) from None
 
 
