@@ -54,7 +54,7 @@ Whole = Annotated[
 
 
 def _each(value: Any) -> Any:
-    """A list of equal numbers is that number; what a message says of others names the field."""
+    """One number, also for a list of equal ones, so that what is the same is written alike."""
     numbers = [_whole(each) for each in (value if isinstance(value, list) else [value])]
     numbers = [int(n) if isinstance(n, float) and n.is_integer() else n for n in numbers]
     if not numbers or any(type(each) is not int for each in numbers):
