@@ -34,7 +34,7 @@ BACKEND, SP, SCHEDULE = (
 )
 DOCUMENTS, CHUNKS = {"loss.scope": "document"}, {"loss.chunk_size": 12, "loss.variant": "decoupled"}
 COMPILE = {"compile.enable": True, "compile.backend": "aot_eager"}
-DEPTHS = {"loss.depths": [0.5], "loss.depths_offset": 1}  # the first of two layers
+DEPTHS = {"loss.depths": [0.25, 0.5], "loss.depths_offset": [-2, 1]}  # two of three layers
 
 # name: (what one process does, or None; how else to do it). The global batch is 4 rows.
 ONE = {
@@ -123,10 +123,10 @@ def compare(found, wanted, name):
         message = f"{name}, step {step}"
         tolerance = 2e-6
         if "EP" in name:  # experts compute in bfloat16; rounding can move a token to another
-            tolerance = 1e-3 if step else 1e-4
+            tolerance = 1e-2 if step else 1e-4
         mine, truth = dict(mine), dict(truth)
         weight = 0.3 * (1 - step / 3)  # decays over the run
-        regularizer = truth["loss"] + truth.get("earlier", 0)
+        regularizer = truth["loss"] + 2 * truth.get("earlier", 0)  # the mean of two
         assert truth["total"] == pytest.approx(truth["ce"] + weight * regularizer, rel=1e-6)
         gradients, true_gradients = mine.pop("gradients"), truth.pop("gradients")
         if "full_dtensor" in name:  # torchtitan logs the loss times the data-parallel ranks

@@ -52,7 +52,7 @@ class Loader(ParallelAwareDataloader):
 
 
 def build(job, folder):
-    """The trainer of a registered config: ROWS rows, float32, two layers, weights of a checkpoint;
+    """The trainer of a registered config: ROWS rows, float32, three layers, weights of a checkpoint;
     or so many layers, weights of the seed.
 
     `job` names the config and what else differs: {"parallelism.tensor_parallel_degree": 2, ...}.
@@ -61,7 +61,7 @@ def build(job, folder):
     name = options.pop("config")
     config = getattr(config_registry, name)()
     layers = options.pop("layers", None)
-    del config.model_spec.model.layers[layers or 2 :]
+    del config.model_spec.model.layers[layers or 3 :]
     config.dataloader = Loader.Config()
     config.validator.dataloader = Loader.Config()
     config.validator.steps = 1
