@@ -52,8 +52,8 @@ class Loader(ParallelAwareDataloader):
 
 
 def build(job, folder):
-    """The trainer of a registered config: ROWS rows, float32, three layers, weights of a checkpoint;
-    or so many layers, weights of the seed.
+    """The trainer of a registered config: ROWS rows, float32, three layers, weights of a
+    checkpoint; or so many layers, weights of the seed.
 
     `job` names the config and what else differs: {"parallelism.tensor_parallel_degree": 2, ...}.
     """

@@ -102,6 +102,30 @@ def test_a_lock_of_another_user_is_respected(
         raise AssertionError("there is none any more")
 
 
+@pytest.mark.parametrize("at", ["to look", "to read"])
+def test_a_lock_of_another_user_may_vanish_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    lock, opened = tmp_path / ".lock", os.open
+    lock.touch()
+
+    def others(path: Path, flags: int, *rest: int) -> int:
+        if path == lock and lock.exists():
+            writes = flags & os.O_RDWR
+            if not writes or at == "to look":
+                lock.unlink()
+            if writes:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", others)
+    with locked_folder(tmp_path) as held:
+        monkeypatch.setattr(os, "open", opened)
+        assert held
+        assert lock.exists()
+    assert not lock.exists()
+
+
 def test_what_a_native_writer_was_refused_is_no_full_disk(tmp_path: Path) -> None:
     words = pytest.raises(UserError, match=r"cannot write .*; choose another")
     with words, storage_errors(tmp_path), native_errors(tmp_path / "x"):

@@ -86,9 +86,12 @@ def _opened(path: Path) -> BinaryIO:
             if not left:
                 raise
         except PermissionError:  # another user's, which may be held all the same
-            if not path.is_file():
+            with contextlib.suppress(FileNotFoundError):  # it has just been let go
+                if path.is_file():
+                    read = os.open(path, flags & ~(os.O_RDWR | os.O_CREAT))
+                    return os.fdopen(read, "rb", buffering=0)
+            if not left:
                 raise
-            return os.fdopen(os.open(path, flags & ~(os.O_RDWR | os.O_CREAT)), "rb", buffering=0)
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
                 raise
