@@ -60,6 +60,7 @@ def test_lightning_callback_learns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_snippets_of_a_page_run(page: str) -> None:
     model, (ids, _) = build(), batch()
     names = {"model": model, "input_ids": ids, "labels": ids, "steps": 3}
+    names["tokens"] = ids.flatten()
     names["batches"] = 3 * [{"input_ids": ids, "labels": ids}]
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert snippets

@@ -1,6 +1,7 @@
 """Models whose LM head has a bias that starts at the unigram distribution."""
 
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def test_many_tokens_are_sampled_all_over(monkeypatch: pytest.MonkeyPatch) -> No
     assert share.sum().item() == pytest.approx(1)
     torch.testing.assert_close(share[:4], torch.full((4,), 0.2488), atol=0.003, rtol=0)
     assert share[4].item() == pytest.approx(1 / 1005)
+
+
+def test_the_lines_of_the_documents_do_the_same() -> None:
+    page = (tiny.ROOT / "docs/loss.md").read_text()
+    [lines] = re.findall(r"```python\n(counts = .*?)```", page, re.DOTALL)
+    tokens = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
+    ours = models.build(from_dict({"model": BIAS}), tokenizer_size=300, eos_token_id=0)
+    head.start_at_unigram(ours, tokens)
+    model = models.build(from_dict({}), tokenizer_size=300, eos_token_id=0)
+    exec(lines, {"torch": torch, "model": model, "tokens": torch.from_numpy(tokens).long()})
+    torch.testing.assert_close(model.lm_head.bias, ours.lm_head.bias)
+    ids = torch.randint(0, 300, (2, 8))
+    expected = model.model(ids)[0] @ model.lm_head.weight.T + ours.lm_head.bias
+    torch.testing.assert_close(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("preset", tiny.PRESETS)
