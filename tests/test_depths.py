@@ -44,6 +44,12 @@ def test_by_default_it_is_what_the_recipe_trains_with():
     assert (list(at.reads.depths), at.offsets) == (recipe.depths, offsets)
 
 
+def test_the_labels_by_default():
+    """The token before up to a quarter of the depth, the one after the next beyond."""
+    at = AtDepths(SimRegLoss(), [0.5, 0.25, 0.2501, 0.1, 0.9])
+    assert at.offsets == (1, -2, 1, -2, 1)
+
+
 @pytest.mark.parametrize("ignore_index", [-100, 2])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("offset", [-30, -2, -1, 0, 1, 3, 11, 30])
@@ -108,7 +114,7 @@ def test_layers_may_be_on_several_devices():
             assert loss.device == metrics["earlier"].device == last
 
 
-@pytest.mark.parametrize("offset", [0.5, True, None, "1", {1}, [0.5], [True], [None]])
+@pytest.mark.parametrize("offset", [0.5, True, "1", {1}, [0.5], [True], [None]])
 def test_an_offset_is_a_whole_number(offset):
     with pytest.raises(ValueError, match=r"^offset: expected (a )?whole number"):
         AtDepths(SimRegLoss(), [0.5], offset=offset)

@@ -11,8 +11,11 @@ from simreg.objectives import Reads, labelled, labels_at, layer_at, moved
 
 DEPTHS = (0.5,)
 """Where by default: in the middle (docs/results.md, "Which defaults, and why?")."""
-OFFSET = 1
-"""By which label by default: of the token after the next."""
+
+
+def _default_offset(depth: float) -> int:
+    """The token before in the first quarter, the one after the next beyond (docs/results.md)."""
+    return -2 if depth <= 0.25 else 1
 
 
 def layers_within(depths: Sequence[float], layers: int) -> list[int]:
@@ -33,13 +36,15 @@ def layers_within(depths: Sequence[float], layers: int) -> list[int]:
     return at
 
 
-def offsets_at(depths: Sequence[float], offset: int | Sequence[int]) -> tuple[int, ...]:
-    """One for each of the depths, of one for all or of a list.
+def offsets_at(depths: Sequence[float], offset: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One for each of the depths, of one for all, of a list, or (None) by default.
 
     Raises:
         ValueError: for what is no whole number, and a list of another length.
     """
     given = [offset] * len(depths) if isinstance(offset, int) else offset
+    if given is None:
+        given = [_default_offset(depth) for depth in depths]
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ValueError(f"offset: expected a whole number, or one for each depth, got {offset!r}")
     if any(type(each) is not int for each in given):
@@ -59,9 +64,9 @@ class AtDepths(nn.Module):
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
             each of another layer. Default: in the middle.
         offset: which label they are compared by, everywhere or a list, one for each of the
-            depths: 0, that of the final hidden states, the next token; 1, the default, that of
-            the position after it in the row and segment, the token after the next, and so on; −1
-            is the token itself, −2 the one before it.
+            depths: 0, that of the final hidden states, the next token; 1 that of the position
+            after it in the row and segment, the token after the next, and so on; −1 is the token
+            itself, −2 the one before it. Default: −2 up to depth 0.25, 1 beyond.
 
     The metrics are those of the final hidden states, and `earlier`, the mean of `loss` elsewhere,
     over the same number of labels: those that have none at the offset count 0.
@@ -76,7 +81,7 @@ class AtDepths(nn.Module):
         simreg: nn.Module,
         depths: Sequence[float] = DEPTHS,
         *,
-        offset: int | Sequence[int] = OFFSET,
+        offset: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         inner = getattr(simreg, "_orig_mod", simreg)

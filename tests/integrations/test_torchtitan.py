@@ -233,7 +233,7 @@ def test_command_line(tmp_path):
     """The command of the documentation, with the options that torchtitan makes of the config."""
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --local-ranks-filter 0"
     options = "--training.steps 1 --training.seq_len 64 --training.local_batch_size 2 "
-    options += "--loss.weight 0.5 --loss.scope document --loss.chunk_size 32 --loss.depths 0.3 0.5"
+    options += "--loss.weight 0.5 --loss.scope document --loss.chunk_size 32 --loss.depths 0.25 0.5"
     out = command(
         *torchrun.split(),
         *["-m", "tests.integrations.titan_cpu", "--module", "simreg.integrations.torchtitan"],

@@ -85,6 +85,26 @@ def test_a_model_of_one_layer_has_none_within(text: Path, tmp_path: Path) -> Non
         tiny.config(tmp_path, text, {"model": {"layers": 1}, "simreg": {"depths": [0.6]}})
 
 
+@pytest.mark.parametrize(
+    ("layers", "simreg", "depths", "offsets"),
+    [
+        (2, {}, (0.5,), (1,)),
+        (2, {"depths_offset": [2]}, (0.5,), (2,)),
+        (4, {"depths": [0.25, 0.5]}, (0.25, 0.5), (-2, 1)),
+        (4, {"depths": [0.25, 0.5], "depths_offset": [3, 2]}, (0.25, 0.5), (3, 2)),
+        (4, {"depths": [0.2, 0.3, 0.75]}, (0.2, 0.3, 0.75), (-2, 1, 1)),
+        (4, {"depths": [0.5, 0.25], "depths_offset": 0}, (0.5, 0.25), (0, 0)),
+    ],
+)
+def test_layers_within_and_their_labels(
+    text: Path, tmp_path: Path, layers: int, simreg: dict[str, Any], depths: Any, offsets: Any
+) -> None:
+    config = tiny.config(tmp_path, text, {"model": {"layers": layers}, "simreg": simreg})
+    loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
+    assert (loss.reads.depths, loss.offsets) == (depths, offsets)
+    loss.check_layers(layers)
+
+
 def test_it_takes_nothing_from_the_models_random_numbers(text: Path, tmp_path: Path) -> None:
     """A run with a projector goes on with the random numbers of a run without."""
     config = tiny.config(tmp_path, text, {"auxiliary": {"name": "nitp"}})

@@ -290,6 +290,22 @@ def test_a_run_of_before_an_option_is_none_with_it(make: Make) -> None:
         folder.check(with_overrides(config, {"simreg": {"depths": [0.5]}}))
 
 
+@pytest.mark.parametrize(
+    ("depths", "said", "other"), [([0.5], 1, 0), ([0.25, 0.5], [-2, 1], 1), ([], [2, 1], None)]
+)
+def test_labels_by_default_are_those(make: Make, depths: Any, said: Any, other: Any) -> None:
+    config = make(simreg={"depths": depths}, model={"layers": 4})
+    folder = RunFolder(config.out)
+    folder.root.mkdir(parents=True)
+    folder.metrics.write_text('{"step": 1}\n')
+    folder.config.write_text(run_config.to_yaml(config))
+    folder.check(with_overrides(config, {"simreg": {"depths_offset": said}}))
+    if other is not None:
+        says = rf"simreg\.depths_offset is None there and {other} now"
+        with pytest.raises(UserError, match=says):
+            folder.check(with_overrides(config, {"simreg": {"depths_offset": other}}))
+
+
 def test_without_weight_the_rest_of_simreg_may_differ(make: Make) -> None:
     config = make(simreg={"weight": 0})
     folder = RunFolder(config.out)

@@ -388,7 +388,7 @@ def test_a_recorded_plan_is_of_before_the_fields_that_it_lacks() -> None:
         del found["base"]["simreg"][field]
     simreg = plan.recorded(found).base.simreg
     assert (simreg.depths, simreg.depths_offset) == ([], 0)
-    assert plan.from_dict(found).base.simreg.depths_offset == 1
+    assert plan.from_dict(found).base.simreg.depths == [0.5]
 
 
 def test_what_is_set_on_the_command_line_overrides_the_study_file(tmp_path):

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from simreg.baselines import registry
-from simreg.depths import DEPTHS, OFFSET, layers_within, offsets_at
+from simreg.depths import DEPTHS, layers_within, offsets_at
 from simreg.loss import (
     LEAST_TEMPERATURE,
     MOST_TEMPERATURE,
@@ -35,6 +35,7 @@ from simreg.recipe.numbers import (
     Offsets,
     Positive,
     Whole,
+    default_of,
 )
 from simreg.recipe.presets import PRESETS
 from simreg.recipe.values import merge, parse_yaml, read_yaml
@@ -202,10 +203,10 @@ class SimRegConfig:
     depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
     which counts once for each; without a value nowhere, as in a model of one layer."""
-    depths_offset: Offsets = OFFSET
+    depths_offset: Annotated[Offsets | None, default_of("-2 up to depth 0.25, 1 beyond")] = None
     """The label they are compared by there, all of them or (a list) each: 0, the next token, as in
     the final hidden states; 1, that of the next position, if it is in the row (`scope: document`:
-    document), and so on; −2, the token before."""
+    document), and so on; −2, the token before. None: −2 up to depth 0.25, 1 beyond."""
     scope: Literal["row", "document"] = "row"
     """Compare tokens of a whole row, or only those of the same document in it."""
     schedule: ScheduleName = SCHEDULE
@@ -219,6 +220,11 @@ class SimRegConfig:
     def over_run(self) -> Schedule:
         """`schedule` and `schedule_fraction` as one."""
         return Schedule(self.schedule, self.schedule_fraction)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The label at each of `depths`. ValueError if `depths_offset` are more or fewer."""
+        return offsets_at(self.depths, self.depths_offset) if self.depths else ()
 
 
 @_checked
@@ -342,7 +348,7 @@ class RunConfig:
         # A row of L tokens has L - 1 that another one follows, and one token alone is not compared.
         if own.depths:
             try:
-                offsets = offsets_at(own.depths, own.depths_offset)
+                offsets = own.offsets
             except ValueError as error:
                 raise ValueError(f"simreg.depths_{error}") from None
             if max(map(abs, offsets)) + 3 > self.data.seq_len:

@@ -97,10 +97,13 @@ class RunFolder:
         saved = run_config.recorded(self.config)
         there, here = (flat(run_config.to_dict(each)) for each in (saved, config))
         idle = set()  # fields that nothing reads
-        if saved.simreg.weight == config.simreg.weight == 0:
+        one, other = saved.simreg, config.simreg
+        if one.weight == other.weight == 0:
             idle = {name for name in here if name.startswith("simreg.")}
             if config.auxiliary.name is not None:  # which has the same scope
                 idle.remove("simreg.scope")
+        elif one.weight == other.weight and one.offsets == other.offsets:  # said, or by default
+            idle.add("simreg.depths_offset")
         differing = [
             f"{name} is {_short(there[name])} there and {_short(here[name])} now"
             for name in here

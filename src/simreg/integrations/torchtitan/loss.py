@@ -13,7 +13,7 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-from simreg.depths import OFFSET, AtDepths, offsets_at
+from simreg.depths import AtDepths, offsets_at
 from simreg.integrations.following import Following
 from simreg.integrations.torchtitan.layers import Layers
 from simreg.integrations.torchtitan.rows import Rows, documents_of
@@ -71,9 +71,9 @@ class ChunkedSimRegLoss(ChunkedLossWrapper):
         """Where else to have the same loss, as fractions of the depth (`simreg.AtDepths`): 0.5,
         the middle layer. Not with pipeline parallelism."""
 
-        depths_offset: int | list[int] = OFFSET
+        depths_offset: int | list[int] | None = None
         """The label they are compared by there, all of them or (a list) each: 0, the next token; 1,
-        the one after it; −2, the one before."""
+        the one after it; −2, the one before. None: −2 up to depth 0.25, 1 beyond."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         simreg, schedule = checked(config)
