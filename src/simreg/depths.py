@@ -64,7 +64,7 @@ class AtDepths(nn.Module):
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
             each of another layer. Default: in the middle.
         offset: which label they are compared by, everywhere or a list, one for each of the
-            depths: 0, that of the final hidden states, the next token; 1 that of the position
+            depths: 0, that of the final hidden states, the next token; 1, that of the position
             after it in the row and segment, the token after the next, and so on; −1 is the token
             itself, −2 the one before it. Default: −2 up to depth 0.25, 1 beyond.
 
