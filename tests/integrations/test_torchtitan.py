@@ -123,7 +123,7 @@ def compare(found, wanted, name):
         message = f"{name}, step {step}"
         tolerance = 2e-6
         if "EP" in name:  # experts compute in bfloat16; rounding can move a token to another
-            tolerance = 1e-2 if step else 1e-4
+            tolerance = 1e-3 if step else 1e-4
         mine, truth = dict(mine), dict(truth)
         weight = 0.3 * (1 - step / 3)  # decays over the run
         regularizer = truth["loss"] + 2 * truth.get("earlier", 0)  # the mean of two
@@ -132,7 +132,8 @@ def compare(found, wanted, name):
         if "full_dtensor" in name:  # torchtitan logs the loss times the data-parallel ranks
             mine.pop("total"), truth.pop("total")
         assert mine == pytest.approx(truth, rel=tolerance, abs=1e-7), message
-        assert gradients == pytest.approx(true_gradients, rel=tolerance), message
+        least = 2e-5 if "EP" in name and step else None  # a router's norm is 2e-3 there
+        assert gradients == pytest.approx(true_gradients, rel=tolerance, abs=least), message
 
 
 def test_one_process(single):
