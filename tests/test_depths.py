@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simreg import AtDepths, SimRegLoss, attach
 from simreg.capture import shift_left
-from simreg.depths import offsets_at
+from simreg.depths import DEPTHS, default_depths, offsets_at
 from simreg.objectives import Reads, Sum, labels_at, reads
 from simreg.parallel import ShardedSimRegLoss
 from simreg.recipe.config import SimRegConfig
@@ -48,6 +48,13 @@ def test_the_labels_by_default():
     """The token before up to a quarter of the depth, the one after the next beyond."""
     at = AtDepths(SimRegLoss(), [0.5, 0.25, 0.2501, 0.1, 0.9])
     assert at.offsets == (1, -2, 1, -2, 1)
+    assert default_depths(1) == []
+    assert default_depths(2) == [0.5]
+    for layers in (3, 4, 5, 12, 80):
+        assert default_depths(layers) == list(DEPTHS)
+        AtDepths(SimRegLoss()).check_layers(layers)
+    with pytest.raises(ValueError, match=r"are layers \[1, 1\] of 2, .*: give \[0\.5\]$"):
+        AtDepths(SimRegLoss()).check_layers(2)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 2])
@@ -316,7 +323,7 @@ def test_metrics_are_exact_where_the_default_dtype_is_half(default):
     for dtype in (torch.float32, default):
         torch.set_default_dtype(dtype)
         try:
-            found.append(AtDepths(SimRegLoss())(hidden, labels, earlier=(hidden,))[1])
+            found.append(AtDepths(SimRegLoss())(hidden, labels, earlier=2 * (hidden,))[1])
         finally:
             torch.set_default_dtype(torch.float32)
     assert found[0] == found[1]

@@ -7,10 +7,11 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 from simreg import SimRegLoss, attach, simreg_loss
-from tests.test_capture import batch, build
+from tests.test_capture import SMALL, batch
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +59,8 @@ def test_lightning_callback_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/loss.md"])
 def test_the_snippets_of_a_page_run(page: str) -> None:
-    model, (ids, _) = build(), batch()
+    config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 3})
+    model, (ids, _) = transformers.AutoModelForCausalLM.from_config(config), batch()
     names = {"model": model, "input_ids": ids, "labels": ids, "steps": 3}
     names["tokens"] = ids.flatten()
     names["batches"] = 3 * [{"input_ids": ids, "labels": ids}]

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from simreg.loss import SimRegLoss, is_number
 from simreg.objectives import Reads, labelled, labels_at, layer_at, moved
 
-DEPTHS = (0.5,)
-"""Where by default: in the middle (docs/results.md, "Which defaults, and why?")."""
+DEPTHS = (0.25, 0.5)
+"""Where by default: a quarter of the way and in the middle (docs/results.md, "Which defaults, and
+why?")."""
+
+
+def default_depths(layers: int) -> list[float]:
+    """`DEPTHS`, in a model of one layer none, and of two layers the middle: the first."""
+    at = {layer_at(depth, layers): depth for depth in DEPTHS}
+    return [depth for layer, depth in at.items() if layer < layers]
 
 
 def _default_offset(depth: float) -> int:
@@ -29,9 +36,10 @@ def layers_within(depths: Sequence[float], layers: int) -> list[int]:
         raise ValueError("depths: a model of one layer has none within it")
     at = [layer_at(depth, layers) for depth in depths]
     if len({*at, layers}) <= len(at):
+        fewer = f": give {default_depths(layers)}" if tuple(depths) == DEPTHS else ""
         raise ValueError(
             f"depths: {list(depths)} are layers {at} of {layers}, each may come once, and the last "
-            "has SimReg anyway"
+            f"has SimReg anyway{fewer}"
         )
     return at
 
@@ -62,7 +70,8 @@ class AtDepths(nn.Module):
     Args:
         simreg: a `SimRegLoss`, or that compiled; not one whose sequences are spread over processes.
         depths: where else, as fractions of the depth between 0 and 1 (`Reads.depths`): a list,
-            each of another layer. Default: in the middle.
+            each of another layer. Default: a quarter of the way and in the middle, which takes
+            three layers; a model of two has but `[0.5]`.
         offset: which label they are compared by, everywhere or a list, one for each of the
             depths: 0, that of the final hidden states, the next token; 1, that of the position
             after it in the row and segment, the token after the next, and so on; −1 is the token

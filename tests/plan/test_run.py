@@ -144,18 +144,18 @@ def test_a_model_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_layers_within_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     model = "--model llama-130m"
-    alone, both = (printed(f"{model} --depths {where}", capsys) for where in ("", "0.5"))
-    assert printed(model, capsys) == both  # as `simreg train` has it
+    alone, three = (printed(f"{model} --depths {where}", capsys) for where in ("", "0.25 0.5"))
+    assert printed(model, capsys) == three  # as `simreg train` has it
     other_names = printed(f"{model} --seq-len 4096 --chunk-size 512", capsys)
     assert other_names == printed(f"{model} --seq 4096 --chunk 512", capsys)
-    assert "in 2 layers within" in printed(f"{model} --depths 0.25 0.5", capsys)
+    assert "in 1 layer within" in printed(f"{model} --depths 0.5", capsys)
     assert "within the model" not in printed(f"{model} --gpus 2 --pp 2", capsys)
     one = printed("--params 1e9 --hidden 4096 --layers 1", capsys)
     assert "within the model" not in one
     assert "SimReg: out, whole rows; receives" in alone
-    assert "SimReg: out, whole rows, and in 1 layer within the model; receives" in both
-    times = [float(re.search(r"^time.* (\S+) %", text, re.M)[1]) for text in (alone, both)]  # type: ignore[index]
-    assert times[1] == pytest.approx(2 * times[0], rel=0.05)
+    assert "SimReg: out, whole rows, and in 2 layers within the model; receives" in three
+    times = [float(re.search(r"^time.* (\S+) %", text, re.M)[1]) for text in (alone, three)]  # type: ignore[index]
+    assert times[1] == pytest.approx(3 * times[0], rel=0.05)
 
 
 @pytest.mark.parametrize(

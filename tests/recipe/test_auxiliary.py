@@ -77,7 +77,7 @@ def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> Non
 
 def test_a_model_of_one_layer_has_none_within(text: Path, tmp_path: Path) -> None:
     config = tiny.config(tmp_path, text, {"model": {"layers": 1}})
-    assert config.simreg.depths == [0.5]
+    assert config.simreg.depths == [0.25, 0.5]
     loss = assemble.objective(config, models.of_run(config, vocab_size=300))
     assert isinstance(loss, SimRegLoss)
     assert train(config)["objective"]["depths"] == []
@@ -89,9 +89,9 @@ def test_a_model_of_one_layer_has_none_within(text: Path, tmp_path: Path) -> Non
     ("layers", "simreg", "depths", "offsets"),
     [
         (2, {}, (0.5,), (1,)),
-        (2, {"depths_offset": [2]}, (0.5,), (2,)),
-        (4, {"depths": [0.25, 0.5]}, (0.25, 0.5), (-2, 1)),
-        (4, {"depths": [0.25, 0.5], "depths_offset": [3, 2]}, (0.25, 0.5), (3, 2)),
+        (2, {"depths_offset": [3, 2]}, (0.5,), (2,)),
+        (3, {}, (0.25, 0.5), (-2, 1)),
+        (4, {"depths_offset": [3, 2]}, (0.25, 0.5), (3, 2)),
         (4, {"depths": [0.2, 0.3, 0.75]}, (0.2, 0.3, 0.75), (-2, 1, 1)),
         (4, {"depths": [0.5, 0.25], "depths_offset": 0}, (0.5, 0.25), (0, 0)),
     ],
@@ -99,6 +99,7 @@ def test_a_model_of_one_layer_has_none_within(text: Path, tmp_path: Path) -> Non
 def test_layers_within_and_their_labels(
     text: Path, tmp_path: Path, layers: int, simreg: dict[str, Any], depths: Any, offsets: Any
 ) -> None:
+    """By default two, of which a shallow model has fewer."""
     config = tiny.config(tmp_path, text, {"model": {"layers": layers}, "simreg": simreg})
     loss: Any = assemble.objective(config, models.of_run(config, vocab_size=300))
     assert (loss.reads.depths, loss.offsets) == (depths, offsets)
@@ -245,16 +246,17 @@ def test_simreg_at_depths_trains_and_is_recorded(
         calls.append(self.weight)
         return original(self, *args, **kwargs)
 
-    simreg = {"weight": 0.5}  # and in the middle, as is the default
+    simreg = {"weight": 0.5}  # and in the first of two layers, as is the default
     config, result = run(tmp_path / "both", text, {"simreg": simreg})
-    assert result["objective"]["depths"] == [0.5]
+    objective = result["objective"]
+    assert (objective["depths"], objective["depths_offset"]) == ([0.5], [1])
     lines = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     trained = [record for line in lines if (record := json.loads(line))["kind"] == "train"]
     assert all(record["earlier"] > 0 for record in trained)
     _, alone = run(tmp_path / "final", text, {"simreg": {"weight": 0.5, "depths": []}})
     assert result["final_ce"] != alone["final_ce"]
     monkeypatch.setattr(SimRegLoss, "forward", spy)
-    stops = {"weight": 0.5, "depths": [0.25, 0.5], "schedule": "stop", "schedule_fraction": 0.5}
+    stops = {"weight": 0.5, "schedule": "stop", "schedule_fraction": 0.5}
     run(tmp_path / "stops", text, {"simreg": stops, "model": {"layers": 4}})
     assert calls == [0.5] * 3 * 10  # three layers a step, and nothing at a λ of 0
 

@@ -49,7 +49,7 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, read: Callable[[Path], Ru
         ({"simreg": {"depths": [0]}}, r"simreg\.depths\.0: .*greater than 0"),
         ({"simreg": {"depths": [1]}}, r"simreg\.depths\.0: .*less than 1"),
         ({"simreg": {"depths": 0.5}}, r"simreg\.depths: .*list"),
-        ({"simreg": {"depths_offset": [1, 0]}}, r"simreg\.depths_offset: 2 for 1 of depths"),
+        ({"simreg": {"depths_offset": [1, 0, 2]}}, r"simreg\.depths_offset: 3 for 2 of depths"),
         *(
             (
                 {"simreg": {"depths_offset": wrong}},
@@ -70,7 +70,7 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, read: Callable[[Path], Ru
             r"simreg\.depths: \[0\.5, 0\.5\] are layers \[2, 2\] of 4",
         ),
         (
-            {"model": {"layers": 2}, "simreg": {"depths": [0.25, 0.5]}},
+            {"model": {"layers": 2}, "simreg": {"depths": [0.3, 0.5]}},
             r"simreg\.depths: .* are layers \[1, 1\] of 2, each may come once",
         ),
         ({"simreg": {"depths": [0.9]}}, r"\[0\.9\] are layers \[4\] of 4, .* the last has SimReg"),

@@ -321,7 +321,7 @@ def test_without_weight_the_rest_of_simreg_may_differ(make: Make) -> None:
     for there, here in ((0, 0.3), (0.3, 0), (0.3, 0.3)):
         saved = with_overrides(config, {"simreg": {"weight": there}})
         folder.config.write_text(run_config.to_yaml(saved))
-        with pytest.raises(UserError, match=r"simreg\.depths is \[0\.5\] there and \[\] now"):
+        with pytest.raises(UserError, match=r"depths is \[0\.25, 0\.5\] there and \[\] now"):
             folder.check(with_overrides(config, {"simreg": {"weight": here, "depths": []}}))
 
 

@@ -319,8 +319,8 @@ def test_a_study_of_before_an_option_is_none_with_it(tmp_path):
     plan.save(plan.from_dict({"base": {"simreg": {"push": 1.0}}}), path)
     lines = path.read_text().splitlines()
     at = lines.index("    depths:")
-    assert lines[at + 1] == "    - 0.5"
-    path.write_text("\n".join(lines[:at] + lines[at + 2 :]))
+    assert lines[at + 1 : at + 3] == ["    - 0.25", "    - 0.5"]
+    path.write_text("\n".join(lines[:at] + lines[at + 3 :]))
     found = plan.load(path).base.simreg
     assert (found.depths, found.push) == ([], 1.0)
 
@@ -388,7 +388,7 @@ def test_a_recorded_plan_is_of_before_the_fields_that_it_lacks() -> None:
         del found["base"]["simreg"][field]
     simreg = plan.recorded(found).base.simreg
     assert (simreg.depths, simreg.depths_offset) == ([], 0)
-    assert plan.from_dict(found).base.simreg.depths == [0.5]
+    assert plan.from_dict(found).base.simreg.depths == [0.25, 0.5]
 
 
 def test_what_is_set_on_the_command_line_overrides_the_study_file(tmp_path):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from simreg.depths import DEPTHS, layers_within
+from simreg.depths import default_depths, layers_within
 from simreg.loss import Variant
 from simreg.plan import costs, models
 from simreg.plan.advice import Option, options, within
@@ -55,7 +55,7 @@ class PlanOptions:
     """Pipeline parallelism."""
     depths: list[float] | None = None
     """Where else in the model the loss is, as fractions of its depth; without a value
-    nowhere. Default: in the middle, as `simreg train` has it, but with pp, which cannot."""
+    nowhere. Default: as in `simreg train`, but with pp, which cannot."""
     variant: Variant = "out"
     """Of the loss."""
     chunk: Annotated[int | None, tyro.conf.arg(aliases=("--chunk-size",))] = None
@@ -120,7 +120,7 @@ def _job(chosen: PlanOptions) -> Job:
     model = _model(chosen)
     depths = chosen.depths
     if depths is None:
-        depths = list(DEPTHS) if chosen.pp == 1 and model.layers > 1 else []
+        depths = default_depths(model.layers) if chosen.pp == 1 else []
     if depths and chosen.pp > 1:
         raise UserError("--depths: layers within the model have the loss only without pp")
     if not all(0 < depth < 1 for depth in depths):

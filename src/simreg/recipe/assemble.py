@@ -60,8 +60,8 @@ def objective(config: RunConfig, model: PretrainedConfig) -> Objective | None:
             push=own.push,
             push_above=own.push_above,
         )
-        if own.depths and model.num_hidden_layers > 1:  # one layer has none within
-            simreg = AtDepths(simreg, own.depths, offset=own.depths_offset)
+        if offsets := own.within(model.num_hidden_layers):
+            simreg = AtDepths(simreg, list(offsets), offset=list(offsets.values()))
     if other.name is None:
         return simreg
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from simreg.baselines import registry
-from simreg.depths import DEPTHS, layers_within, offsets_at
+from simreg.depths import DEPTHS, default_depths, layers_within, offsets_at
 from simreg.loss import (
     LEAST_TEMPERATURE,
     MOST_TEMPERATURE,
@@ -202,7 +202,8 @@ class SimRegConfig:
     """The cosine above which they are."""
     depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
-    which counts once for each; without a value nowhere, as in a model of one layer."""
+    which counts once for each; without a value nowhere, as in a model of one layer. One of two
+    layers has by default but the first, at 0.5."""
     depths_offset: Annotated[Offsets | None, default_of("-2 up to depth 0.25, 1 beyond")] = None
     """The label they are compared by there, all of them or (a list) each: 0, the next token, as in
     the final hidden states; 1, that of the next position, if it is in the row (`scope: document`:
@@ -225,6 +226,13 @@ class SimRegConfig:
     def offsets(self) -> tuple[int, ...]:
         """The label at each of `depths`. ValueError if `depths_offset` are more or fewer."""
         return offsets_at(self.depths, self.depths_offset) if self.depths else ()
+
+    def within(self, layers: int) -> dict[float, int]:
+        """Which depths a model of so many layers has, and the label at each."""
+        offsets = dict(zip(self.depths, self.offsets, strict=True))
+        if self.depths == list(DEPTHS):
+            return {depth: offsets[depth] for depth in default_depths(layers)}
+        return offsets
 
 
 @_checked
@@ -358,7 +366,7 @@ class RunConfig:
                 )
         if self.model.preset in PRESETS:
             layers = self.model.layers or PRESETS[self.model.preset].layers
-            if layers > 1 or own.depths != list(DEPTHS):  # by default it is left out
+            if own.depths != list(DEPTHS):  # of those a shallow model has fewer
                 try:
                     layers_within(own.depths, layers)
                 except ValueError as error:
