@@ -26,7 +26,7 @@ case "$1" in
     limit python -m simreg.cli bench --shapes 1x131072x4096 --contenders triton --rounds 3 --seconds 5 --out $out/long-cuda.json ;;
   rows) # the loss as a row of matrix products of a library and what is between them, beside tiles
     limit python -m simreg.cli bench --seconds 3 --contenders triton "sharded, one rank" --out $out/rows-cuda.json ;;
-  step) # of whole models: the push, and the middle layer as well, which is the default
+  step) # of whole models: the push, and with it the layers within, which is the default
     small=model.preset=llama-130m,data.seq_len=2048,train.batch_rows=32
     large=model.preset=llama-1b,data.seq_len=4096,train.batch_rows=8,train.gradient_checkpointing=true
     step step-llama-130m-depths-cuda.json "$small"
