@@ -12,6 +12,8 @@ from simreg.objectives import Reads, labelled, labels_at, layer_at, moved
 DEPTHS = (0.25, 0.5)
 """Where by default: a quarter of the way and in the middle (docs/results.md, "Which defaults, and
 why?")."""
+EARLIER = (0.5,)
+"""What was the default before: in the configs of runs from then."""
 
 
 def default_depths(layers: int) -> list[float]:

@@ -36,7 +36,7 @@ def run(folder: Path, text: Path, changes: dict[str, Any]) -> Any:
 
 
 def test_its_parameters_are_trained_saved_and_left_behind(tmp_path: Path, text: Path) -> None:
-    changes = {"simreg": {"weight": 0}, "auxiliary": OWNED}
+    changes = {"simreg": {"weight": 0, "depths_offset": [1, 2, 3]}, "auxiliary": OWNED}
     config, result = run(tmp_path / "whole", text, changes)
     saved = load_file(Path(config.out) / LAST)
     assert abs(float(saved[PARAMETER]) - torch.log(torch.tensor(0.1))) > 1e-3
@@ -76,6 +76,10 @@ def test_options_of_the_config_reach_the_loss(text: Path, tmp_path: Path) -> Non
 
 
 def test_a_model_of_one_layer_has_none_within(text: Path, tmp_path: Path) -> None:
+    before = tiny.config(tmp_path, text, {"model": {"layers": 1}, "simreg": {"depths": [0.5]}})
+    assert before.simreg.within(1) == {}  # as that was by default, there are such runs
+    changes = {"model": {"layers": 2}, "data": {"seq_len": 4}}  # for -2 it takes five
+    assert tiny.config(tmp_path, text, changes).simreg.within(2) == {0.5: 1}
     config = tiny.config(tmp_path, text, {"model": {"layers": 1}})
     assert config.simreg.depths == [0.25, 0.5]
     loss = assemble.objective(config, models.of_run(config, vocab_size=300))

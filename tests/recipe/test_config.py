@@ -59,11 +59,11 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, read: Callable[[Path], Ru
         ),
         (
             {"simreg": {"depths_offset": [-6]}, "data": {"seq_len": 8}},
-            r"simreg\.depths_offset=-6 leaves no two tokens to compare",
+            r"simreg\.depths_offset: \[-6, -6\] leave no two tokens to compare",
         ),
         (
             {"simreg": {"depths_offset": 6}, "data": {"seq_len": 8}},
-            r"simreg\.depths_offset=6 leaves no two tokens to compare in rows of data\.seq_len=8 ",
+            r"\.depths_offset: \[6, 6\] leave no two tokens to compare in rows of data\.seq_len=8 ",
         ),
         (
             {"simreg": {"depths": [0.5, 0.5]}},

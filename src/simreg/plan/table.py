@@ -21,7 +21,7 @@ TOKENS = 8192
 def grid(*, bound: float, tflops: float, link: float) -> Iterator[str]:
     """The table, in Markdown: whole rows, and the setting of "out" that keeps to the bound.
 
-    Of the final layer and one within, as `simreg train` has it.
+    Of the final layer and two within, as `simreg train` has it.
     """
     yield (
         "| GPUs | model | context | tp | cp | FLOPs | memory | received | time "
@@ -32,7 +32,7 @@ def grid(*, bound: float, tflops: float, link: float) -> Iterator[str]:
         for length in CONTEXTS:
             cp = max(1, min(length // TOKENS, gpus // tp))
             rows = max(1, TOKENS // length)
-            job = Job(find(model), length=length, rows=rows, gpus=gpus, tp=tp, cp=cp, within=1)
+            job = Job(find(model), length=length, rows=rows, gpus=gpus, tp=tp, cp=cp, within=2)
             every = options(job, "out", tflops=tflops, link=link)
             whole, best = every[0], within(every, bound)
             advised = "nothing" if best is None else name(job, best.setting, variant=False)

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from simreg.baselines import registry
-from simreg.depths import DEPTHS, default_depths, layers_within, offsets_at
+from simreg.depths import DEPTHS, EARLIER, default_depths, layers_within, offsets_at
 from simreg.loss import (
     LEAST_TEMPERATURE,
     MOST_TEMPERATURE,
@@ -202,8 +202,8 @@ class SimRegConfig:
     """The cosine above which they are."""
     depths: list[Depth] = field(default_factory=lambda: list(DEPTHS))
     """Where else in the model, as fractions of its depth: 0.5 is the middle layer. With the same λ,
-    which counts once for each; without a value nowhere, as in a model of one layer. One of two
-    layers has by default but the first, at 0.5."""
+    which counts once for each; without a value nowhere. By default in a model of two layers the
+    first alone, in one of one layer none."""
     depths_offset: Annotated[Offsets | None, default_of("-2 up to depth 0.25, 1 beyond")] = None
     """The label they are compared by there, all of them or (a list) each: 0, the next token, as in
     the final hidden states; 1, that of the next position, if it is in the row (`scope: document`:
@@ -230,9 +230,14 @@ class SimRegConfig:
     def within(self, layers: int) -> dict[float, int]:
         """Which depths a model of so many layers has, and the label at each."""
         offsets = dict(zip(self.depths, self.offsets, strict=True))
-        if self.depths == list(DEPTHS):
-            return {depth: offsets[depth] for depth in default_depths(layers)}
+        if self.by_default:
+            return {at: offset for at, offset in offsets.items() if at in default_depths(layers)}
         return offsets
+
+    @property
+    def by_default(self) -> bool:
+        """Of such `depths` a shallow model has those that it has layers for, others it refuses."""
+        return tuple(self.depths) in (DEPTHS, EARLIER)
 
 
 @_checked
@@ -353,25 +358,25 @@ class RunConfig:
         own = self.simreg
         if own.weight == 0:
             return
-        # A row of L tokens has L - 1 that another one follows, and one token alone is not compared.
-        if own.depths:
-            try:
-                offsets = own.offsets
-            except ValueError as error:
-                raise ValueError(f"simreg.depths_{error}") from None
-            if max(map(abs, offsets)) + 3 > self.data.seq_len:
-                raise ValueError(
-                    f"simreg.depths_offset={own.depths_offset} leaves no two tokens to compare in "
-                    f"rows of data.seq_len={self.data.seq_len} tokens"
-                )
+        try:
+            offsets = own.offsets
+        except ValueError as error:
+            raise ValueError(f"simreg.depths_{error}") from None
         if self.model.preset in PRESETS:
             layers = self.model.layers or PRESETS[self.model.preset].layers
-            if own.depths != list(DEPTHS):  # of those a shallow model has fewer
+            offsets = tuple(own.within(layers).values())
+            if not own.by_default:
                 try:
                     layers_within(own.depths, layers)
                 except ValueError as error:
                     advice = "[], or the flag without a value, leaves it at that"
                     raise ValueError(f"simreg.{error}; {advice}") from None
+        # A row of L tokens has L - 1 that another one follows, and one token alone is not compared.
+        if offsets and max(map(abs, offsets)) + 3 > self.data.seq_len:
+            raise ValueError(
+                f"simreg.depths_offset: {list(offsets)} leave no two tokens to compare in rows of "
+                f"data.seq_len={self.data.seq_len} tokens"
+            )
 
     @property
     def tokens_per_step(self) -> int:

@@ -134,8 +134,9 @@ def _run(
 
     def finish() -> dict[str, Any]:
         facts = _result(config, folder, corpus, rows.epochs, (total, active), clock.seconds)
-        within = config.simreg.within(model.config.num_hidden_layers)  # of a shallow model fewer
-        facts["objective"] |= {"depths": list(within), "depths_offset": list(within.values())}
+        if config.simreg.weight:
+            within = config.simreg.within(model.config.num_hidden_layers)  # a shallow model: fewer
+            facts["objective"] |= {"depths": list(within), "depths_offset": list(within.values())}
         result = facts | origin
         if len(trainer.origins) > 1:
             result["earlier"] = trainer.origins[:-1]
