@@ -29,8 +29,8 @@ case "$1" in
   step) # of whole models: the push, and with it the layers within, which is the default
     small=model.preset=llama-130m,data.seq_len=2048,train.batch_rows=32
     large=model.preset=llama-1b,data.seq_len=4096,train.batch_rows=8,train.gradient_checkpointing=true
-    step step-llama-130m-depths-cuda.json "$small"
-    step step-llama-1b-depths-cuda.json "$large"
+    step step-llama-130m-quarter-cuda.json "$small"
+    step step-llama-1b-quarter-cuda.json "$large"
     step step-llama-1b-push-cuda.json "$large,simreg.depths=[]" ;;
   fuzz-triton | fuzz-blockwise)
     python benchmarks/fuzz.py "${1#fuzz-}" --jobs 7 --minutes 6.5 ;;
