@@ -55,7 +55,7 @@ def variants(
     yield tokens.inverses, {"SMALLEST": EPS, "TOKENS": 16, "DEPTH": 128}, 4, 3
     for segmented in (False, True):
         yield tokens.find_runs, {"SEGMENTED": segmented, "TOKENS": 128}, 4, 3
-    if dtype == "bfloat16" and not (brief and push):  # they hardly know of which dtype
+    if dtype == "bfloat16" and not brief:  # they hardly know of which dtype hidden states are
         yield from _of_tokens_and_products(push=push, bounded=bounded)
     modes = range(1 if brief else 4)
     for mode in modes:
